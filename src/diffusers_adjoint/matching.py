@@ -1,0 +1,129 @@
+r"""The matching loss: regress the control of each chosen step on minus the scaled adjoint.
+
+    √Δ u_k = (μ_k^θ − μ_k^base) / s_k                                   control, for any sampler with Gaussian steps
+    L_k    = ½ ‖ √Δ u_k + s_k ã_{k+1} ‖²                                 (2409.08861, eq. 37; eqs. 42, 223 on the grid)
+    KL     = Σ_k ½ ‖ √Δ u_k ‖²                                          KL(path law of θ ‖ path law of the base), nats
+
+The paper pairs step k with ã_k. For a chain of Gaussian steps the exact optimality condition is
+√Δ u_k = −s_k E[ã_{k+1} | x_k], so ã_{k+1} is the default here; ã_k differs by O(1/K) and tilts too little.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+__all__ = ["LossSteps", "choose_loss_steps", "clip_loss", "control", "matching_loss", "step_kl"]
+
+
+def control(mean: Tensor, base_mean: Tensor, std: float | Tensor) -> Tensor:
+    """√Δ u_k = (μ_k^θ − μ_k^base)/s_k: the drift change of one step in units of its noise (2409.08861, eqs. 26–27).
+
+    Args:
+        mean: μ_k^θ(x_k), shape (B, …), with gradient.
+        base_mean: μ_k^base(x_k), shape (B, …).
+        std: s_k > 0.
+
+    Raises:
+        ValueError: if shapes differ (they would broadcast silently) or s_k is not positive.
+    """
+    if mean.shape != base_mean.shape:
+        raise ValueError(f"mean has shape {tuple(mean.shape)} but base_mean {tuple(base_mean.shape)}; they must agree.")
+    if not torch.all(torch.as_tensor(std) > 0):
+        raise ValueError(f"std is {std}; a step without noise carries no control, so leave it out of the loss steps.")
+    return (mean - base_mean) / std
+
+
+def matching_loss(mean: Tensor, base_mean: Tensor, std: float | Tensor, adjoint: Tensor) -> Tensor:
+    """Adjoint Matching loss of one step, ½‖(μ^θ − μ^base)/s + s ã_{k+1}‖² (2409.08861, eq. 37).
+
+    Args:
+        mean: μ_k^θ(x_k), shape (B, …), with gradient to the trained parameters.
+        base_mean: μ_k^base(x_k), shape (B, …).
+        std: s_k > 0.
+        adjoint: ã_{k+1}, shape (B, …). (Pass ã_k to reproduce the paper's pairing.)
+
+    Returns:
+        Loss per sample, shape (B,), summed over all other dimensions. Gradient reaches `mean` only.
+
+    Raises:
+        ValueError: if shapes differ or s_k is not positive.
+    """
+    if mean.shape != adjoint.shape:
+        raise ValueError(f"mean has shape {tuple(mean.shape)} but adjoint {tuple(adjoint.shape)}; they must agree.")
+    # Detached on purpose: base and adjoint are targets, a gradient through them would change the fixed point.
+    residual = control(mean, base_mean.detach(), std) + std * adjoint.detach()
+    return 0.5 * residual.flatten(1).square().sum(1)
+
+
+def clip_loss(loss: Tensor, loss_clip: float | None) -> Tensor:
+    """The paper's loss clipping threshold LCT (app. G): per sample and step, min(LCT, ‖·‖²) on the *un-halved* norm.
+
+    A clipped term has zero gradient, so an outlier is ignored rather than shortened. `None` leaves the loss as it is.
+    """
+    return loss if loss_clip is None else loss.clamp(max=0.5 * loss_clip)
+
+
+def step_kl(mean: Tensor, base_mean: Tensor, std: float | Tensor) -> Tensor:
+    """½‖√Δ u_k‖², step k's share of KL(path of θ ‖ path of the base), shape (B,), nats (Girsanov on the grid)."""
+    return 0.5 * control(mean, base_mean, std).flatten(1).square().sum(1)
+
+
+@dataclass(frozen=True)
+class LossSteps:
+    """The steps that carry the loss in one update.
+
+    Args:
+        indices: chosen steps k, increasing.
+        inclusion: probability with which each of them is chosen, same length; Σ term/inclusion over the chosen steps is an
+            unbiased estimate of the sum over all steps with noise.
+    """
+
+    indices: tuple[int, ...]
+    inclusion: tuple[float, ...]
+
+
+def choose_loss_steps(
+    stds: Tensor, num_loss_steps: int, selection: Literal["paper", "uniform"], generator: torch.Generator | None = None
+) -> LossSteps:
+    """Draw the steps of one update among those with s_k > 0.
+
+    `"uniform"`: S of n without replacement. `"paper"` (app. G): the last quarter always, the rest uniformly from the others.
+
+    Args:
+        stds: s_k, shape (K,).
+        num_loss_steps: S, 1 ≤ S ≤ number of steps with noise; "paper" needs more than the quarter it always takes.
+        generator: CPU generator; `None` for the global one.
+
+    Raises:
+        ValueError: if S does not fit the grid or `selection` is unknown.
+    """
+    noisy = [k for k, std in enumerate(stds.tolist()) if std > 0]
+    always = _always_chosen(noisy, num_loss_steps, selection)
+    pool = noisy[: len(noisy) - len(always)]
+    draws = num_loss_steps - len(always)
+    drawn = [pool[i] for i in torch.randperm(len(pool), generator=generator)[:draws].tolist()]
+    probability = {k: draws / len(pool) for k in pool} | dict.fromkeys(always, 1.0)
+    indices = tuple(sorted(drawn + always))
+    return LossSteps(indices, tuple(probability[k] for k in indices))
+
+
+def _always_chosen(noisy: list[int], num_loss_steps: int, selection: str) -> list[int]:
+    if selection not in ("paper", "uniform"):
+        raise ValueError(f"loss_step_selection={selection!r} is unknown; pass 'uniform' or 'paper'.")
+    if not 1 <= num_loss_steps <= len(noisy):
+        raise ValueError(
+            f"num_loss_steps={num_loss_steps} does not fit a grid with {len(noisy)} noisy steps; pass 1 to {len(noisy)}."
+        )
+    if selection == "uniform" or num_loss_steps == len(noisy):
+        return []
+    quarter = max(len(noisy) // 4, 1)
+    if num_loss_steps <= quarter:
+        raise ValueError(
+            f"num_loss_steps={num_loss_steps} leaves no draw beside the last {quarter} steps that 'paper' always takes; "
+            f"pass at least {quarter + 1}, or loss_step_selection='uniform'."
+        )
+    return noisy[-quarter:]

@@ -1,0 +1,64 @@
+r"""Discretisations of the memoryless SDE, written once, in flow coordinates.
+
+Any Gaussian path X = α X_1 + β X_0 becomes the flow path t X_1 + (1 − t) X_0 after division by α + β, with t = α/(α + β); the
+memoryless SDE (σ² = 2η, 2409.08861, Prop. 1) goes over into the memoryless SDE. So flow matching and every β-schedule share
+the functions below. With v = E[X_1 − X_0 | X_t] the velocity, κ = 1/t, η = (1 − t)/t, a step from t to t + h reads
+
+    x' = state · x + velocity · v(x, t) + std · ξ
+
+The plain SDE dX = (2v − κX)dt + √(2η) dB is singular at t = 0, and its last steps have hardly any noise; the choices below
+differ in how they treat the two ends. `benchmarks/discretisation.py` measures what that does to the tilted law.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from torch import Tensor
+
+__all__ = ["INTEGRATORS", "StepCoefficients"]
+
+
+@dataclass(frozen=True)
+class StepCoefficients:
+    """x' = state·x + velocity·v + std·ξ for every step of a grid; three tensors of shape (K,), float64."""
+
+    state: Tensor
+    velocity: Tensor
+    std: Tensor
+
+
+def euler(t: Tensor, h: Tensor) -> StepCoefficients:
+    """Euler–Maruyama with the paper's offset: κ = 1/(t + h), σ² = 2(1 − t + h)/(t + h) (2409.08861, eqs. 40, 236)."""
+    return StepCoefficients(1 - h / (t + h), 2 * h, (2 * h * (1 - t + h) / (t + h)).sqrt())
+
+
+def compensated(t: Tensor, h: Tensor) -> StepCoefficients:
+    """The same σ, with the drift that keeps the marginals for it: v + σ²/(2η) (v − κx) (2409.08861, eq. 4); finite at t = 0."""
+    pull = (1 - t + h) / ((t + h) * (1 - t))  # σ²/(2η) · κ
+    return StepCoefficients(1 - h * pull, h * (1 + pull * t), (2 * h * (1 - t + h) / (t + h)).sqrt())
+
+
+def local_linear(t: Tensor, h: Tensor) -> StepCoefficients:
+    """v frozen over the step, the linear part solved exactly, both offsets h (2606.19162, app. G)."""
+    u, u_next = t + h, t + 2 * h
+    phi = u / u_next
+    variance = (1 + 2 * h) * (1 - phi**2) - 2 / 3 * (u_next - phi**2 * u)
+    return StepCoefficients(phi, u_next * (1 - phi**2), variance.sqrt())
+
+
+def ancestral(t: Tensor, h: Tensor) -> StepCoefficients:
+    """x̂_1 frozen over the step, the rest exact: DDIM with η = 1 (2409.08861, eq. 219); the last step of a grid to t = 1 is noiseless."""
+    t_next = t + h
+    kept = (t * (1 - t_next) / (t_next * (1 - t))) ** 2  # share of the old noise's variance in the new one
+    old_noise = (1 - t_next) * kept.sqrt()  # coefficient of ε̂ = x − t v; x̂_1 = x + (1 − t) v
+    return StepCoefficients(t_next + old_noise, t_next * (1 - t) - old_noise * t, (1 - t_next) * (1 - kept).clamp(min=0).sqrt())
+
+
+INTEGRATORS: dict[str, Callable[[Tensor, Tensor], StepCoefficients]] = {
+    "euler": euler,
+    "compensated": compensated,
+    "local_linear": local_linear,
+    "ancestral": ancestral,
+}
