@@ -1,0 +1,41 @@
+# Each target is one command on a fresh machine: it makes .venv and installs into it when needed.
+PYTHON ?= python3
+REWARD ?= ink
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+
+# Nothing here downloads a model or reports usage; what is needed is in the repository.
+export HF_HUB_OFFLINE := 1
+export HF_HUB_DISABLE_TELEMETRY := 1
+export TOKENIZERS_PARALLELISM := false
+
+.PHONY: demo test test-slow lint bench clean
+
+demo: $(INSTALLED)
+	REWARD=$(REWARD) $(BIN)/python examples/digits/demo.py
+
+test: $(INSTALLED)
+	$(BIN)/python -m pytest -m "not slow"
+
+test-slow: $(INSTALLED)
+	$(BIN)/python -m pytest -m slow
+
+lint: $(INSTALLED)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: $(INSTALLED)
+	$(BIN)/python benchmarks/discretisation.py
+
+clean:
+	rm -rf $(VENV) build dist out src/*.egg-info .pytest_cache .ruff_cache .mypy_cache
+
+# torch alone first: the pinned release is taken from wherever pip is told to look, a local CPU build included,
+# before anything else can ask for another one.
+$(INSTALLED): setup.py constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -c constraints.txt torch
+	$(BIN)/python -m pip install -c constraints.txt -e '.[dev]'
+	touch $@

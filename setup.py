@@ -1,0 +1,74 @@
+"""What is installed, and with what. Tool settings are in pyproject.toml, the tested versions in constraints.txt."""
+
+import re
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+ROOT = Path(__file__).parent
+
+
+def version() -> str:
+    """Read `__version__` without importing the package: a build has none of its dependencies."""
+    source = (ROOT / "src/diffusers_adjoint/__init__.py").read_text(encoding="utf-8")
+    found = re.search(r'^__version__ = "([^"]+)"$', source, re.MULTILINE)
+    if found is None:
+        raise ValueError('src/diffusers_adjoint/__init__.py has no line `__version__ = "…"`; put one there.')
+    return found.group(1)
+
+
+# The lower bounds are the versions that constraints.txt pins for the oldest Python.
+REQUIREMENTS = [
+    "torch>=2.8",
+    "diffusers>=0.41",
+    "transformers>=5.20",
+    "peft>=0.21",
+    "accelerate>=1.14",
+    "trl>=1.14",
+    "datasets>=5.0",
+    "huggingface_hub>=2.0",
+    "safetensors>=0.8",
+    "numpy>=2.2",
+    "pillow>=12.0",
+    "tqdm>=4.67",
+]
+EXTRAS: dict[str, list[str]] = {
+    # Rewards, metrics and docs need nothing more so far; the names exist so that install commands stay valid.
+    "rewards": [],
+    "metrics": [],
+    "docs": [],
+    "dev": [
+        "matplotlib>=3.10",
+        "mypy>=2.0",
+        "pre-commit>=4.0",
+        "pytest>=9.0",
+        "ruff>=0.17",
+        "scikit-learn>=1.7",
+        "scipy>=1.15",
+        "sentencepiece>=0.2",
+        "tensorboard>=2.20",
+    ],
+}
+
+setup(
+    name="diffusers-adjoint",
+    version=version(),
+    description="Adjoint Matching: reward fine-tuning for any diffusers pipeline, to p_base(x)·exp(r(x))",
+    long_description=(ROOT / "README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    license_files=["LICENSE"],
+    package_dir={"": "src"},
+    packages=find_packages("src"),
+    package_data={"diffusers_adjoint": ["py.typed"]},
+    python_requires=">=3.10",
+    install_requires=REQUIREMENTS,
+    extras_require=EXTRAS,
+    classifiers=[
+        "Development Status :: 3 - Alpha",
+        "Intended Audience :: Science/Research",
+        "Programming Language :: Python :: 3",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+        "Typing :: Typed",
+    ],
+)
