@@ -1,3 +1,30 @@
-"""Adjoint Matching for diffusers: fine-tune a pipeline until it samples p_base(x)·exp(r(x))."""
+"""Reward fine-tuning of diffusers pipelines with Adjoint Matching (arXiv 2409.08861), in the shape of a TRL trainer."""
+
+from .adjoint import AdjointPath, lean_adjoint
+from .config import AdjointMatchingConfig
+from .matching import LossSteps, choose_loss_steps, clip_loss, control, matching_loss, step_kl
+from .schedulers import MemorylessDDIMScheduler, MemorylessFlowMatchEulerDiscreteScheduler, memoryless_scheduler
+from .trainer import AdjointMatchingTrainer
+from .trajectory import Trajectory, rollout
+from .transition import Transition
 
 __version__ = "0.1.0.dev0"
+
+__all__ = [
+    "AdjointMatchingConfig",
+    "AdjointMatchingTrainer",
+    "AdjointPath",
+    "LossSteps",
+    "MemorylessDDIMScheduler",
+    "MemorylessFlowMatchEulerDiscreteScheduler",
+    "Trajectory",
+    "Transition",
+    "choose_loss_steps",
+    "clip_loss",
+    "control",
+    "lean_adjoint",
+    "matching_loss",
+    "memoryless_scheduler",
+    "rollout",
+    "step_kl",
+]

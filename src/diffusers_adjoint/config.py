@@ -1,0 +1,159 @@
+"""Training arguments of Adjoint Matching: `transformers.TrainingArguments` plus what the method needs."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from transformers import TrainingArguments
+
+from .schedulers.integrators import INTEGRATORS
+
+__all__ = ["AdjointMatchingConfig"]
+
+CHOICES: dict[str, tuple[str, ...]] = {
+    "cfg_mode": ("rollout", "none", "full"),
+    "loss_step_selection": ("uniform", "paper"),
+    "adjoint_pairing": ("next", "paper"),
+    "on_nonfinite": ("skip", "raise"),
+}
+
+
+@dataclass
+class AdjointMatchingConfig(TrainingArguments):
+    r"""Configuration of [`AdjointMatchingTrainer`].
+
+    Only the fields of Adjoint Matching, and the defaults that differ from `TrainingArguments`, are listed here.
+
+    > Parameters that control the target distribution p_base(x)·exp(λ r(x))
+
+    Args:
+        reward_scale (`float`, defaults to 1.0):
+            λ, nats per unit of reward. The larger, the further from the base; λ·std(r) of 1 to 3 is a moderate tilt.
+        reward_weights (`list[float]`, *optional*):
+            Weight of each reward function in r; all 1 when not given.
+        guidance_scale (`float`, defaults to 1.0):
+            Classifier-free guidance. 1 means none, and then the target is exact whatever `cfg_mode` says.
+        cfg_mode (`str`, defaults to `"rollout"`):
+            Where guidance above 1 acts. `"rollout"`: trajectories only (the official code's choice; the result is *not* the
+            tilt). `"none"`: nowhere in training, only in evaluation (exact for the unguided model). `"full"`: everywhere (exact for the
+            guided model, twice the work, and the adjoint can blow up).
+
+    > Parameters that control the sampler
+
+    Args:
+        num_inference_steps (`int`, defaults to 20):
+            K, steps of the memoryless sampler in training. Cost is proportional to it.
+        integrator (`str`, *optional*):
+            Discretisation of the memoryless SDE, one of "euler", "compensated", "local_linear", "ancestral"; the scheduler's
+            default when not given.
+        pipeline_kwargs (`dict`, *optional*):
+            Further arguments of the pipeline's `__call__`, such as `{"height": 512, "width": 512}`.
+        num_generations (`int`, defaults to 1):
+            Images per prompt. A rollout has `per_device_train_batch_size` × `num_generations` images.
+
+    > Parameters that control the loss
+
+    Args:
+        num_loss_steps (`int`, *optional*):
+            S, steps of each trajectory that carry the loss; half of K when not given.
+        loss_step_selection (`str`, defaults to `"uniform"`):
+            `"uniform"`, or `"paper"`: the last quarter always, the rest at random.
+        loss_clip (`float`, *optional*):
+            The paper's LCT, on the un-halved squared norm per sample and step; a term above it has no gradient. Off by default.
+        adjoint_pairing (`str`, defaults to `"next"`):
+            `"next"` pairs step k with ã_{k+1} (exact on the grid); `"paper"` with ã_k, for comparison only.
+        on_nonfinite (`str`, defaults to `"skip"`):
+            What a NaN or Inf in a reward or its gradient does: `"skip"` leaves the sample out and counts it, `"raise"` stops.
+
+    > Defaults that differ from `TrainingArguments`
+
+    Args:
+        learning_rate (`float`, defaults to 1e-4): for LoRA; a full fine-tuning wants about 1e-5.
+        lr_scheduler_type (`str`, defaults to `"constant"`).
+        per_device_train_batch_size (`int`, defaults to 4): prompts per rollout.
+        remove_unused_columns (`bool`, defaults to `False`): dataset columns reach the reward functions.
+        model_init_kwargs (`dict`, *optional*): for `DiffusionPipeline.from_pretrained`, when the model is given by name.
+    """
+
+    _VALID_DICT_FIELDS = TrainingArguments._VALID_DICT_FIELDS + ["pipeline_kwargs", "model_init_kwargs"]
+
+    learning_rate: float = field(default=1e-4, metadata={"help": "Initial learning rate of the optimizer."})
+    lr_scheduler_type: str = field(default="constant", metadata={"help": "Learning rate schedule."})
+    per_device_train_batch_size: int = field(default=4, metadata={"help": "Prompts per rollout and device."})
+    remove_unused_columns: bool | None = field(
+        default=False, metadata={"help": "Keep False: dataset columns reach the reward functions."}
+    )
+
+    model_init_kwargs: dict[str, Any] | str | None = field(
+        default=None,
+        metadata={"help": "Arguments of DiffusionPipeline.from_pretrained, when the model is given by name."},
+    )
+    reward_scale: float = field(default=1.0, metadata={"help": "λ, nats per unit of reward."})
+    reward_weights: list[float] | None = field(
+        default=None, metadata={"help": "Weight of each reward function; all 1 when not given."}
+    )
+    guidance_scale: float = field(default=1.0, metadata={"help": "Classifier-free guidance; 1 means none."})
+    cfg_mode: Literal["rollout", "none", "full"] = field(
+        default="rollout", metadata={"help": "Where guidance above 1 acts in training: 'rollout', 'none' or 'full'."}
+    )
+    num_inference_steps: int = field(default=20, metadata={"help": "K, steps of the memoryless sampler."})
+    integrator: str | None = field(
+        default=None,
+        metadata={"help": f"Discretisation of the memoryless SDE: {', '.join(INTEGRATORS)}; None for the default."},
+    )
+    pipeline_kwargs: dict[str, Any] | str | None = field(
+        default=None, metadata={"help": "Further arguments of the pipeline's __call__."}
+    )
+    num_generations: int = field(default=1, metadata={"help": "Images per prompt."})
+    num_loss_steps: int | None = field(
+        default=None, metadata={"help": "S, steps of each trajectory that carry the loss; None for half of K."}
+    )
+    loss_step_selection: Literal["uniform", "paper"] = field(
+        default="uniform", metadata={"help": "'uniform', or 'paper': the last quarter always, the rest at random."}
+    )
+    loss_clip: float | None = field(
+        default=None,
+        metadata={"help": "The paper's LCT on the un-halved squared norm, per sample and step; None is off."},
+    )
+    adjoint_pairing: Literal["next", "paper"] = field(
+        default="next", metadata={"help": "Pair step k with the adjoint k+1 ('next', exact) or k ('paper')."}
+    )
+    on_nonfinite: Literal["skip", "raise"] = field(
+        default="skip",
+        metadata={"help": "Leave samples with a non-finite reward or gradient out ('skip') or stop ('raise')."},
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.num_loss_steps is None:
+            self.num_loss_steps = max(self.num_inference_steps // 2, 1)
+        self._check_choices()
+        self._check_numbers()
+
+    def _check_choices(self) -> None:
+        for name, allowed in CHOICES.items():
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"{name}={getattr(self, name)!r} is unknown; pass one of {', '.join(map(repr, allowed))}.")
+        if self.integrator is not None and self.integrator not in INTEGRATORS:
+            raise ValueError(f"integrator={self.integrator!r} is unknown; pass one of {', '.join(map(repr, INTEGRATORS))}.")
+        if self.pipeline_kwargs is not None and not isinstance(self.pipeline_kwargs, dict):
+            raise TypeError(f"pipeline_kwargs is a {type(self.pipeline_kwargs).__name__}; pass a dict of call arguments.")
+
+    def _check_numbers(self) -> None:
+        if self.num_inference_steps < 2:
+            raise ValueError(f"num_inference_steps={self.num_inference_steps} is too few; pass at least 2.")
+        if not 1 <= self.num_loss_steps <= self.num_inference_steps:
+            raise ValueError(
+                f"num_loss_steps={self.num_loss_steps} does not fit num_inference_steps={self.num_inference_steps}; "
+                f"pass 1 to {self.num_inference_steps}."
+            )
+        if not (math.isfinite(self.reward_scale) and self.reward_scale >= 0):
+            raise ValueError(f"reward_scale={self.reward_scale} is not a scale; pass a finite number ≥ 0 and negate the reward.")
+        if self.guidance_scale < 1:
+            raise ValueError(f"guidance_scale={self.guidance_scale} is below 1; pass 1 for no guidance.")
+        if self.num_generations < 1:
+            raise ValueError(f"num_generations={self.num_generations} makes no image; pass at least 1.")
+        if self.loss_clip is not None and not self.loss_clip > 0:
+            raise ValueError(f"loss_clip={self.loss_clip} would silence every term; pass a positive number or None.")

@@ -1,0 +1,70 @@
+"""The trained network as a function: step mean of the fine-tuned model, and of the frozen base."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from torch import Tensor, nn
+
+from .lora import adapters_disabled
+from .replay import Conditioning, PipelineReplay
+
+__all__ = ["PipelineDenoiser"]
+
+
+class PipelineDenoiser(nn.Module):
+    """Owns the pipeline's denoiser; `forward` is μ_k(x). This is the module that `Trainer` wraps (DDP, autocast, …).
+
+    The base is the network with its adapter switched off, or, without an adapter, a frozen copy made here.
+
+    Args:
+        replay: turns the pipeline's own `__call__` into the guided prediction m(x, t).
+        has_adapter: whether the network carries a LoRA adapter; otherwise all its weights are trained.
+    """
+
+    config = None  # Trainer writes into `model.config`; a diffusers config is frozen
+    accepts_loss_kwargs = False
+
+    def __init__(self, replay: PipelineReplay, *, has_adapter: bool) -> None:
+        super().__init__()
+        self.replay = replay
+        self.network: nn.Module = getattr(replay.pipeline, replay.component)
+        self.frozen: nn.Module | None = None
+        if not has_adapter:
+            self.frozen = copy.deepcopy(self.network).requires_grad_(False)
+            self.network.requires_grad_(True)
+        self.evaluations = 0  # samples sent through the denoiser, for the log
+        self._base_active = False
+        self.train(False)
+
+    def forward(self, x: Tensor, index: int, conditioning: Conditioning, guided: bool = False) -> Tensor:
+        """μ_k(x) of step `index`, shape of `x`, float32 or better; differentiable in `x` and the trained weights."""
+        self.evaluations += len(x)
+        network = self.frozen if self._base_active and self.frozen is not None else self.network
+        output = self.replay.predict(x, index, conditioning, guided=guided, denoiser=network)
+        return self.replay.scheduler.transition(output, x, index).mean
+
+    @contextmanager
+    def base(self) -> Iterator[None]:
+        """Within this context `forward` is the frozen base."""
+        self._base_active = True
+        try:
+            if self.frozen is None:
+                with adapters_disabled(self.network):
+                    yield
+            else:
+                yield
+        finally:
+            self._base_active = False
+
+    def train(self, mode: bool = True) -> PipelineDenoiser:
+        """Stays in evaluation mode whatever `Trainer` asks: dropout would make rollout, adjoint and loss three functions."""
+        return super().train(False)
+
+    def activation_checkpointing_enable(self, **kwargs: object) -> None:
+        """`Trainer`'s hook for `activation_checkpointing=True`: the denoiser's own switch."""
+        self.network.enable_gradient_checkpointing()
+        if self.frozen is not None:
+            self.frozen.enable_gradient_checkpointing()

@@ -1,0 +1,47 @@
+"""What a user hands to the trainer: pipeline, rows, output folder; checked before anything is computed."""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from diffusers import DiffusionPipeline
+
+__all__ = ["collate_columns", "load_pipeline", "require_prompts", "require_writable", "without_prompt"]
+
+
+def load_pipeline(model: str | Path | DiffusionPipeline, init_kwargs: dict[str, Any] | None) -> DiffusionPipeline:
+    """The pipeline itself, or the one of that name or in that folder."""
+    if isinstance(model, DiffusionPipeline):
+        return model
+    if not isinstance(model, str | Path):
+        raise TypeError(f"model is a {type(model).__name__}; pass a DiffusionPipeline, or the name or folder of one.")
+    return DiffusionPipeline.from_pretrained(model, **(init_kwargs or {}))
+
+
+def require_prompts(dataset: Any) -> None:
+    """Raise ValueError unless the dataset has a "prompt" column, or does not know its columns yet."""
+    names = getattr(dataset, "column_names", None)  # streamed datasets may not know theirs before the first row
+    if names is not None and "prompt" not in names:
+        raise ValueError(f"the dataset has columns {sorted(names)}; add a 'prompt' column of strings.")
+
+
+def require_writable(folder: str) -> None:
+    """Create `folder` and write into it once; raise ValueError if that cannot be done."""
+    try:
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise ValueError(f"output_dir={folder!r} cannot be written ({error.strerror}); pass a folder you may write to.") from None
+
+
+def collate_columns(rows: list[dict[str, Any]]) -> dict[str, list[Any]]:
+    """Collate rows to columns of plain lists; nothing is padded or turned into tensors."""
+    return {name: [row[name] for row in rows] for name in rows[0]}
+
+
+def without_prompt(columns: dict[str, list[Any]]) -> dict[str, list[Any]]:
+    """The columns that only the rewards see."""
+    return {name: values for name, values in columns.items() if name != "prompt"}

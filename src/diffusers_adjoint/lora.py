@@ -1,0 +1,104 @@
+"""LoRA on a diffusers denoiser: attach, switch off, save for `load_lora_weights`, load for resuming."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from diffusers import DiffusionPipeline
+from diffusers.loaders import PeftAdapterMixin
+from diffusers.training_utils import cast_training_params
+from diffusers.utils import convert_state_dict_to_diffusers, convert_unet_state_dict_to_peft, logging
+from peft import LoraConfig
+from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
+from safetensors.torch import load_file
+from torch import nn
+
+__all__ = ["add_lora", "adapters_disabled", "load_lora", "save_lora"]
+
+logger = logging.get_logger(__name__)
+
+ADAPTER = "default"
+WEIGHTS_NAME = "pytorch_lora_weights.safetensors"
+ATTENTION = ["to_q", "to_k", "to_v", "to_out.0"]
+
+
+def add_lora(network: nn.Module, peft_config: LoraConfig) -> None:
+    """Attach a LoRA adapter in float32 to a frozen denoiser, in place.
+
+    Dropout is forced to 0: rollout, adjoint and loss must see one function. Without `target_modules`, the attention
+    projections are adapted.
+
+    Raises:
+        ValueError: if the network cannot take an adapter, carries one already, or has none of the target modules.
+    """
+    name = type(network).__name__
+    if not isinstance(network, PeftAdapterMixin):
+        raise ValueError(f"{name} has no add_adapter; pass peft_config=None for full fine-tuning.")
+    if network._hf_peft_config_loaded:
+        raise ValueError(f"{name} already carries an adapter; fuse_lora() and unload_lora_weights() before training.")
+    config = copy.copy(peft_config)
+    config.target_modules = config.target_modules or list(ATTENTION)
+    if not isinstance(config.target_modules, str) and not _any_module(network, config.target_modules):
+        raise ValueError(
+            f"{name} has no module named {', '.join(sorted(config.target_modules))}; set LoraConfig(target_modules=…) to "
+            "linear or convolution layers it has, or pass peft_config=None for full fine-tuning."
+        )
+    if config.lora_dropout:
+        logger.warning(f"lora_dropout={config.lora_dropout} is set to 0: rollout, adjoint and loss must see one function.")
+        config.lora_dropout = 0.0
+    network.requires_grad_(False)
+    network.add_adapter(config, adapter_name=ADAPTER)
+    cast_training_params(network, torch.float32)
+
+
+def _any_module(network: nn.Module, targets: list[str] | set[str]) -> bool:
+    return any(f".{name}".endswith(f".{target}") for name, _ in network.named_modules() for target in targets)
+
+
+@contextmanager
+def adapters_disabled(network: nn.Module) -> Iterator[None]:
+    """The base: the same weights without the adapter, bit for bit the untouched network."""
+    network.disable_adapters()
+    try:
+        yield
+    finally:
+        network.enable_adapters()
+
+
+def save_lora(pipeline: DiffusionPipeline, component: str, folder: str | Path) -> None:
+    """Write `pytorch_lora_weights.safetensors` that `pipeline.load_lora_weights(folder)` reads, alpha included.
+
+    Args:
+        pipeline: its `component` carries the adapter.
+        component: name of the denoiser, "transformer" or "unet".
+        folder: created if missing.
+    """
+    network = getattr(pipeline, component)
+    weights = get_peft_model_state_dict(network, adapter_name=ADAPTER)
+    if component == "unet":
+        weights = convert_state_dict_to_diffusers(weights)
+    # Without the metadata the reader takes alpha = r, and the tuned model comes back scaled wrongly, silently.
+    metadata = {f"{component}_lora_adapter_metadata": network.peft_config[ADAPTER].to_dict()}
+    type(pipeline).save_lora_weights(str(folder), **{f"{component}_lora_layers": weights}, **metadata)
+
+
+def load_lora(network: nn.Module, component: str, folder: str | Path) -> None:
+    """Read what `save_lora` wrote into the adapter already attached, bit for bit.
+
+    Raises:
+        ValueError: if the file is missing or belongs to another adapter.
+    """
+    file = Path(folder) / WEIGHTS_NAME
+    if not file.is_file():
+        raise ValueError(f"{folder} holds no {WEIGHTS_NAME}; pass a checkpoint folder written by this trainer.")
+    weights = {key.removeprefix(f"{component}."): value for key, value in load_file(file).items()}
+    if component == "unet":
+        weights = convert_unet_state_dict_to_peft(weights)
+    expected = get_peft_model_state_dict(network, adapter_name=ADAPTER)
+    if weights.keys() != expected.keys() or any(weights[key].shape != expected[key].shape for key in expected):
+        raise ValueError(f"{file} does not fit the adapter in training; resume with the peft_config it was trained with.")
+    set_peft_model_state_dict(network, weights, adapter_name=ADAPTER)

@@ -1,0 +1,128 @@
+"""One reward out of several, its checks, and its gradient with respect to the latent state."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+__all__ = ["RewardGradient", "WeightedReward", "reward_gradient"]
+
+RewardFunction = Callable[..., Tensor]
+"""f(images=(B, 3, H, W) in [0, 1], prompts=list of B, **dataset columns) → (B,), differentiable in `images`."""
+
+
+class WeightedReward:
+    """r = Σ_i w_i f_i.
+
+    Args:
+        reward_funcs: one callable or module, or several. Modules are frozen and put in evaluation mode.
+        weights: w_i, one for each function; `None` for all 1.
+
+    Raises:
+        TypeError: if one of them is not callable.
+        ValueError: if there is none, or the number of weights differs.
+    """
+
+    def __init__(self, reward_funcs: RewardFunction | Sequence[RewardFunction], weights: Sequence[float] | None = None) -> None:
+        functions = list(reward_funcs) if isinstance(reward_funcs, list | tuple) else [reward_funcs]
+        if not functions:
+            raise ValueError("reward_funcs is empty; pass at least one reward function.")
+        for function in functions:
+            if not callable(function):
+                raise TypeError(f"reward_funcs contains {function!r}; pass callables f(images=, prompts=, **columns).")
+        weights = [1.0] * len(functions) if weights is None else list(weights)
+        if len(weights) != len(functions):
+            raise ValueError(f"reward_weights has {len(weights)} entries for {len(functions)} reward functions; pass one each.")
+        self.functions, self.weights = functions, weights
+        self.names = _unique_names(functions)
+        for module in (f for f in functions if isinstance(f, nn.Module)):
+            module.requires_grad_(False).eval()  # frozen, but not under no_grad: the gradient goes through to the images
+
+    def to(self, device: torch.device) -> WeightedReward:
+        for module in (f for f in self.functions if isinstance(f, nn.Module)):
+            module.to(device)
+        return self
+
+    def __call__(self, images: Tensor, prompts: list[str], **columns: list[Any]) -> dict[str, Tensor]:
+        """Each function's value, name → (B,) float32 or better.
+
+        Raises:
+            TypeError: if a function does not return a tensor.
+            ValueError: if it does not return one value for each image.
+        """
+        return {
+            name: _checked(function(images=images, prompts=prompts, **columns), name, len(images))
+            for name, function in zip(self.names, self.functions, strict=True)
+        }
+
+    def total(self, values: dict[str, Tensor]) -> Tensor:
+        """Σ_i w_i f_i, shape (B,), from the values of a call."""
+        return torch.stack([w * values[name] for w, name in zip(self.weights, self.names, strict=True)]).sum(0)
+
+
+@dataclass(frozen=True)
+class RewardGradient:
+    """The reward at the end points, and its gradient there.
+
+    Args:
+        rewards: r, shape (B,), detached.
+        values: name → f_i, shape (B,), detached.
+        images: decoded end points, (B, 3, H, W) in [0, 1], detached.
+        gradient: ∇ₓ r, shape (B, …) of the end points, reward units per state unit.
+    """
+
+    rewards: Tensor
+    values: dict[str, Tensor]
+    images: Tensor
+    gradient: Tensor
+
+
+def reward_gradient(
+    end_point: Tensor,
+    decode: Callable[[Tensor], Tensor],
+    reward: WeightedReward,
+    prompts: list[str],
+    columns: dict[str, list[Any]],
+) -> RewardGradient:
+    """Decode the end points, score the images, and differentiate: one decoder pass forward and one back.
+
+    Raises:
+        ValueError: if a reward is not differentiable in the images.
+    """
+    x = end_point.detach().requires_grad_()
+    with torch.enable_grad():
+        images = decode(x)
+        values = reward(images, prompts, **columns)
+        _require_graph(values)
+        total = reward.total(values)
+    gradient = torch.autograd.grad(total.sum(), x)[0]
+    return RewardGradient(total.detach(), {k: v.detach() for k, v in values.items()}, images.detach(), gradient)
+
+
+def _require_graph(values: dict[str, Tensor]) -> None:
+    for name, value in values.items():
+        if not value.requires_grad:
+            raise ValueError(
+                f"reward {name!r} is not differentiable in the images; remove torch.no_grad(), .detach(), .item(), PIL or uint8 "
+                "conversion from it, Adjoint Matching needs ∂reward/∂pixels."
+            )
+
+
+def _checked(value: Tensor, name: str, batch: int) -> Tensor:
+    if not isinstance(value, Tensor):
+        raise TypeError(f"reward {name!r} returned a {type(value).__name__}; return a tensor of shape ({batch},).")
+    if value.shape != (batch,):
+        raise ValueError(f"reward {name!r} returned shape {tuple(value.shape)}; return one value per image, shape ({batch},).")
+    return value if value.dtype == torch.float64 else value.float()
+
+
+def _unique_names(functions: Sequence[RewardFunction]) -> list[str]:
+    names: list[str] = []
+    for function in functions:
+        name = getattr(function, "__name__", type(function).__name__)
+        names.append(name if name not in names else f"{name}_{sum(n.startswith(name) for n in names)}")
+    return names

@@ -1,0 +1,75 @@
+"""Reproducible randomness and rollouts of the pipeline's denoiser.
+
+Every random number of an update belongs to (seed, update, global sample index), never to a rank or a micro-batch: splitting a
+batch, accumulating gradients or adding processes changes nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from enum import IntEnum
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .denoiser import PipelineDenoiser
+from .matching import step_kl
+from .replay import Conditioning
+from .trajectory import Trajectory, rollout
+
+__all__ = ["Stream", "path_kl", "sample_trajectory", "seeded_generator", "stacked_noise"]
+
+
+class Stream(IntEnum):
+    """Independent random streams of one sample (or, for the loss steps, of one update)."""
+
+    START = 0
+    STEP_NOISE = 1
+    LOSS_STEPS = 2
+    EVALUATION = 3
+
+
+def seeded_generator(seed: int, update: int, sample: int, stream: Stream) -> torch.Generator:
+    """CPU generator that depends on its arguments only; on the CPU so that every device draws the same numbers."""
+    state = np.random.SeedSequence((seed, update, sample, stream)).generate_state(1, np.uint64)
+    return torch.Generator().manual_seed(int(state[0] >> np.uint64(1)))  # manual_seed takes 63 bits
+
+
+def stacked_noise(like: Tensor, generators: Sequence[torch.Generator]) -> Tensor:
+    """Standard normal noise of `like`'s shape, dtype and device; row i from generator i."""
+    rows = [torch.randn(like.shape[1:], generator=generator, dtype=like.dtype) for generator in generators]
+    return torch.stack(rows).to(like.device)
+
+
+def sample_trajectory(
+    denoiser: PipelineDenoiser,
+    start: Tensor,
+    conditioning: Conditioning,
+    generators: Sequence[torch.Generator],
+    *,
+    guided: bool = False,
+) -> Trajectory:
+    """Memoryless trajectory of the current model, K − 1 evaluations: x_K is not needed.
+
+    Args:
+        start: x_0, shape (B, …).
+        generators: step noise, one for each sample.
+        guided: classifier-free guidance in the rollout.
+    """
+    scheduler = denoiser.replay.scheduler
+    return rollout(
+        lambda k, x: denoiser(x, k, conditioning, guided),
+        start,
+        scheduler.timesteps,
+        scheduler.stds,
+        lambda k: stacked_noise(start, generators),
+    )
+
+
+def path_kl(mean: Callable[[int, Tensor], Tensor], base_mean: Callable[[int, Tensor], Tensor], trajectory: Trajectory) -> Tensor:
+    """KL(path law of the model ‖ path law of the base) along given paths, shape (B,), nats; all steps with noise (Girsanov)."""
+    noisy = [k for k, std in enumerate(trajectory.stds.tolist()) if std > 0]
+    with torch.no_grad():
+        terms = [step_kl(mean(k, x := trajectory.states[k]), base_mean(k, x), trajectory.stds[k]) for k in noisy]
+    return torch.stack(terms).sum(0)

@@ -1,0 +1,58 @@
+"""Per-sample metrics between two log lines: kept as tensors, averaged over all samples and processes when logged."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from transformers.utils import logging
+
+__all__ = ["SampleLog", "announce_tilt", "summarise"]
+
+logger = logging.get_logger(__name__)
+
+
+class SampleLog:
+    """Collects (B,) tensors by name; a mean over them does not depend on how a batch was split."""
+
+    def __init__(self) -> None:
+        self._values: dict[str, list[Tensor]] = defaultdict(list)
+
+    def add(self, name: str, values: Tensor) -> None:
+        self._values[name].append(values.detach().flatten().float())
+
+    def drain(self, gather: Callable[[Tensor], Tensor]) -> dict[str, Tensor]:
+        """All values since the last call, name → (N,), gathered over processes; empties the log."""
+        drained = {name: gather(torch.cat(values)).cpu() for name, values in sorted(self._values.items())}
+        self._values.clear()
+        return drained
+
+
+def summarise(samples: dict[str, Tensor]) -> dict[str, float]:
+    """Means over finite values; rewards with their standard deviation too."""
+    summary: dict[str, float] = {}
+    for name, values in samples.items():
+        values = values[values.isfinite()]
+        spread = values.std(correction=min(1, max(len(values) - 1, 0))).item()
+        if name.startswith("rewards/"):
+            summary |= {f"{name}/mean": values.mean().item(), f"{name}/std": spread}
+        else:
+            summary[name] = values.mean().item()
+        if name == "reward":
+            summary["reward_std"] = spread
+    return summary
+
+
+def announce_tilt(scaled_rewards: Tensor) -> None:
+    """How far λ asks the model to move, by the Gaussian estimate KL ≈ ½ std(λr)² (exact for a linear reward of a Gaussian)."""
+    if len(scaled_rewards) < 2:
+        return
+    spread = scaled_rewards.std().item()
+    logger.warning(f"λ·std(r) = {spread:.3g} on the first batch: the target is about {spread**2 / 2:.3g} nats from the base.")
+    if not 0.1 <= spread <= 10:
+        logger.warning(
+            f"λ·std(r) = {spread:.3g} is outside 0.1–10; {'raise' if spread < 0.1 else 'lower'} reward_scale, or expect "
+            f"{'no visible change' if spread < 0.1 else 'a collapse onto the highest rewards'}."
+        )

@@ -1,0 +1,341 @@
+"""The Adjoint Matching trainer: a diffusers pipeline and a reward in, the same pipeline sampling p_base·exp(λr) out."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import DiffusionPipeline
+from peft import LoraConfig
+from torch import Tensor, nn
+from transformers import Trainer, set_seed
+from transformers.utils import logging
+
+from .adjoint import AdjointPath, lean_adjoint
+from .config import AdjointMatchingConfig
+from .denoiser import PipelineDenoiser
+from .inputs import collate_columns, load_pipeline, require_prompts, require_writable, without_prompt
+from .lora import add_lora, load_lora, save_lora
+from .matching import LossSteps, choose_loss_steps, clip_loss, matching_loss, step_kl
+from .replay import Conditioning, PipelineReplay, check_replay
+from .rewards import RewardGradient, WeightedReward, reward_gradient
+from .rollout import Stream, sample_trajectory, seeded_generator
+from .sample_log import SampleLog, announce_tilt, summarise
+from .schedulers import memoryless_scheduler
+from .trajectory import Trajectory
+
+__all__ = ["AdjointMatchingTrainer"]
+
+logger = logging.get_logger(__name__)
+
+
+@dataclass(frozen=True)
+class RolloutBatch:
+    """One micro-batch of images: what starts its rollout and what its rewards see."""
+
+    start: Tensor  # x_0, (B, …)
+    conditioning: Conditioning
+    noise: list[torch.Generator]  # step noise, one for each image
+    columns: dict[str, list[Any]]  # dataset columns, "prompt" among them, one entry for each image
+    share: float  # of the update's images on this process
+
+
+class AdjointMatchingTrainer(Trainer):
+    """Fine-tune a diffusers pipeline on a differentiable reward with Adjoint Matching (arXiv 2409.08861).
+
+    ```python
+    trainer = AdjointMatchingTrainer(
+        model=pipe, reward_funcs=brightness, args=AdjointMatchingConfig(output_dir="out", reward_scale=10.0),
+        train_dataset=dataset, peft_config=LoraConfig(r=8),
+    )
+    trainer.train()
+    ```
+
+    Args:
+        model: a pipeline, or the name or folder of one. Its denoiser is trained in place; its scheduler is left alone.
+        reward_funcs: callable(s) or module(s) `f(images=, prompts=, **columns) -> Tensor (B,)`, differentiable in `images`,
+            which are (B, 3, H, W) in [0, 1].
+        args: settings; defaults write to `<pipeline>-AdjointMatching`.
+        train_dataset: rows with a "prompt" column; the other columns reach the rewards.
+        eval_dataset: rows for `evaluate()`.
+        processing_class: unused, for the signature other trainers have; the pipeline brings its own tokenizers.
+        callbacks, optimizers: as in `transformers.Trainer`.
+        peft_config: LoRA on the denoiser; `None` trains all its weights against a frozen copy.
+
+    Raises:
+        TypeError, ValueError: for bad input, before any training, in one sentence.
+    """
+
+    _tag_names = ["adjoint-matching"]
+    loss_is_scaled_for_ga = True
+
+    def __init__(
+        self,
+        model: str | DiffusionPipeline,
+        reward_funcs: Callable[..., Tensor] | list[Callable[..., Tensor]],
+        args: AdjointMatchingConfig | None = None,
+        train_dataset: Any = None,
+        eval_dataset: Any = None,
+        processing_class: Any = None,
+        callbacks: list[Any] | None = None,
+        optimizers: tuple[Any, Any] = (None, None),
+        peft_config: LoraConfig | None = None,
+    ) -> None:
+        pipeline = load_pipeline(model, args.model_init_kwargs if args else None)
+        args = args or AdjointMatchingConfig(f"{type(pipeline).__name__}-AdjointMatching")
+        for dataset in (train_dataset, eval_dataset):
+            require_prompts(dataset)
+        require_writable(args.output_dir)
+        self.reward = WeightedReward(reward_funcs, args.reward_weights)
+        if args.guidance_scale > 1 and args.cfg_mode == "rollout":
+            logger.warning(
+                "cfg_mode='rollout' guides the trajectories but not the loss: the result is not the tilted distribution; "
+                "'none' and guidance_scale=1 are exact for the unguided model."
+            )
+        set_seed(args.seed)  # before LoRA draws its weights
+
+        self.replay = PipelineReplay(
+            pipeline,
+            memoryless_scheduler(pipeline.scheduler, integrator=args.integrator),
+            args.num_inference_steps,
+            guidance_scale=args.guidance_scale,
+            pipeline_kwargs=args.pipeline_kwargs,
+        )
+        self.pipeline = pipeline
+        for component in pipeline.components.values():
+            if isinstance(component, nn.Module):
+                component.requires_grad_(False).eval()
+        self.has_adapter = peft_config is not None
+        if peft_config is not None:
+            add_lora(getattr(pipeline, self.replay.component), peft_config)
+        self.denoiser = PipelineDenoiser(self.replay, has_adapter=self.has_adapter)
+
+        super().__init__(
+            model=self.denoiser,
+            args=args,
+            data_collator=collate_columns,
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            callbacks=callbacks,
+            optimizers=optimizers,
+        )
+        pipeline.to(args.device)
+        self.reward.to(args.device)
+        self._samples = SampleLog()
+        self._skipped = 0
+        self._tilt_announced = False
+        self._clock = (time.perf_counter(), 0)
+
+    # ------------------------------------------------------------------------------------------------ one training step
+
+    def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None = None) -> Tensor:
+        """Rollout → reward gradient → lean adjoint → matching loss and backward; returns the micro-batch's share of the loss."""
+        with self.compute_loss_context_manager():
+            batch = self._prepare_batch(inputs)
+            steps = self._choose_steps()
+            trajectory = self._rollout(batch)
+            path, reward = self._adjoint(batch, trajectory, steps)
+        return self._match(model, batch, trajectory, path, reward, steps)
+
+    def _prepare_batch(self, inputs: dict[str, Any]) -> RolloutBatch:
+        """prompts → x_0, conditioning; every random number belongs to (seed, update, global image index)."""
+        repeats = self.args.num_generations
+        columns = {name: [v for v in values for _ in range(repeats)] for name, values in inputs["columns"].items()}
+        first = inputs["first_row"] * repeats
+        images = range(first, first + len(columns["prompt"]))
+        start, conditioning = self.replay.prepare(columns, self._generators(images, Stream.START))
+        return RolloutBatch(start, conditioning, self._generators(images, Stream.STEP_NOISE), columns, inputs["share"])
+
+    def _generators(self, images: Sequence[int], stream: Stream) -> list[torch.Generator]:
+        return [seeded_generator(self.args.seed, self.state.global_step, i, stream) for i in images]
+
+    def _choose_steps(self) -> LossSteps:
+        """The same steps for every image of an update, so that neither micro-batches nor ranks change them."""
+        generator = seeded_generator(self.args.seed, self.state.global_step, 0, Stream.LOSS_STEPS)
+        args = self.args
+        return choose_loss_steps(self.replay.scheduler.stds, args.num_loss_steps, args.loss_step_selection, generator)
+
+    def _rollout(self, batch: RolloutBatch) -> Trajectory:
+        guided = self.args.cfg_mode in ("rollout", "full")
+        return sample_trajectory(self.denoiser, batch.start, batch.conditioning, batch.noise, guided=guided)
+
+    def _adjoint(self, batch: RolloutBatch, trajectory: Trajectory, steps: LossSteps) -> tuple[AdjointPath, RewardGradient]:
+        """Reward gradient at the noiseless end point, then the lean adjoint down to the earliest chosen step."""
+        found: list[RewardGradient] = []
+
+        def terminal(end_point: Tensor) -> Tensor:
+            found.append(self._reward_gradient(end_point, batch))
+            return -self.args.reward_scale * found[0].gradient.nan_to_num(0.0, 0.0, 0.0)
+
+        earliest, paper = steps.indices[0], self.args.adjoint_pairing == "paper"
+        with self.denoiser.base():
+            path = lean_adjoint(
+                lambda k, x: self.denoiser(x, k, batch.conditioning, self._guided_loss),
+                trajectory,
+                terminal,
+                lowest=earliest if paper else earliest + 1,
+                lowest_base_mean=earliest,
+            )
+        return path, found[0]
+
+    def _reward_gradient(self, end_point: Tensor, batch: RolloutBatch) -> RewardGradient:
+        return reward_gradient(
+            end_point,
+            lambda x: self.replay.decode(x, batch.conditioning),
+            self.reward,
+            batch.columns["prompt"],
+            without_prompt(batch.columns),
+        )
+
+    def _match(
+        self,
+        model: nn.Module,
+        batch: RolloutBatch,
+        trajectory: Trajectory,
+        path: AdjointPath,
+        reward: RewardGradient,
+        steps: LossSteps,
+    ) -> Tensor:
+        """Backward through the matching loss of each chosen step; gradients are synchronised with the last one only."""
+        keep = self._finite(reward)
+        total, kl = batch.start.new_zeros(()), batch.start.new_zeros(len(keep))
+        for i, (k, inclusion) in enumerate(zip(steps.indices, steps.inclusion, strict=True)):
+            last = i == len(steps.indices) - 1
+            with contextlib.nullcontext() if last else self.accelerator.no_sync(model):
+                with self.compute_loss_context_manager():
+                    mean = model(trajectory.states[k], k, batch.conditioning, self._guided_loss)
+                    adjoint = path.adjoints[k if self.args.adjoint_pairing == "paper" else k + 1]
+                    losses = matching_loss(mean, path.base_means[k], trajectory.stds[k], adjoint)
+                    losses = torch.where(keep, clip_loss(losses, self.args.loss_clip), 0.0)
+                    loss = losses.mean() * batch.share
+                self.accelerator.backward(loss)
+            total += loss.detach()
+            kl += step_kl(mean.detach(), path.base_means[k], trajectory.stds[k]) / inclusion
+        self._record(reward, kl, path.adjoints[-1], keep)
+        return total
+
+    @property
+    def _guided_loss(self) -> bool:
+        return self.args.cfg_mode == "full"
+
+    def _finite(self, reward: RewardGradient) -> Tensor:
+        """Which images have a finite reward and gradient, (B,) bool."""
+        keep = reward.rewards.isfinite() & reward.gradient.flatten(1).isfinite().all(1)
+        if not keep.all() and self.args.on_nonfinite == "raise":
+            raise ValueError(f"{int((~keep).sum())} rewards or reward gradients are NaN or infinite; mend the reward function.")
+        self._skipped += int((~keep).sum())
+        return keep
+
+    def get_batch_samples(self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device) -> tuple[list[Any], Any]:
+        """Number the rows of an update across micro-batches and processes, in the order one process would see them."""
+        batches, items = super().get_batch_samples(epoch_iterator, num_batches, device)
+        sizes = [len(columns["prompt"]) for columns in batches]
+        rows = []
+        for i, columns in enumerate(batches):
+            first = sum(sizes[:i]) * self.args.world_size + self.args.process_index * sizes[i]
+            rows.append({"columns": columns, "first_row": first, "share": sizes[i] / sum(sizes)})
+        return rows, items
+
+    # ---------------------------------------------------------------------------------------------- checks before training
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """`transformers.Trainer.train`, after a check of pipeline, grid and rewards on one row, before any rollout."""
+        self._check_first_row()
+        return super().train(*args, **kwargs)
+
+    def _check_first_row(self) -> None:
+        if self.train_dataset is None:
+            raise ValueError("train_dataset is missing; pass a dataset with a 'prompt' column.")
+        row = next(iter(self.train_dataset))
+        if "prompt" not in row:
+            raise ValueError(f"the rows of the dataset have columns {sorted(row)}; add a 'prompt' column of strings.")
+        columns = collate_columns([row, row])
+        batch = self._prepare_batch({"columns": columns, "first_row": 0, "share": 1.0})
+        self._choose_steps()
+        self._reward_gradient(batch.start, batch)
+        check_replay(self.replay, columns, self._generators(range(2), Stream.START))
+
+    # ------------------------------------------------------------------------------------------------ logging, evaluation
+
+    def _record(self, reward: RewardGradient, kl: Tensor, adjoint: Tensor, keep: Tensor) -> None:
+        if not self._tilt_announced:
+            self._tilt_announced = True
+            announce_tilt(self.args.reward_scale * reward.rewards[keep])
+        self._samples.add("reward", reward.rewards)
+        for name, values in reward.values.items():
+            self._samples.add(f"rewards/{name}", values)
+        self._samples.add("kl", kl)
+        self._samples.add("adjoint_norm", adjoint.flatten(1).norm(dim=1))
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Adds reward, reward_std, rewards/<name>/mean and /std, kl (nats), adjoint_norm, skipped, evaluations_per_second."""
+        if "loss" in logs:
+            logs |= summarise(self._samples.drain(self.accelerator.gather)) | self._work_done()
+        super().log(logs, start_time)
+
+    def _work_done(self) -> dict[str, float]:
+        """Denoiser evaluations (samples through the network) a second, all processes, and samples skipped, since the last log."""
+        now, count = time.perf_counter(), self.denoiser.evaluations
+        then, before = self._clock
+        self._clock = (now, count)
+        skipped, self._skipped = self._skipped, 0
+        rate = (count - before) / (now - then) * self.args.world_size
+        return {"evaluations_per_second": rate, "skipped": float(skipped)}
+
+    def evaluate(
+        self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
+    ) -> dict[str, float]:
+        """Sample the prompts with the pipeline's own scheduler and report the rewards of what a user would see.
+
+        Seeds depend on the row only, so that evaluations compare across steps and runs.
+        """
+        samples, first = SampleLog(), 0
+        for columns in self.get_eval_dataloader(eval_dataset):
+            rows = len(columns["prompt"])
+            offset = first * self.args.world_size + self.args.process_index * rows
+            generators = [seeded_generator(self.args.seed, 0, i, Stream.EVALUATION) for i in range(offset, offset + rows)]
+            with torch.no_grad(), self.compute_loss_context_manager():
+                images = self.replay.sample(columns, generators)
+                values = self.reward(images, columns["prompt"], **without_prompt(columns))
+            samples.add("reward", self.reward.total(values))
+            for name, value in values.items():
+                samples.add(f"rewards/{name}", value)
+            first += rows
+        summary = summarise(samples.drain(self.accelerator.gather))
+        metrics = {f"{metric_key_prefix}_{name}": value for name, value in summary.items()}
+        self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+    # ---------------------------------------------------------------------------------------------------- saving, loading
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        """The LoRA that `pipeline.load_lora_weights(output_dir)` reads, or the whole denoiser in its own folder."""
+        folder = Path(output_dir or self.args.output_dir)
+        if not self.args.should_save:
+            return
+        if self.has_adapter:
+            save_lora(self.pipeline, self.replay.component, folder)
+        else:
+            self.denoiser.network.save_pretrained(folder / self.replay.component)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        if self.has_adapter:
+            load_lora(self.denoiser.network, self.replay.component, resume_from_checkpoint)
+        else:
+            folder = Path(resume_from_checkpoint) / self.replay.component
+            if not folder.is_dir():
+                raise ValueError(f"{resume_from_checkpoint} holds no folder {folder.name!r}; pass a checkpoint of this trainer.")
+            network = self.denoiser.network
+            network.load_state_dict(type(network).from_pretrained(folder, torch_dtype=network.dtype).state_dict())
+
+    def _load_best_model(self) -> None:
+        self._load_from_checkpoint(self.state.best_model_checkpoint)
+
+    def _set_signature_columns_if_needed(self) -> None:
+        self._signature_columns = ["prompt"]  # Trainer would look for forward's arguments among the dataset's columns
