@@ -5,8 +5,9 @@ On the grid, exactly (and for any sampler whose step mean is μ_k):
 
     ã_k = (∂μ_k^base/∂x)ᵀ ã_{k+1} + ∇f_k(x_k),       k = K − 1, …, lowest
 
-The reward is differentiated at the noiseless end point x̂_K = μ_{K−1}^base(x_{K−1}) (paper, app. G.1); that mean's graph also
-serves the first vector–Jacobian product, so no step is evaluated twice. One step's activations are alive at a time.
+The reward is differentiated at the noiseless end point x̂_K = μ_{K−1}^base(x_{K−1}) (paper, app. G.1); that mean's
+graph also serves the first vector–Jacobian product, so no step is evaluated twice. One step's activations are alive at a
+time.
 """
 
 from __future__ import annotations
@@ -27,7 +28,8 @@ class AdjointPath:
     """Lean adjoints and the base means met on the way.
 
     Args:
-        adjoints: ã_0 … ã_K, shape (K + 1, B, …); NaN below the lowest step asked for, so that nobody uses it by accident.
+        adjoints: ã_0 … ã_K, shape (K + 1, B, …); NaN below the lowest step asked for, so that nobody uses it by
+            accident.
         base_means: μ_k^base(x_k), shape (K, B, …), for the loss; NaN where the base was not evaluated.
     """
 
@@ -44,27 +46,34 @@ def lean_adjoint(
     lowest_base_mean: int | None = None,
     running_cost_grad: Callable[[int, Tensor], Tensor] | None = None,
 ) -> AdjointPath:
-    """Solve the lean adjoint backwards along a trajectory, down to step `lowest` (2409.08861, eqs. 38–39, 221; app. G.1).
+    """Solve the lean adjoint backwards along a trajectory, down to `lowest` (2409.08861, eqs. 38–39, 221; app. G.1).
 
     Args:
-        base_mean: (k, x) → μ_k^base(x), differentiable in x; evaluated once for each step from K − 1 down, and no other.
+        base_mean: (k, x) → μ_k^base(x), differentiable in x; evaluated once for each step from K − 1 down, and no
+            other.
         trajectory: paths x_0 … x_{K−1}; x_K is not read.
-        terminal: the tensor ã_K, shape (B, …), or a callable x̂_K → ã_K = −λ∇r(x̂_K) that receives step K − 1's base mean, detached.
-        lowest: adjoints are filled for k ≥ lowest; with the loss on step k paired with ã_{k+1}, pass (earliest chosen step) + 1.
+        terminal: the tensor ã_K, shape (B, …), or a callable x̂_K → ã_K = −λ∇r(x̂_K) that receives step K − 1's base
+            mean, detached.
+        lowest: adjoints are filled for k ≥ lowest; with the loss on step k paired with ã_{k+1}, pass (earliest chosen
+            step) + 1.
         lowest_base_mean: base means are filled for k ≥ this; `None` means lowest − 1 (that one costs a forward only).
-            Pass `lowest` when the loss pairs step k with ã_k, as the paper does: no evaluation is spent on step lowest − 1.
-        running_cost_grad: (k, x_k) → ∇f_k(x_k), the gradient of step k's running cost (its Δt included); `None` for f = 0.
+            Pass `lowest` when the loss pairs step k with ã_k, as the paper does: no evaluation is spent on step
+            lowest − 1.
+        running_cost_grad: (k, x_k) → ∇f_k(x_k), the gradient of step k's running cost (its Δt included); `None` for
+            f = 0.
 
     Returns:
         AdjointPath, detached, in the states' dtype and on their device.
 
     Raises:
-        ValueError: if `lowest` is outside 0 … K, shapes disagree, or `base_mean` does not depend on x through autograd.
+        ValueError: if `lowest` or `lowest_base_mean` is outside 0 … K, shapes disagree, or `base_mean` does not depend
+            on x through autograd.
     """
     states, steps = trajectory.states, len(trajectory)
-    if not 0 <= lowest <= steps:
-        raise ValueError(f"lowest={lowest} is outside the grid; pass a step from 0 to {steps}.")
     last_mean = max(lowest - 1, 0) if lowest_base_mean is None else lowest_base_mean
+    for name, step in (("lowest", lowest), ("lowest_base_mean", last_mean)):
+        if not 0 <= step <= steps:
+            raise ValueError(f"{name}={step} is outside the grid; pass a step from 0 to {steps}.")
     adjoints = states.new_full((steps + 1, *states.shape[1:]), torch.nan)
     base_means = states.new_full((steps, *states.shape[1:]), torch.nan)
     if isinstance(terminal, Tensor):
@@ -78,14 +87,22 @@ def lean_adjoint(
         x = states[k].detach().requires_grad_(with_graph)
         with torch.set_grad_enabled(with_graph):
             mean = base_mean(k, x)
-        base_means[k] = mean.detach()
+        base_means[k] = _checked_mean(mean, x).detach()
         if k == steps - 1 and not isinstance(terminal, Tensor):
             adjoints[steps] = _checked_terminal(terminal(mean.detach().to(states.dtype)), states[0])
         if with_graph:
             adjoints[k] = _vector_jacobian(mean, x, adjoints[k + 1])
             if running_cost_grad is not None:
-                adjoints[k] += running_cost_grad(k, x.detach())
+                adjoints[k] += running_cost_grad(k, x.detach()).detach()
     return AdjointPath(adjoints, base_means)
+
+
+def _checked_mean(mean: Tensor, state: Tensor) -> Tensor:
+    if mean.shape != state.shape:
+        raise ValueError(
+            f"base_mean returned shape {tuple(mean.shape)} for states of shape {tuple(state.shape)}; return one mean per state."
+        )
+    return mean
 
 
 def _checked_terminal(adjoint: Tensor, state: Tensor) -> Tensor:
@@ -98,8 +115,13 @@ def _checked_terminal(adjoint: Tensor, state: Tensor) -> Tensor:
 
 def _vector_jacobian(mean: Tensor, x: Tensor, cotangent: Tensor) -> Tensor:
     """(∂mean/∂x)ᵀ cotangent; frees the graph of `mean`."""
-    if not mean.requires_grad:
+    product = None
+    if mean.requires_grad:
+        # `allow_unused`: trained weights may give the mean a graph that never meets x.
+        product = torch.autograd.grad(mean, x, cotangent.to(mean.dtype), allow_unused=True)[0]
+    if product is None:
         raise ValueError(
-            "base_mean(k, x) does not depend on x through autograd; remove torch.no_grad() or .detach() from the path x → base_mean."
+            "base_mean(k, x) does not depend on x through autograd; "
+            "remove torch.no_grad() or .detach() from the path x → base_mean."
         )
-    return torch.autograd.grad(mean, x, cotangent.to(mean.dtype))[0]
+    return product

@@ -55,8 +55,7 @@ def matching_loss(mean: Tensor, base_mean: Tensor, std: float | Tensor, adjoint:
     if mean.shape != adjoint.shape:
         raise ValueError(f"mean has shape {tuple(mean.shape)} but adjoint {tuple(adjoint.shape)}; they must agree.")
     # Detached on purpose: base and adjoint are targets, a gradient through them would change the fixed point.
-    residual = control(mean, base_mean.detach(), std) + std * adjoint.detach()
-    return 0.5 * residual.flatten(1).square().sum(1)
+    return _half_square(control(mean, base_mean.detach(), std) + std * adjoint.detach())
 
 
 def clip_loss(loss: Tensor, loss_clip: float | None) -> Tensor:
@@ -69,7 +68,12 @@ def clip_loss(loss: Tensor, loss_clip: float | None) -> Tensor:
 
 def step_kl(mean: Tensor, base_mean: Tensor, std: float | Tensor) -> Tensor:
     """½‖√Δ u_k‖², step k's share of KL(path of θ ‖ path of the base), shape (B,), nats (Girsanov on the grid)."""
-    return 0.5 * control(mean, base_mean, std).flatten(1).square().sum(1)
+    return _half_square(control(mean, base_mean, std))
+
+
+def _half_square(values: Tensor) -> Tensor:
+    """½‖·‖² of each sample, (B, …) → (B,)."""
+    return 0.5 * values.square().reshape(len(values), -1).sum(1)
 
 
 @dataclass(frozen=True)
@@ -78,8 +82,8 @@ class LossSteps:
 
     Args:
         indices: chosen steps k, increasing.
-        inclusion: probability with which each of them is chosen, same length; Σ term/inclusion over the chosen steps is an
-            unbiased estimate of the sum over all steps with noise.
+        inclusion: probability with which each of them is chosen, same length; Σ term/inclusion over the chosen steps is
+            an unbiased estimate of the sum over all steps with noise.
     """
 
     indices: tuple[int, ...]
@@ -91,7 +95,8 @@ def choose_loss_steps(
 ) -> LossSteps:
     """Draw the steps of one update among those with s_k > 0.
 
-    `"uniform"`: S of n without replacement. `"paper"` (app. G): the last quarter always, the rest uniformly from the others.
+    `"uniform"`: S of n without replacement. `"paper"` (app. G): the last quarter always, the rest uniformly from the
+    others.
 
     Args:
         stds: s_k, shape (K,).
@@ -123,7 +128,7 @@ def _always_chosen(noisy: list[int], num_loss_steps: int, selection: str) -> lis
     quarter = max(len(noisy) // 4, 1)
     if num_loss_steps <= quarter:
         raise ValueError(
-            f"num_loss_steps={num_loss_steps} leaves no draw beside the last {quarter} steps that 'paper' always takes; "
-            f"pass at least {quarter + 1}, or loss_step_selection='uniform'."
+            f"num_loss_steps={num_loss_steps} leaves no draw beside the last {quarter} steps that 'paper' always "
+            f"takes; pass at least {quarter + 1}, or loss_step_selection='uniform'."
         )
     return noisy[-quarter:]

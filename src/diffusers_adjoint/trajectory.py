@@ -21,8 +21,8 @@ class Trajectory:
     """States of one batch of paths on a grid of K steps.
 
     Args:
-        states: x_0 … x_K stacked, shape (K + 1, B, …); or without the last one, (K, B, …), since neither the adjoint nor the
-            loss reads x_K. Detached.
+        states: x_0 … x_K stacked, shape (K + 1, B, …); or without the last one, (K, B, …), since neither the adjoint nor
+            the loss reads x_K. Detached.
         timesteps: the scheduler's timesteps, shape (K,), noise to data.
         stds: s_k, shape (K,); 0 where the step adds no noise.
 

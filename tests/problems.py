@@ -1,0 +1,244 @@
+r"""Problems with known answers: what fine-tuning must reach, in closed form, for tests, examples and docs alike.
+
+Base laws are Gaussian mixtures p = Σ w_i N(m_i, C_i) on R^d (one component: a Gaussian), rewards are quadratic,
+r(x) = c·x − ½ (x − μ)ᵀ Q (x − μ). Then everything that Adjoint Matching needs or produces is elementary:
+
+- the noised law of X = α X_1 + β X_0 is the mixture with means α m_i and covariances S_i = α² C_i + β² I, so the exact
+  denoiser, and with it every prediction type, is known (`GaussianMixture.denoise`, `model_output`);
+- the tilted law p* ∝ p e^r is again a mixture (`GaussianMixture.tilt`);
+- a sampler applied to a Gaussian law is an affine chain, whose optimal control is a discrete Riccati recursion
+  (`AffineChain`): exact on the grid, no step-size error.
+
+Nothing here imports the package: these are the references it is checked against.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+__all__ = ["AffineChain", "GaussianMixture", "QuadraticReward", "gaussian", "mixture_1d", "model_output", "sliced_w2"]
+
+
+@dataclass(frozen=True)
+class QuadraticReward:
+    """r(x) = c·x − ½ (x − μ)ᵀ Q (x − μ), nats. Q = 0 is the linear reward.
+
+    Args:
+        slope: c, shape (d,).
+        curvature: Q, shape (d, d), symmetric.
+        centre: μ, shape (d,).
+    """
+
+    slope: Tensor
+    curvature: Tensor
+    centre: Tensor
+
+    @classmethod
+    def linear(cls, slope: Tensor) -> QuadraticReward:
+        return cls(slope, slope.new_zeros(len(slope), len(slope)), torch.zeros_like(slope))
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """(B, d) → (B,)."""
+        away = x - self.centre
+        return x @ self.slope - 0.5 * (away @ self.curvature * away).sum(-1)
+
+    def grad(self, x: Tensor) -> Tensor:
+        """∇r, (…, d) → (…, d)."""
+        return self.slope - (x - self.centre) @ self.curvature
+
+    def scaled(self, factor: float) -> QuadraticReward:
+        """λ r."""
+        return QuadraticReward(factor * self.slope, factor * self.curvature, self.centre)
+
+
+@dataclass(frozen=True)
+class GaussianMixture:
+    """Σ w_i N(m_i, C_i) on R^d.
+
+    Args:
+        weights: w_i, shape (n,), sum 1.
+        means: m_i, shape (n, d).
+        covariances: C_i, shape (n, d, d).
+    """
+
+    weights: Tensor
+    means: Tensor
+    covariances: Tensor
+
+    def log_prob(self, x: Tensor) -> Tensor:
+        """(B, d) → (B,)."""
+        return torch.logsumexp(self._log_joint(x)[0], -1)
+
+    def sample(self, count: int, generator: torch.Generator) -> Tensor:
+        """(count, d)."""
+        which = torch.multinomial(self.weights, count, replacement=True, generator=generator)
+        noise = torch.randn(count, self.means.shape[1], generator=generator, dtype=self.means.dtype)
+        return self.means[which] + torch.einsum("bij,bj->bi", torch.linalg.cholesky(self.covariances)[which], noise)
+
+    def mean(self) -> Tensor:
+        return self.weights @ self.means
+
+    def covariance(self) -> Tensor:
+        away = self.means - self.mean()
+        return torch.einsum("n,nij->ij", self.weights, self.covariances + away[:, :, None] * away[:, None, :])
+
+    def to(self, dtype: torch.dtype) -> GaussianMixture:
+        return GaussianMixture(self.weights.to(dtype), self.means.to(dtype), self.covariances.to(dtype))
+
+    def noised(self, alpha: float, beta: float) -> GaussianMixture:
+        """Law of α X_1 + β X_0 with X_0 ~ N(0, I) independent of X_1."""
+        eye = torch.eye(self.means.shape[1], dtype=self.means.dtype)
+        return GaussianMixture(self.weights, alpha * self.means, alpha**2 * self.covariances + beta**2 * eye)
+
+    def score(self, x: Tensor) -> Tensor:
+        """∇ log p, (B, d) → (B, d)."""
+        log_joint, whitened = self._log_joint(x)
+        return -(torch.softmax(log_joint, -1)[..., None] * whitened).sum(1)
+
+    def denoise(self, x: Tensor, alpha: float, beta: float) -> tuple[Tensor, Tensor]:
+        """E[X_1 | x] and E[X_0 | x] at x = α X_1 + β X_0, each (B, d); regular at both ends, α = 0 and β = 0."""
+        log_joint, whitened = self.noised(alpha, beta)._log_joint(x)
+        posterior = torch.softmax(log_joint, -1)[..., None]
+        data = self.means + alpha * torch.einsum("nij,bnj->bni", self.covariances, whitened)
+        return (posterior * data).sum(1), (posterior * beta * whitened).sum(1)
+
+    def tilt(self, reward: QuadraticReward) -> tuple[GaussianMixture, Tensor]:
+        """The target p* ∝ p e^r, and log Z = log E_p[e^r].
+
+        With g = ∇r(m_i): C_i* = (C_i⁻¹ + Q)⁻¹, m_i* = m_i + C_i* g and
+        log Z_i = r(m_i) + ½ gᵀ C_i* g − ½ log det(I + C_i Q).
+        """
+        eye = torch.eye(self.means.shape[1], dtype=self.means.dtype)
+        covariances = torch.linalg.inv(torch.linalg.inv(self.covariances) + reward.curvature)
+        slope = reward.grad(self.means)
+        shift = torch.einsum("nij,nj->ni", covariances, slope)
+        log_z = reward(self.means) + 0.5 * (slope * shift).sum(-1)
+        log_z = log_z - 0.5 * torch.logdet(eye + self.covariances @ reward.curvature)
+        log_weights = self.weights.log() + log_z
+        return GaussianMixture(log_weights.softmax(0), self.means + shift, covariances), log_weights.logsumexp(0)
+
+    def _log_joint(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """log w_i N(x; m_i, C_i), shape (B, n), and C_i⁻¹ (x − m_i), shape (B, n, d)."""
+        away = x[:, None, :] - self.means
+        whitened = torch.einsum("nij,bnj->bni", torch.linalg.inv(self.covariances), away)
+        log_norm = 0.5 * (torch.logdet(self.covariances) + x.shape[1] * math.log(2 * math.pi))
+        return self.weights.log() - log_norm - 0.5 * (away * whitened).sum(-1), whitened
+
+
+def gaussian(mean: Tensor, covariance: Tensor) -> GaussianMixture:
+    """N(mean, covariance) with mean (d,), covariance (d, d)."""
+    return GaussianMixture(mean.new_ones(1), mean[None], covariance[None])
+
+
+def mixture_1d(weights: list[float], means: list[float], variances: list[float]) -> GaussianMixture:
+    """Mixture on the line, float64."""
+    as_tensor = lambda values: torch.tensor(values, dtype=torch.float64)  # noqa: E731
+    return GaussianMixture(as_tensor(weights), as_tensor(means)[:, None], as_tensor(variances)[:, None, None])
+
+
+def model_output(law: GaussianMixture, x: Tensor, alpha: float, beta: float, prediction_type: str) -> Tensor:
+    """What a perfectly trained network says at x = α X_1 + β X_0, in diffusers' conventions, (B, d)."""
+    data, noise = law.denoise(x, alpha, beta)
+    outputs = {
+        "flow_prediction": noise - data,
+        "epsilon": noise,
+        "sample": data,
+        "v_prediction": alpha * noise - beta * data,
+    }
+    return outputs[prediction_type]
+
+
+@dataclass(frozen=True)
+class AffineChain:
+    """x_{k+1} = A_k x_k + b_k + s_k (w_k + ξ_k): a sampler on a Gaussian law, with control w_k at cost ½‖w_k‖².
+
+    Args:
+        jacobians: A_k, shape (K, d, d).
+        offsets: b_k, shape (K, d).
+        stds: s_k ≥ 0, shape (K,).
+    """
+
+    jacobians: Tensor
+    offsets: Tensor
+    stds: Tensor
+
+    @classmethod
+    def of(cls, mean: Callable[[int, Tensor], Tensor], stds: Tensor, dim: int) -> AffineChain:
+        """Read A_k, b_k off a step mean that is affine, by evaluating it at 0 and at the unit vectors."""
+        probes = torch.cat([torch.zeros(1, dim, dtype=torch.float64), torch.eye(dim, dtype=torch.float64)])
+        values = torch.stack([mean(k, probes) for k in range(len(stds))])
+        return cls((values[:, 1:] - values[:, :1]).transpose(1, 2), values[:, 0], stds)
+
+    def carry(self) -> Tensor:
+        """P_k = ∂x_K/∂x_k = A_{K−1} … A_k, shape (K + 1, d, d)."""
+        products = [torch.eye(self.offsets.shape[1], dtype=self.offsets.dtype)]
+        for jacobian in self.jacobians.flip(0):
+            products.append(products[-1] @ jacobian)
+        return torch.stack(products[::-1])
+
+    def terminal_law(self, start: Tensor, start_covariance: Tensor | None = None) -> GaussianMixture:
+        """Law of x_K from x_0 ~ N(start, start_covariance) (a point, by default) without control."""
+        mean, covariance = start, torch.zeros_like(self.jacobians[0]) if start_covariance is None else start_covariance
+        for jacobian, offset, std in zip(self.jacobians, self.offsets, self.stds, strict=True):
+            mean = jacobian @ mean + offset
+            covariance = jacobian @ covariance @ jacobian.T + std**2 * torch.eye(len(mean), dtype=mean.dtype)
+        return gaussian(mean, covariance)
+
+    def optimal_control(self, reward: QuadraticReward) -> tuple[Tensor, Tensor]:
+        """Gains G_k (K, d, d) and offsets g_k (K, d) of w_k* = G_k x_k + g_k, which minimises E[½ Σ‖w_k‖² − r(x_K)].
+
+        Riccati: with value ½ xᵀ M x + l·x after the step, w* = −s (I + s² M)⁻¹ (M (A x + b) + l).
+        """
+        curvature, slope = reward.curvature, -reward.grad(torch.zeros_like(reward.centre))
+        eye = torch.eye(len(slope), dtype=slope.dtype)
+        gains, offsets = [], []
+        for jacobian, offset, std in zip(self.jacobians.flip(0), self.offsets.flip(0), self.stds.flip(0), strict=True):
+            damped = torch.linalg.inv(eye + std**2 * curvature)
+            gains.append(-std * damped @ curvature @ jacobian)
+            offsets.append(-std * damped @ (curvature @ offset + slope))
+            slope = jacobian.T @ damped @ (curvature @ offset + slope)
+            curvature = jacobian.T @ damped @ curvature @ jacobian
+        return torch.stack(gains[::-1]), torch.stack(offsets[::-1])
+
+    def controlled(self, gains: Tensor, offsets: Tensor) -> AffineChain:
+        """The chain under w_k = G_k x_k + g_k."""
+        std = self.stds[:, None]
+        return AffineChain(self.jacobians + std[..., None] * gains, self.offsets + std * offsets, self.stds)
+
+    def mean(self, k: int, x: Tensor) -> Tensor:
+        """Step mean, (B, d) → (B, d)."""
+        return x @ self.jacobians[k].T + self.offsets[k]
+
+
+def sliced_w2(samples: Tensor, law: GaussianMixture, directions: int = 32) -> float:
+    """W2 between an empirical law (B, d) and a mixture, root mean square over projections; for d = 1 the plain W2.
+
+    A projection of the mixture is a mixture on the line, whose quantiles are known: the exact side has no sampling noise.
+    """
+    dim = samples.shape[1]
+    angles = torch.arange(directions, dtype=torch.float64) * math.pi / directions
+    axes = torch.ones(1, 1, dtype=torch.float64) if dim == 1 else torch.stack([angles.cos(), angles.sin()], 1)
+    if dim > 2:
+        raise ValueError(f"sliced_w2 covers dimensions 1 and 2, but the samples have {dim}; project them first.")
+    levels = (torch.arange(len(samples), dtype=torch.float64) + 0.5) / len(samples)
+    squares = []
+    for axis in axes:
+        means, variances = law.means @ axis, torch.einsum("i,nij,j->n", axis, law.covariances, axis)
+        quantiles = _quantiles(law.weights, means, variances.sqrt(), levels)
+        squares.append((torch.sort(samples.double() @ axis).values - quantiles).square().mean())
+    return float(torch.stack(squares).mean().sqrt())
+
+
+def _quantiles(weights: Tensor, means: Tensor, stds: Tensor, levels: Tensor) -> Tensor:
+    """Quantiles of a mixture on the line by bisection, to 1e-12 of its width."""
+    low, high = (means - 9 * stds).min().expand_as(levels), (means + 9 * stds).max().expand_as(levels)
+    for _ in range(42):
+        middle = (low + high) / 2
+        below = (weights * torch.special.ndtr((middle[:, None] - means) / stds)).sum(1) < levels
+        low, high = torch.where(below, middle, low), torch.where(below, high, middle)
+    return (low + high) / 2
