@@ -1,0 +1,6 @@
+"""The pipeline's own code as a differentiable function m(x, t): no line of it is written again here."""
+
+from .conditioning import Conditioning
+from .pipeline import PipelineReplay
+
+__all__ = ["Conditioning", "PipelineReplay"]

@@ -1,0 +1,76 @@
+"""What a batch of prompts fixes before the pipeline's loop starts, recorded once and replayed at every evaluation."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+__all__ = ["Conditioning", "fresh", "in_order"]
+
+
+@dataclass(frozen=True)
+class Conditioning:
+    """Recorded by `PipelineReplay.prepare`. It belongs to one batch as a whole: rows cannot be taken out of it.
+
+    Args:
+        call_kwargs: arguments of the pipeline's `__call__`.
+        encoded: what `encode_prompt` returned, call by call.
+        latents: what `prepare_latents` returned, call by call; the first tensor of the first call is x_0, in the pipeline's
+            dtype.
+        batch_size: B.
+    """
+
+    call_kwargs: dict[str, Any]
+    encoded: tuple[Any, ...]
+    latents: tuple[Any, ...]
+    batch_size: int
+
+    def to(self, device: torch.device | str) -> Conditioning:
+        """The same with every tensor on `device`."""
+
+        def move(value: Any) -> Any:
+            return value.to(device) if isinstance(value, Tensor) else value
+
+        return Conditioning(
+            _map_nested(move, self.call_kwargs),
+            _map_nested(move, self.encoded),
+            _map_nested(move, self.latents),
+            self.batch_size,
+        )
+
+
+def _map_nested(function: Callable[[Any], Any], value: Any) -> Any:
+    """`function` applied to the leaves of nested tuples, lists and dicts; the containers are new ones."""
+    if isinstance(value, dict):
+        return {key: _map_nested(function, item) for key, item in value.items()}
+    if type(value) in (tuple, list):
+        return type(value)(_map_nested(function, item) for item in value)
+    return function(value)
+
+
+def fresh(value: Any) -> Any:
+    """The same leaves in new containers: pipelines exist that write into the lists they are given."""
+    return _map_nested(lambda leaf: leaf, value)
+
+
+def in_order(name: str, returns: tuple[Any, ...]) -> Callable[..., Any]:
+    """A function that ignores its arguments and gives the recorded `returns` one after the other.
+
+    Raises:
+        ValueError: (when called) if nothing is left to give.
+    """
+    remaining = iter(returns)
+
+    def replayed(*args: Any, **kwargs: Any) -> Any:
+        for value in remaining:
+            return fresh(value)
+        raise ValueError(
+            f"the pipeline calls {name} more than the {len(returns)} times recorded by prepare(); pass a conditioning that was "
+            f"prepared with the same arguments."
+        )
+
+    return replayed

@@ -1,0 +1,136 @@
+"""The scheduler that a replayed pipeline sees: it steers the pipeline's loop and catches what is handed to `step`.
+
+A pipeline's loop reads `for i, t in enumerate(scheduler.timesteps)`. Three small things put it under control without touching
+the pipeline's code: timesteps that decide which of their positions are visited, an `enumerate` that keeps the true index i,
+and a `step` that stops the call.
+"""
+
+from __future__ import annotations
+
+import builtins
+import functools
+import inspect
+import types
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import torch
+from diffusers import DiffusionPipeline
+from torch import Tensor
+
+__all__ = ["ReplayStop", "ReplayedTimesteps", "make_probe", "replayable_call"]
+
+
+class ReplayStop(BaseException):
+    """Leaves the pipeline's call. A BaseException, so that no `except Exception` on the way swallows it."""
+
+
+class ReplayedTimesteps(Tensor):
+    """The full grid to look at (length, indexing, arithmetic), of which iteration visits chosen positions only.
+
+    `visit` holds positions counted from the end, −1 being the last step: a pipeline that cuts off the beginning (image to
+    image) moves the index but not the distance to the end. Empty: the loop body never runs. `None`: iteration stops the call.
+    """
+
+    visit: tuple[int, ...] | None
+
+    @classmethod
+    def of(cls, timesteps: Tensor, visit: tuple[int, ...] | None) -> ReplayedTimesteps:
+        steps = timesteps.detach().as_subclass(cls)
+        steps.visit = visit
+        return steps
+
+    @classmethod
+    def __torch_function__(cls, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        with torch._C.DisableTorchFunctionSubclass():
+            out = func(*args, **(kwargs or {}))
+        if not isinstance(out, Tensor):
+            return out
+        # A slice or a device copy is still a grid to loop over; whatever is computed from it is an ordinary tensor.
+        if func in (Tensor.__getitem__, Tensor.to) and isinstance(args[0], cls) and out.ndim == 1:
+            return cls.of(out, args[0].visit)
+        return out.as_subclass(Tensor)
+
+    def visited(self) -> list[tuple[int, Tensor]]:
+        """(index, timestep) for each position to visit.
+
+        Raises:
+            ValueError: if a position lies before the first step that the pipeline kept.
+        """
+        if self.visit is None:
+            raise ReplayStop
+        timesteps = self.as_subclass(Tensor)
+        steps = len(timesteps)
+        if any(position < -steps for position in self.visit):
+            raise ValueError(
+                f"step {min(self.visit)}, counted from the end, is not among the last {steps} steps that the pipeline keeps; "
+                f"ask for one of those."
+            )
+        return [(steps + position, timesteps[position]) for position in self.visit]
+
+    def __iter__(self) -> Iterator[Tensor]:
+        return iter([timestep for _, timestep in self.visited()])
+
+
+def _enumerate(iterable: Iterable, start: int = 0) -> Iterator:
+    if isinstance(iterable, ReplayedTimesteps):
+        return iter([(start + index, timestep) for index, timestep in iterable.visited()])
+    return builtins.enumerate(iterable, start)
+
+
+def replayable_call(pipeline_class: type[DiffusionPipeline]) -> Callable[..., Any]:
+    """The pipeline's own `__call__`, out of its `torch.no_grad` and with our `enumerate` among its globals."""
+    call: Any = inspect.unwrap(pipeline_class.__call__)
+    rebuilt = types.FunctionType(
+        call.__code__, {**call.__globals__, "enumerate": _enumerate}, call.__name__, call.__defaults__, call.__closure__
+    )
+    rebuilt.__kwdefaults__ = call.__kwdefaults__
+    return rebuilt
+
+
+class _Probe:
+    """What every probe overrides; the rest is the scheduler's own, so that `isinstance` and `config` still answer."""
+
+    init_noise_sigma = 1.0  # memoryless schedulers work in α, σ coordinates with unit variance at pure noise …
+    captured: Tensor | None = None
+    _visit: tuple[int, ...] | None
+    _scheduler: Any
+
+    def scale_model_input(self, sample: Tensor, timestep: Any = None) -> Tensor:
+        return sample  # … and never rescale the sample.
+
+
+@functools.cache
+def _probe_class(scheduler_class: type) -> type:
+    # Pipelines read the signatures (`sigmas`, `mu`, `eta`, `generator`) before they call; `wraps` keeps the real ones.
+    @functools.wraps(scheduler_class.set_timesteps)  # type: ignore[attr-defined]
+    def set_timesteps(self: Any, *args: Any, **kwargs: Any) -> None:
+        if self._visit is None:  # the dry run: the pipeline's own shift and σ make the tables
+            self._scheduler.set_timesteps(*args, **kwargs)
+        _copy_tables(self)
+
+    @functools.wraps(scheduler_class.step)  # type: ignore[attr-defined]
+    def step(self: Any, model_output: Tensor, *args: Any, **kwargs: Any) -> None:
+        self.captured = model_output
+        raise ReplayStop
+
+    methods = {"set_timesteps": set_timesteps, "step": step, "__module__": __name__}
+    return type("Replayed" + scheduler_class.__name__, (_Probe, scheduler_class), methods)
+
+
+def _copy_tables(probe: Any) -> None:
+    probe.__dict__.update(probe._scheduler.__dict__)
+    probe.__dict__.pop("init_noise_sigma", None)
+    probe.timesteps = ReplayedTimesteps.of(probe._scheduler.timesteps, probe._visit)
+
+
+def make_probe(scheduler: Any, visit: tuple[int, ...] | None) -> Any:
+    """A stand-in for `scheduler` that visits the given positions of its grid (see `ReplayedTimesteps`).
+
+    Its `step` keeps the model output as `captured` and stops the call. With `visit=None` its `set_timesteps` sets the tables
+    of `scheduler` itself; otherwise they are taken as they are.
+    """
+    probe = object.__new__(_probe_class(type(scheduler)))
+    probe._scheduler, probe._visit = scheduler, visit
+    _copy_tables(probe)
+    return probe
