@@ -2,5 +2,6 @@
 
 from .conditioning import Conditioning
 from .pipeline import PipelineReplay
+from .selfcheck import check_replay
 
-__all__ = ["Conditioning", "PipelineReplay"]
+__all__ = ["Conditioning", "PipelineReplay", "check_replay"]

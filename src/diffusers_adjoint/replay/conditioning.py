@@ -29,6 +29,27 @@ class Conditioning:
     latents: tuple[Any, ...]
     batch_size: int
 
+    @property
+    def start(self) -> Tensor:
+        """x_0 in the pipeline's dtype, shape (B, …): the first tensor that `prepare_latents` returned.
+
+        Whatever it returned beside it (image latents, masks) is condition.
+        """
+        first = self.latents[0]
+        return first[0] if isinstance(first, tuple) else first
+
+    def latents_with(self, x: Tensor) -> tuple[Any, ...]:
+        """`latents` with x in place of x_0, rounded to the pipeline's dtype (states are kept in float32).
+
+        Raises:
+            ValueError: if x has another shape than x_0.
+        """
+        if x.shape != self.start.shape:
+            raise ValueError(f"x has shape {tuple(x.shape)}; it must be that of x_0, {tuple(self.start.shape)}.")
+        x = x.to(self.start.dtype)
+        first = self.latents[0]
+        return ((x, *first[1:]) if isinstance(first, tuple) else x, *self.latents[1:])
+
     def to(self, device: torch.device | str) -> Conditioning:
         """The same with every tensor on `device`."""
 

@@ -12,33 +12,38 @@ from __future__ import annotations
 import copy
 import functools
 import inspect
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 
+from .arguments import fixed_arguments, unguided, with_columns
 from .conditioning import Conditioning, fresh, in_order
-from .probe import ReplayStop, make_probe, replayable_call
+from .probe import ReplayStop, make_probe, probe_class, replayable_call
+from .view import called_in_place_of, denoiser_name, make_view, processors_restored, view_class
 
 __all__ = ["PipelineReplay"]
-
-# Scales that mean "no guidance" at 1. A pipeline that distilled its guidance into the network takes the first one as an input.
-_GUIDANCE_SCALES = ("guidance_scale", "true_cfg_scale", "guidance_scale_2")
-_RECORDED = ("encode_prompt", "prepare_latents")
 
 
 class PipelineReplay:
     """A pipeline's own code as prepare, predict and decode.
 
     Args:
-        pipeline: any pipeline with a transformer or a UNet whose x_0 comes from `prepare_latents`; never written to.
-        scheduler: memoryless scheduler that the pipeline's code sees in place of its own.
+        pipeline: pipeline with a transformer or a UNet whose x_0 comes from `prepare_latents`; never written to.
+        scheduler: memoryless scheduler that the pipeline's code sees in place of its own; `prepare` sets its tables.
         num_inference_steps: K.
         guidance_scale: as in the pipeline's `__call__`; 1 for none.
         pipeline_kwargs: further arguments of every call (height, max_sequence_length, …).
+
+    Attributes:
+        component: the denoiser's name in the pipeline, "transformer" or "unet".
+
+    Raises:
+        TypeError: if `pipeline` is no diffusers pipeline.
+        ValueError: if it cannot be replayed, or does not take an argument given here.
     """
 
     def __init__(
@@ -50,22 +55,23 @@ class PipelineReplay:
         guidance_scale: float = 1.0,
         pipeline_kwargs: dict[str, Any] | None = None,
     ) -> None:
+        self.component = denoiser_name(pipeline)
         self.pipeline = pipeline
         self.scheduler = scheduler
-        self.component = next(name for name in ("transformer", "unet") if isinstance(getattr(pipeline, name, None), nn.Module))
         self._call = replayable_call(type(pipeline))
-        # Perturbed-attention pipelines exchange processors before the loop and put them back after it; we leave in between.
+        self._view_class = view_class(type(pipeline))
+        self._probe_class = probe_class(type(scheduler))
+        # Pipelines with perturbed attention exchange processors before the loop and put them back after it.
         self._exchanges_processors = "attn_processors" in self._call.__code__.co_names
         self._parameters = inspect.signature(self._call).parameters
-        self._call_kwargs = {
-            **(pipeline_kwargs or {}),
-            "num_inference_steps": num_inference_steps,
-            "guidance_scale": guidance_scale,
-            "output_type": "pt",
-            "return_dict": False,
-        }
+        self._fixed = fixed_arguments(self.name, self._parameters, num_inference_steps, guidance_scale, pipeline_kwargs or {})
 
-    def prepare(self, columns: dict[str, list], generators: list[torch.Generator]) -> tuple[Tensor, Conditioning]:
+    @property
+    def name(self) -> str:
+        """The pipeline's class name, for messages."""
+        return type(self.pipeline).__name__
+
+    def prepare(self, columns: dict[str, list[Any]], generators: list[torch.Generator]) -> tuple[Tensor, Conditioning]:
         """Run the pipeline's call up to its loop: encode the prompts, draw x_0, set the scheduler's tables.
 
         Args:
@@ -76,16 +82,23 @@ class PipelineReplay:
         Returns:
             x_0 of shape (B, …) in float32 (float64 for a float64 pipeline), and the conditioning for `predict` and `decode`.
         """
-        kwargs = self._arguments(columns)
-        probe = make_probe(self.scheduler, visit=None)
-        view = self._view(probe, self.pipeline._execution_device)
-        recorded: dict[str, list[Any]] = {name: [] for name in _RECORDED}
-        for name, returns in recorded.items():
-            view.__dict__[name] = _recording(getattr(view, name), returns)
+        arguments = self.arguments(columns, len(generators))
+        probe = make_probe(self._probe_class, self.scheduler, visit=None)
+        view = make_view(self.pipeline, self._view_class, probe, self.pipeline._execution_device)
+        encoded: list[Any] = []
+        latents: list[Any] = []
+        view.__dict__["prepare_latents"] = _recording(view.prepare_latents, latents)
+        if callable(getattr(view, "encode_prompt", None)):  # class-conditional pipelines have none
+            view.__dict__["encode_prompt"] = _recording(view.encode_prompt, encoded)
         with torch.no_grad():
-            self._run(view, {**kwargs, "generator": list(generators)})
-        conditioning = Conditioning(kwargs, tuple(recorded["encode_prompt"]), tuple(recorded["prepare_latents"]), len(generators))
-        x = _state_slot(conditioning.latents)
+            out = self._run(view, {**arguments, "generator": list(generators)})
+        if out is not None or probe.captured is not None or not latents:
+            raise ValueError(
+                f"{self.name} does not loop over scheduler.timesteps in its own __call__ after prepare_latents, so its loop "
+                f"cannot be stopped before the first step; pass a pipeline that does."
+            )
+        conditioning = Conditioning(arguments, tuple(encoded), tuple(latents), len(generators))
+        x = conditioning.start
         return x.to(torch.promote_types(x.dtype, torch.float32)), conditioning
 
     def predict(
@@ -117,9 +130,9 @@ class PipelineReplay:
         steps = len(self.scheduler.timesteps)
         if not 0 <= index < steps:
             raise ValueError(f"index={index} is not on the grid; pass 0 to {steps - 1}.")
-        probe = make_probe(self.scheduler, visit=(index - steps,))
-        kwargs = conditioning.call_kwargs if guided else self._unguided(conditioning.call_kwargs)
-        self._run(self._replaying(probe, x, conditioning, denoiser), kwargs)
+        probe = make_probe(self._probe_class, self.scheduler, visit=(index - steps,))
+        arguments = conditioning.call_kwargs if guided else self._unguided(conditioning.call_kwargs)
+        self._run(self._replaying(probe, x, conditioning, denoiser), arguments)
         if probe.captured is None:
             raise ValueError(f"{self.name} does not call scheduler.step at step {index}; it cannot be replayed.")
         return probe.captured
@@ -135,13 +148,13 @@ class PipelineReplay:
             Images (B, 3, H, W) in [0, 1] in the pipeline's dtype, differentiable in x (the pipeline clamps them: a saturated
             pixel has no gradient).
         """
-        probe = make_probe(self.scheduler, visit=())
+        probe = make_probe(self._probe_class, self.scheduler, visit=())
         out = self._run(self._replaying(probe, x, conditioning), conditioning.call_kwargs)
         if out is None:
             raise ValueError(f"{self.name} calls scheduler.step outside its loop over timesteps; it cannot be replayed.")
         return out[0]
 
-    def sample(self, columns: dict[str, list], generators: list[torch.Generator], *, scheduler: Any = None) -> Tensor:
+    def sample(self, columns: dict[str, list[Any]], generators: list[torch.Generator], *, scheduler: Any = None) -> Tensor:
         """An ordinary call of the pipeline with the same arguments: what a user of the pipeline sees.
 
         Args:
@@ -152,48 +165,40 @@ class PipelineReplay:
             Images (B, 3, H, W) in [0, 1], without graph.
         """
         scheduler = copy.deepcopy(self.pipeline.scheduler if scheduler is None else scheduler)
-        view = self._view(scheduler, self.pipeline._execution_device)
-        with torch.no_grad():
-            return self._run(view, {**self._arguments(columns), "generator": list(generators)})[0]
+        return self.ordinary_call(self.arguments(columns, len(generators)), generators, scheduler)[0]
 
-    @property
-    def name(self) -> str:
-        """The pipeline's class name, for messages."""
-        return type(self.pipeline).__name__
+    def arguments(self, columns: dict[str, list[Any]], batch_size: int, *, guided: bool = True) -> dict[str, Any]:
+        """All arguments of the pipeline's `__call__` but the generators."""
+        arguments = with_columns(self.name, self._parameters, self._fixed, columns, batch_size)
+        return arguments if guided else self._unguided(arguments)
 
-    def _arguments(self, columns: dict[str, list]) -> dict[str, Any]:
-        return {**self._call_kwargs, **{name: values for name, values in columns.items() if name in self._parameters}}
+    def ordinary_call(self, arguments: dict[str, Any], generators: list[torch.Generator], scheduler: Any) -> Any:
+        """The pipeline's own, undisturbed `__call__` on `scheduler`: what it returns, or None if the scheduler stopped it."""
+        view = make_view(self.pipeline, self._view_class, scheduler, self.pipeline._execution_device)
+        call = type(self.pipeline).__call__
+        return self._run(view, {**arguments, "generator": list(generators)}, call)
 
-    def _unguided(self, kwargs: dict[str, Any]) -> dict[str, Any]:
-        embedded = getattr(self.pipeline, self.component).config.get("guidance_embeds", False)
-        scales = _GUIDANCE_SCALES[1:] if embedded else _GUIDANCE_SCALES
-        return {**kwargs, **{name: 1.0 for name in scales if name in self._parameters}}
-
-    def _view(self, probe: Any, device: torch.device) -> DiffusionPipeline:
-        """The pipeline with another scheduler; shares all networks, owns its attributes."""
-        view = copy.copy(self.pipeline)
-        view.__class__ = _view_class(type(self.pipeline))
-        # Through __dict__: setting a component the ordinary way rewrites the pipeline's config. The safety checker is left
-        # out because it has no gradient and blackens what it dislikes.
-        view.__dict__.update(scheduler=probe, safety_checker=None, _progress_bar_config={"disable": True}, _replay_device=device)
-        return view
+    def _unguided(self, arguments: dict[str, Any]) -> dict[str, Any]:
+        embedded = bool(getattr(self.pipeline, self.component).config.get("guidance_embeds", False))
+        return unguided(self._parameters, arguments, guidance_embedded=embedded)
 
     def _replaying(
         self, probe: Any, x: Tensor, conditioning: Conditioning, denoiser: nn.Module | None = None
     ) -> DiffusionPipeline:
         """A view that replays the recorded encodings and starts from x."""
-        view = self._view(probe, x.device)
+        view = make_view(self.pipeline, self._view_class, probe, x.device)
         view.__dict__["encode_prompt"] = in_order("encode_prompt", conditioning.encoded)
-        view.__dict__["prepare_latents"] = in_order("prepare_latents", _with_state(conditioning.latents, x))
+        view.__dict__["prepare_latents"] = in_order("prepare_latents", conditioning.latents_with(x))
         if denoiser is not None:
-            view.__dict__[self.component] = _in_place_of(getattr(self.pipeline, self.component), denoiser)
+            view.__dict__[self.component] = called_in_place_of(getattr(self.pipeline, self.component), denoiser)
         return view
 
-    def _run(self, view: DiffusionPipeline, kwargs: dict[str, Any]) -> Any:
+    def _run(self, view: DiffusionPipeline, arguments: dict[str, Any], call: Callable[..., Any] | None = None) -> Any:
         """What the call returns, or None where the probe stopped it."""
-        with _processors_restored(getattr(view, self.component)) if self._exchanges_processors else nullcontext():
+        denoiser = getattr(view, self.component)
+        with processors_restored(denoiser) if self._exchanges_processors else nullcontext():
             try:
-                return self._call(view, **fresh(kwargs))
+                return (call or self._call)(view, **fresh(arguments))
             except ReplayStop:
                 return None
 
@@ -205,56 +210,3 @@ def _recording(method: Callable[..., Any], returns: list[Any]) -> Callable[..., 
         return fresh(returns[-1])
 
     return recorder
-
-
-def _state_slot(latents: tuple[Any, ...]) -> Tensor:
-    """x_0 among what `prepare_latents` returned: the first tensor; others (image latents, masks) are conditions."""
-    first = latents[0]
-    return first[0] if isinstance(first, tuple) else first
-
-
-def _with_state(latents: tuple[Any, ...], x: Tensor) -> tuple[Any, ...]:
-    slot = _state_slot(latents)
-    if x.shape != slot.shape:
-        raise ValueError(f"x has shape {tuple(x.shape)}; it must be that of x_0, {tuple(slot.shape)}.")
-    x = x.to(slot.dtype)  # states are kept in float32, the pipeline rounds its latents to this
-    first = (x, *latents[0][1:]) if isinstance(latents[0], tuple) else x
-    return (first, *latents[1:])
-
-
-@functools.cache
-def _stand_in_class(component_class: type[nn.Module]) -> type[nn.Module]:
-    def call(self: Any, *args: Any, **kwargs: Any) -> Any:
-        return self.__dict__["_called"](*args, **kwargs)
-
-    return type(component_class.__name__, (component_class,), {"__call__": call})
-
-
-def _in_place_of(component: nn.Module, denoiser: nn.Module) -> nn.Module:
-    """What the pipeline shall see as its denoiser when `denoiser` is to be called.
-
-    A module of the component's class is taken as it is. A wrapper (DDP, compiled) lacks the attributes that pipelines read
-    (config, dtype, …): then they see the component, and calling it calls the wrapper.
-    """
-    if isinstance(denoiser, type(component)):
-        return denoiser
-    stand_in = copy.copy(component)
-    stand_in.__dict__["_called"] = denoiser
-    stand_in.__class__ = _stand_in_class(type(component))
-    return stand_in
-
-
-@functools.cache
-def _view_class(pipeline_class: type[DiffusionPipeline]) -> type[DiffusionPipeline]:
-    # The pipeline's own property walks through all modules of all networks: milliseconds in every call.
-    device = property(lambda view: view.__dict__["_replay_device"])
-    return type(pipeline_class.__name__, (pipeline_class,), {"_execution_device": device})
-
-
-@contextmanager
-def _processors_restored(denoiser: Any) -> Iterator[None]:
-    before = denoiser.attn_processors
-    try:
-        yield
-    finally:
-        denoiser.set_attn_processor(before)

@@ -8,17 +8,19 @@ and a `step` that stops the call.
 from __future__ import annotations
 
 import builtins
+import copy
 import functools
 import inspect
 import types
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline
 from torch import Tensor
 
-__all__ = ["ReplayStop", "ReplayedTimesteps", "make_probe", "replayable_call"]
+__all__ = ["ReplayStop", "ReplayedTimesteps", "RecordedStep", "make_probe", "make_recorder", "probe_class", "replayable_call"]
 
 
 class ReplayStop(BaseException):
@@ -41,7 +43,7 @@ class ReplayedTimesteps(Tensor):
         return steps
 
     @classmethod
-    def __torch_function__(cls, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         with torch._C.DisableTorchFunctionSubclass():
             out = func(*args, **(kwargs or {}))
         if not isinstance(out, Tensor):
@@ -72,7 +74,7 @@ class ReplayedTimesteps(Tensor):
         return iter([timestep for _, timestep in self.visited()])
 
 
-def _enumerate(iterable: Iterable, start: int = 0) -> Iterator:
+def _enumerate(iterable: Iterable[Any], start: int = 0) -> Iterator[Any]:
     if isinstance(iterable, ReplayedTimesteps):
         return iter([(start + index, timestep) for index, timestep in iterable.visited()])
     return builtins.enumerate(iterable, start)
@@ -88,26 +90,25 @@ def replayable_call(pipeline_class: type[DiffusionPipeline]) -> Callable[..., An
     return rebuilt
 
 
-class _Probe:
-    """What every probe overrides; the rest is the scheduler's own, so that `isinstance` and `config` still answer."""
+class _StandIn:
+    """What holds for every memoryless scheduler, also where the pipeline was written for schedulers that scale."""
 
-    init_noise_sigma = 1.0  # memoryless schedulers work in α, σ coordinates with unit variance at pure noise …
+    init_noise_sigma = 1.0
     captured: Tensor | None = None
-    _visit: tuple[int, ...] | None
-    _scheduler: Any
 
     def scale_model_input(self, sample: Tensor, timestep: Any = None) -> Tensor:
-        return sample  # … and never rescale the sample.
+        return sample
 
 
-@functools.cache
-def _probe_class(scheduler_class: type) -> type:
+def probe_class(scheduler_class: type) -> type:
+    """A subclass of the scheduler's class for `make_probe`."""
+
     # Pipelines read the signatures (`sigmas`, `mu`, `eta`, `generator`) before they call; `wraps` keeps the real ones.
     @functools.wraps(scheduler_class.set_timesteps)  # type: ignore[attr-defined]
     def set_timesteps(self: Any, *args: Any, **kwargs: Any) -> None:
         if self._visit is None:  # the dry run: the pipeline's own shift and σ make the tables
             self._scheduler.set_timesteps(*args, **kwargs)
-        _copy_tables(self)
+            _copy_tables(self)
 
     @functools.wraps(scheduler_class.step)  # type: ignore[attr-defined]
     def step(self: Any, model_output: Tensor, *args: Any, **kwargs: Any) -> None:
@@ -115,7 +116,7 @@ def _probe_class(scheduler_class: type) -> type:
         raise ReplayStop
 
     methods = {"set_timesteps": set_timesteps, "step": step, "__module__": __name__}
-    return type("Replayed" + scheduler_class.__name__, (_Probe, scheduler_class), methods)
+    return type("Replayed" + scheduler_class.__name__, (_StandIn, scheduler_class), methods)
 
 
 def _copy_tables(probe: Any) -> None:
@@ -124,13 +125,42 @@ def _copy_tables(probe: Any) -> None:
     probe.timesteps = ReplayedTimesteps.of(probe._scheduler.timesteps, probe._visit)
 
 
-def make_probe(scheduler: Any, visit: tuple[int, ...] | None) -> Any:
+def make_probe(cls: Any, scheduler: Any, visit: tuple[int, ...] | None) -> Any:
     """A stand-in for `scheduler` that visits the given positions of its grid (see `ReplayedTimesteps`).
 
     Its `step` keeps the model output as `captured` and stops the call. With `visit=None` its `set_timesteps` sets the tables
-    of `scheduler` itself; otherwise they are taken as they are.
+    of `scheduler` itself; otherwise they are taken as they are. `cls` is `probe_class(type(scheduler))`, made once.
     """
-    probe = object.__new__(_probe_class(type(scheduler)))
+    probe = object.__new__(cls)
     probe._scheduler, probe._visit = scheduler, visit
     _copy_tables(probe)
     return probe
+
+
+@dataclass(frozen=True)
+class RecordedStep:
+    """One call of `scheduler.step`, made by the pipeline itself."""
+
+    model_output: Tensor
+    sample: Tensor
+    prev_sample: Tensor
+
+
+def make_recorder(scheduler: Any, stop_after: int | None = None) -> Any:
+    """A copy of `scheduler` that does its work, keeps each step in `record`, and stops the call after `stop_after` steps."""
+    scheduler_class = type(scheduler)
+
+    @functools.wraps(scheduler_class.step)
+    def step(self: Any, model_output: Tensor, timestep: Any, sample: Tensor, *args: Any, **kwargs: Any) -> Any:
+        before = model_output.clone(), sample.clone()  # the pipeline may go on to write into them
+        out = scheduler_class.step(self, model_output, timestep, sample, *args, **kwargs)
+        self.record.append(RecordedStep(*before, prev_sample=out[0].clone()))
+        if len(self.record) == stop_after:
+            raise ReplayStop
+        return out
+
+    recorder = copy.deepcopy(scheduler)
+    recorder.__dict__.pop("init_noise_sigma", None)
+    recorder.__class__ = type("Recorded" + scheduler_class.__name__, (_StandIn, scheduler_class), {"step": step})
+    recorder.record = []
+    return recorder

@@ -1,0 +1,201 @@
+"""A check at the start of training that the replayed pipeline is the function it is taken for.
+
+Replay rests on conventions that nearly all pipelines keep and none promises. Each is tried here against the pipeline's own call
+on a small batch, with about 16 evaluations, so that a pipeline that breaks one is refused instead of trained wrongly.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .pipeline import PipelineReplay
+from .probe import RecordedStep, make_recorder
+
+__all__ = ["check_replay"]
+
+_DIRECTIONS = 3
+_FINE, _COARSE = (5e-3, (1e-2, 1e-1)), (5e-2, (1e-1, 3e-1))
+# Per dtype: the largest relative error of the derivative, and the sizes of the finite difference relative to x, of which one has
+# to agree. 5e-3 leaves room for truncation, and networks with a wrong gradient start at 7e-3; half precision rounds x itself,
+# by up to 4e-3, so its differences have to be larger and their truncation too.
+_DERIVATIVE = {torch.float64: _FINE, torch.float32: _FINE, torch.float16: _COARSE, torch.bfloat16: _COARSE}
+
+
+def check_replay(
+    replay: PipelineReplay,
+    columns: dict[str, list[Any]],
+    generators: list[torch.Generator],
+    *,
+    check_unguided: bool = True,
+) -> None:
+    """Compare prepare, predict and decode with the pipeline's own call.
+
+    Args:
+        columns, generators: a small batch as for `replay.prepare`. The generators are copied, not advanced; neither are the
+            global random numbers of the CPU.
+        check_unguided: whether `predict(guided=False)` is going to be used.
+
+    Raises:
+        ValueError: naming the pipeline, the convention that it breaks, and the way out.
+    """
+    check = _Check(replay, columns, generators)
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        check.prediction_is_a_function()
+        steps = check.own_steps(stop_after=2)
+        check.loop_starts_from_prepared_latents(steps[0])
+        check.latents_are_the_schedulers(steps)
+        check.prediction_is_the_pipelines(steps)
+        if check_unguided:
+            check.guidance_can_be_switched_off()
+        check.derivative_is_right(steps[-1].sample, len(steps) - 1)
+        check.decoding_is_the_pipelines()
+
+
+class _Check:
+    """One small batch, and a method for each convention."""
+
+    def __init__(self, replay: PipelineReplay, columns: dict[str, list[Any]], generators: list[torch.Generator]) -> None:
+        self.replay = replay
+        self.columns = columns
+        self.generators = generators
+        self.x, self.conditioning = replay.prepare(columns, self._generators())
+
+    def prediction_is_a_function(self) -> None:
+        first, second = self._predict(self.x, 0), self._predict(self.x, 0)
+        if not first.isfinite().all():
+            raise self._error("predicts values that are not finite", "load it in bfloat16 or float32")
+        if not torch.equal(first, second):
+            raise self._error(
+                "gives two predictions for the same input",
+                "switch off what is random or remembers (dropout, a guider's momentum)",
+            )
+
+    def loop_starts_from_prepared_latents(self, first: RecordedStep) -> None:
+        if not _equal(self.conditioning.start, first.sample):
+            raise self._error(
+                "does not start its loop from what prepare_latents returns",
+                "use a pipeline that leaves these latents as they are",
+            )
+
+    def latents_are_the_schedulers(self, steps: list[RecordedStep]) -> None:
+        for now, after in zip(steps, steps[1:], strict=False):
+            if not _equal(now.prev_sample.to(after.sample.dtype), after.sample):
+                raise self._error(
+                    "changes the latents between two steps (as inpainting does)",
+                    "leave out callback_on_step_end, or use a pipeline without that feature",
+                )
+
+    def prediction_is_the_pipelines(self, steps: list[RecordedStep]) -> None:
+        for index, step in enumerate(steps):
+            if not _equal(self._predict(step.sample, index), step.model_output):
+                raise self._error(
+                    f"hands another prediction to scheduler.step at step {index} than its replay",
+                    "use a pipeline whose own __call__ loops over scheduler.timesteps",
+                )
+
+    def guidance_can_be_switched_off(self) -> None:
+        denoiser = getattr(self.replay.pipeline, self.replay.component)
+        with _counting_rows(denoiser) as rows:
+            prediction = self._predict(self.x, 0, guided=False)
+        if sum(rows) != len(self.x):
+            raise self._error(
+                f"evaluates {sum(rows)} rows for {len(self.x)} samples with every guidance scale at 1",
+                "switch its guidance off through pipeline_kwargs, or train with cfg_mode='full'",
+            )
+        if not _equal(prediction, self.own_steps(stop_after=1, guided=False)[0].model_output):
+            raise self._error(
+                "encodes its prompts differently without guidance", "train with guidance_scale=1 or cfg_mode='full'"
+            )
+
+    def derivative_is_right(self, x: Tensor, index: int) -> None:
+        tolerance, sizes = _DERIVATIVE[self._precision()]
+        errors = []
+        for size in sizes:
+            errors.append(self._derivative_error(x.to(self.x.dtype), index, size))
+            if errors[-1] <= tolerance:
+                return
+        raise self._error(
+            f"has a derivative in x that differs from finite differences by {min(errors):.1%}",
+            "remove torch.no_grad() or detach() from its denoiser, or from a __call__ of your own",
+        )
+
+    def decoding_is_the_pipelines(self) -> None:
+        recorder = make_recorder(self.replay.scheduler)
+        arguments = {**self.replay.arguments(self.columns, len(self.x)), "num_inference_steps": 2}
+        images = self.replay.ordinary_call(arguments, self._generators(), recorder)[0]
+        latents = recorder.record[-1].prev_sample.to(self.x.dtype).requires_grad_()
+        with torch.enable_grad():
+            decoded = self.replay.decode(latents, self.conditioning)
+        if not _equal(decoded.detach(), images):
+            raise self._error(
+                "decodes the same latents to other images than its replay", "use a pipeline whose decoder comes after its loop"
+            )
+        if not decoded.requires_grad:
+            raise self._error("decodes without gradient", "remove torch.no_grad() or detach() from its decoder")
+
+    def own_steps(self, stop_after: int, guided: bool = True) -> list[RecordedStep]:
+        """The first steps of the pipeline's own call on the memoryless scheduler."""
+        recorder = make_recorder(self.replay.scheduler, stop_after)
+        arguments = self.replay.arguments(self.columns, len(self.x), guided=guided)
+        self.replay.ordinary_call(arguments, self._generators(), recorder)
+        return recorder.record
+
+    def _derivative_error(self, x: Tensor, index: int, size: float) -> float:
+        """Median over directions u of |⟨w, Ju⟩ − ⟨Jᵀw, u⟩| / |⟨w, Ju⟩|; w along Ju, where rounding weighs least."""
+        leaf = x.clone().requires_grad_()
+        with torch.enable_grad():
+            output = self._predict(leaf, index)
+        generator, errors = torch.Generator().manual_seed(0), []
+        for _ in range(_DIRECTIONS):
+            noise = torch.randn(x.shape, generator=generator).to(x)
+            u = noise * (x.norm() / noise.norm())
+            change = (self._predict(x + size * u, index).double() - self._predict(x - size * u, index).double()) / (2 * size)
+            length = change.norm().clamp(min=torch.finfo(torch.float64).tiny)
+            pullback = 0.0
+            if output.requires_grad:
+                gradient = torch.autograd.grad(
+                    output, leaf, (change / length).to(output.dtype), retain_graph=True, allow_unused=True
+                )[0]
+                pullback = 0.0 if gradient is None else (gradient.double() * u.double()).sum().item()
+            errors.append(abs(length.item() - pullback) / length.item())
+        return statistics.median(errors)
+
+    def _predict(self, x: Tensor, index: int, guided: bool = True) -> Tensor:
+        return self.replay.predict(x, index, self.conditioning, guided=guided)
+
+    def _precision(self) -> torch.dtype:
+        """The coarsest dtype that x goes through, of the latents and the network."""
+        denoiser = getattr(self.replay.pipeline, self.replay.component)
+        dtypes = (self.conditioning.start.dtype, next(denoiser.parameters()).dtype)
+        return max(dtypes, key=lambda dtype: torch.finfo(dtype).eps)
+
+    def _generators(self) -> list[torch.Generator]:
+        return [torch.Generator(g.device).set_state(g.get_state()) for g in self.generators]
+
+    def _error(self, broken: str, way_out: str) -> ValueError:
+        return ValueError(f"{self.replay.name} cannot be trained, because it {broken}; {way_out}.")
+
+
+def _equal(a: Tensor, b: Tensor) -> bool:
+    return a.shape == b.shape and torch.equal(a, b)
+
+
+@contextmanager
+def _counting_rows(denoiser: nn.Module) -> Iterator[list[int]]:
+    """The number of samples in each call of the denoiser: the length of its first argument."""
+    rows: list[int] = []
+
+    def count(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        rows.append(len([*args, *kwargs.values()][0]))
+
+    handle = denoiser.register_forward_pre_hook(count, with_kwargs=True)
+    try:
+        yield rows
+    finally:
+        handle.remove()
