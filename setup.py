@@ -26,11 +26,8 @@ REQUIREMENTS = [
     "accelerate>=1.14",
     "trl>=1.14",
     "datasets>=5.0",
-    "huggingface_hub>=1.33",
     "safetensors>=0.8",
     "numpy>=2.2",
-    "pillow>=12.0",
-    "tqdm>=4.67",
 ]
 EXTRAS: dict[str, list[str]] = {
     # Rewards, metrics and docs need nothing more so far; the names exist so that install commands stay valid.
@@ -40,6 +37,7 @@ EXTRAS: dict[str, list[str]] = {
     "dev": [
         "matplotlib>=3.10",
         "mypy>=2.0",
+        "pillow>=12.0",
         "pre-commit>=4.0",
         "pytest>=9.0",
         "ruff>=0.17",
@@ -47,6 +45,7 @@ EXTRAS: dict[str, list[str]] = {
         "scipy>=1.15",
         "sentencepiece>=0.2",
         "tensorboard>=2.20",
+        "tqdm>=4.67",
     ],
 }
 

@@ -1,0 +1,169 @@
+"""The shape of the package: which way imports point, how long files are, what is shipped."""
+
+import ast
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from packaging.requirements import Requirement
+from packaging.version import Version
+
+ROOT = Path(__file__).parents[1]
+PACKAGE = ROOT / "src" / "diffusers_adjoint"
+SOURCES = sorted(PACKAGE.rglob("*.py"))
+
+CORE = ("transition", "trajectory", "adjoint", "matching")
+# A module imports from its own row or from a row above. The package's __init__ stands above none and below all.
+LAYERS = (
+    CORE,
+    ("schedulers", "replay"),
+    ("denoiser", "lora", "rewards"),
+    ("rollout", "metrics"),
+    ("config", "inputs", "sample_log", "trainer", "callbacks", "hub", "ddpo", "cli"),
+)
+LEVEL = {module: level for level, modules in enumerate(LAYERS) for module in modules}
+DISTRIBUTIONS = {"PIL": "pillow", "yaml": "pyyaml"}  # where the import's name is not the distribution's
+
+
+def parts_of(source: Path) -> tuple[str, ...]:
+    return source.relative_to(PACKAGE).with_suffix("").parts
+
+
+def imported_modules(tree: ast.AST, parts: tuple[str, ...]) -> Iterator[str]:
+    """Absolute dotted names of everything imported; `parts` is where the file lies in the package."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            here = ("diffusers_adjoint", *parts)[: len(parts) + 1 - node.level] if node.level else ()
+            module = ".".join([*here, *([node.module] if node.module else [])])
+            # `from . import x`: x may be a module, and is one when the package itself is what is imported from.
+            yield from ([f"{module}.{alias.name}" for alias in node.names] if module == "diffusers_adjoint" else [module])
+
+
+def own_and_foreign(source: Path) -> tuple[set[str], set[str]]:
+    """Top-level modules of this package, and of others, that a file imports."""
+    names = list(imported_modules(ast.parse(source.read_text(encoding="utf-8")), parts_of(source)))
+    own = {name.split(".")[1] for name in names if name.startswith("diffusers_adjoint.")}
+    foreign = {name.split(".")[0] for name in names} - {"diffusers_adjoint"} - set(sys.stdlib_module_names)
+    return own, foreign
+
+
+def test_import_reader_sees_every_form() -> None:
+    tree = ast.parse(
+        "import torch.nn\nfrom . import hub, cli\nfrom .. import lora\nfrom ..replay.probe import x\n"
+        "from .tilt import y\nfrom diffusers_adjoint.config import z\nfrom diffusers_adjoint import trainer\n"
+    )
+    assert list(imported_modules(tree, ("metrics", "images"))) == [
+        "torch.nn",
+        "diffusers_adjoint.metrics",
+        "diffusers_adjoint.lora",
+        "diffusers_adjoint.replay.probe",
+        "diffusers_adjoint.metrics.tilt",
+        "diffusers_adjoint.config",
+        "diffusers_adjoint.trainer",
+    ]
+    assert list(imported_modules(ast.parse("from . import hub\nfrom .cli import main"), ("trainer",))) == [
+        "diffusers_adjoint.hub",
+        "diffusers_adjoint.cli",
+    ]
+
+
+@pytest.mark.parametrize("source", SOURCES, ids=lambda source: "/".join(parts_of(source)))
+def test_imports_point_upwards(source: Path) -> None:
+    module = parts_of(source)[0]
+    if module == "__init__":
+        return
+    assert module in LEVEL, f"{module} has no layer; give it one in LAYERS"
+    own, _ = own_and_foreign(source)
+    downwards = {name for name in own if LEVEL[name] > LEVEL[module]}
+    assert not downwards, f"{module} imports {sorted(downwards)}, which lie below it"
+
+
+@pytest.mark.parametrize("module", CORE)
+def test_the_mathematics_needs_torch_alone(module: str) -> None:
+    own, foreign = own_and_foreign(PACKAGE / f"{module}.py")
+    assert foreign == {"torch"}
+    assert own <= set(CORE)
+
+
+def runtime_requirements() -> list[Requirement]:
+    """REQUIREMENTS as setup.py spells it, read without running it."""
+    for node in ast.parse((ROOT / "setup.py").read_text(encoding="utf-8")).body:
+        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "REQUIREMENTS":
+            return [Requirement(line) for line in ast.literal_eval(node.value)]
+    raise AssertionError("setup.py has no REQUIREMENTS")
+
+
+def test_every_import_is_a_requirement() -> None:
+    imported = set().union(*(own_and_foreign(source)[1] for source in SOURCES))
+    required = {requirement.name for requirement in runtime_requirements()}
+    assert {DISTRIBUTIONS.get(name, name) for name in imported} <= required
+
+
+def pins(python: str) -> dict[str, Version]:
+    """What constraints.txt pins for one Python version."""
+    lines = (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
+    found = [Requirement(line) for line in lines if line and not line.startswith("#")]
+    chosen = [pin for pin in found if pin.marker is None or pin.marker.evaluate({"python_version": python})]
+    assert len({pin.name for pin in chosen}) == len(chosen), f"something is pinned twice for Python {python}"
+    return {pin.name: Version(str(pin.specifier).removeprefix("==")) for pin in chosen}
+
+
+def test_lower_bounds_are_what_the_oldest_python_tests() -> None:
+    oldest, newest = pins("3.10"), pins("3.12")
+    for requirement in runtime_requirements():
+        bound = Version(str(requirement.specifier).removeprefix(">="))
+        pin = oldest[requirement.name]
+        assert pin.release[: len(bound.release)] == bound.release, f"{requirement} is tested with {pin} at the lowest"
+        assert newest[requirement.name] >= pin
+
+
+def test_core_and_trainer_stay_short() -> None:
+    lines = {source: len(source.read_text(encoding="utf-8").splitlines()) for source in SOURCES}
+    assert sum(lines[PACKAGE / f"{module}.py"] for module in CORE) <= 600
+    assert lines[PACKAGE / "trainer.py"] <= 400
+
+
+def swallowed(tree: ast.AST) -> list[int]:
+    """Lines of the handlers that do nothing with what they caught."""
+    handlers = [node for node in ast.walk(tree) if isinstance(node, ast.ExceptHandler)]
+    return [node.lineno for node in handlers if all(isinstance(line, ast.Pass) for line in node.body)]
+
+
+def test_no_error_is_swallowed() -> None:
+    assert swallowed(ast.parse("try:\n    f()\nexcept ValueError:\n    pass\n")) == [3]
+    assert {source.name: swallowed(ast.parse(source.read_text(encoding="utf-8"))) for source in SOURCES} == {
+        source.name: [] for source in SOURCES
+    }
+
+
+def setup_py(*arguments: str) -> str:
+    command = [sys.executable, "setup.py", "--quiet", *arguments]
+    return subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True).stdout.strip()
+
+
+def test_version_is_read_from_the_source() -> None:
+    import diffusers_adjoint
+
+    assert setup_py("--version").splitlines()[-1] == diffusers_adjoint.__version__
+    assert str(Version(diffusers_adjoint.__version__)) == diffusers_adjoint.__version__  # as PEP 440 writes it
+
+
+def test_every_module_and_the_type_marker_are_shipped(tmp_path: Path) -> None:
+    setup_py("build_py", "--build-lib", str(tmp_path))
+    shipped = {path.relative_to(tmp_path / PACKAGE.name) for path in tmp_path.rglob("*") if path.is_file()}
+    assert shipped >= {source.relative_to(PACKAGE) for source in SOURCES} | {Path("py.typed")}
+
+
+def test_no_path_of_a_machine_is_tracked() -> None:
+    # A home or work directory at the start of a path; the lookbehind lets URLs and relative paths through.
+    machine_path = re.compile(r"(?<![\w.\-/~])/(?:home|root|Users|work|opt)/\w")
+    assert machine_path.search(" /" + "home/me/x") and not machine_path.search("https://example.org/" + "home/x")
+    listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, check=True, capture_output=True, text=True).stdout
+    texts = {name: (ROOT / name).read_bytes().decode("utf-8", "ignore") for name in listed.split("\0") if name}
+    found = {name: match.group() for name, text in texts.items() if (match := machine_path.search(text))}
+    assert not found
