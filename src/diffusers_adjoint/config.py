@@ -37,8 +37,8 @@ class AdjointMatchingConfig(TrainingArguments):
             Classifier-free guidance. 1 means none, and then the target is exact whatever `cfg_mode` says.
         cfg_mode (`str`, defaults to `"rollout"`):
             Where guidance above 1 acts. `"rollout"`: trajectories only (the official code's choice; the result is *not* the
-            tilt). `"none"`: nowhere in training, only in evaluation (exact for the unguided model). `"full"`: everywhere (exact for the
-            guided model, twice the work, and the adjoint can blow up).
+            tilt). `"none"`: nowhere in training, only in evaluation (exact for the unguided model). `"full"`: everywhere (exact
+            for the guided model, twice the work, and the adjoint can blow up).
 
     > Parameters that control the sampler
 
@@ -127,8 +127,6 @@ class AdjointMatchingConfig(TrainingArguments):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.num_loss_steps is None:
-            self.num_loss_steps = max(self.num_inference_steps // 2, 1)
         self._check_choices()
         self._check_numbers()
 
@@ -138,12 +136,15 @@ class AdjointMatchingConfig(TrainingArguments):
                 raise ValueError(f"{name}={getattr(self, name)!r} is unknown; pass one of {', '.join(map(repr, allowed))}.")
         if self.integrator is not None and self.integrator not in INTEGRATORS:
             raise ValueError(f"integrator={self.integrator!r} is unknown; pass one of {', '.join(map(repr, INTEGRATORS))}.")
-        if self.pipeline_kwargs is not None and not isinstance(self.pipeline_kwargs, dict):
-            raise TypeError(f"pipeline_kwargs is a {type(self.pipeline_kwargs).__name__}; pass a dict of call arguments.")
+        for name in ("pipeline_kwargs", "model_init_kwargs"):
+            if not isinstance(value := getattr(self, name), dict | None):
+                raise TypeError(f"{name} is a {type(value).__name__}; pass a dict of arguments, or JSON on the command line.")
 
     def _check_numbers(self) -> None:
         if self.num_inference_steps < 2:
             raise ValueError(f"num_inference_steps={self.num_inference_steps} is too few; pass at least 2.")
+        if self.num_loss_steps is None:
+            self.num_loss_steps = self.num_inference_steps // 2
         if not 1 <= self.num_loss_steps <= self.num_inference_steps:
             raise ValueError(
                 f"num_loss_steps={self.num_loss_steps} does not fit num_inference_steps={self.num_inference_steps}; "

@@ -6,6 +6,7 @@ import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from diffusers import ModelMixin
 from torch import Tensor, nn
 
 from .lora import adapters_disabled
@@ -30,8 +31,8 @@ class PipelineDenoiser(nn.Module):
     def __init__(self, replay: PipelineReplay, *, has_adapter: bool) -> None:
         super().__init__()
         self.replay = replay
-        self.network: nn.Module = getattr(replay.pipeline, replay.component)
-        self.frozen: nn.Module | None = None
+        self.network: ModelMixin = getattr(replay.pipeline, replay.component)
+        self.frozen: ModelMixin | None = None
         if not has_adapter:
             self.frozen = copy.deepcopy(self.network).requires_grad_(False)
             self.network.requires_grad_(True)

@@ -8,7 +8,7 @@ from typing import Any
 
 from diffusers import DiffusionPipeline
 
-__all__ = ["collate_columns", "load_pipeline", "require_prompts", "require_writable", "without_prompt"]
+__all__ = ["collate_columns", "first_row", "load_pipeline", "require_prompts", "require_writable", "without_prompt"]
 
 
 def load_pipeline(model: str | Path | DiffusionPipeline, init_kwargs: dict[str, Any] | None) -> DiffusionPipeline:
@@ -35,6 +35,20 @@ def require_writable(folder: str) -> None:
             pass
     except OSError as error:
         raise ValueError(f"output_dir={folder!r} cannot be written ({error.strerror}); pass a folder you may write to.") from None
+
+
+def first_row(dataset: Any) -> dict[str, Any]:
+    """The first row of the training data, or a ValueError that says what it lacks."""
+    if dataset is None:
+        raise ValueError("train_dataset is missing; pass a dataset with a 'prompt' column.")
+    row = next(iter(dataset), None)
+    if row is None:
+        raise ValueError("the train_dataset has no row; pass at least one prompt.")
+    if "prompt" not in row:
+        raise ValueError(f"the rows of the dataset have columns {sorted(row)}; add a 'prompt' column of strings.")
+    if not isinstance(row["prompt"], str):
+        raise ValueError(f"the first prompt is of type {type(row['prompt']).__name__}; pass a string in each row.")
+    return row
 
 
 def collate_columns(rows: list[dict[str, Any]]) -> dict[str, list[Any]]:

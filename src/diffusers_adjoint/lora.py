@@ -60,7 +60,7 @@ def _any_module(network: nn.Module, targets: list[str] | set[str]) -> bool:
 
 
 @contextmanager
-def adapters_disabled(network: nn.Module) -> Iterator[None]:
+def adapters_disabled(network: PeftAdapterMixin) -> Iterator[None]:
     """The base: the same weights without the adapter, bit for bit the untouched network."""
     network.disable_adapters()
     try:

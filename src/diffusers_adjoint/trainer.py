@@ -19,10 +19,11 @@ from transformers.utils import logging
 from .adjoint import AdjointPath, lean_adjoint
 from .config import AdjointMatchingConfig
 from .denoiser import PipelineDenoiser
-from .inputs import collate_columns, load_pipeline, require_prompts, require_writable, without_prompt
+from .inputs import collate_columns, first_row, load_pipeline, require_prompts, require_writable, without_prompt
 from .lora import add_lora, load_lora, save_lora
 from .matching import LossSteps, choose_loss_steps, clip_loss, matching_loss, step_kl
-from .replay import Conditioning, PipelineReplay, check_replay
+from .replay import Conditioning, PipelineReplay
+from .replay.selfcheck import check_replay
 from .rewards import RewardGradient, WeightedReward, reward_gradient
 from .rollout import Stream, sample_trajectory, seeded_generator
 from .sample_log import SampleLog, announce_tilt, summarise
@@ -249,11 +250,7 @@ class AdjointMatchingTrainer(Trainer):
         return super().train(*args, **kwargs)
 
     def _check_first_row(self) -> None:
-        if self.train_dataset is None:
-            raise ValueError("train_dataset is missing; pass a dataset with a 'prompt' column.")
-        row = next(iter(self.train_dataset))
-        if "prompt" not in row:
-            raise ValueError(f"the rows of the dataset have columns {sorted(row)}; add a 'prompt' column of strings.")
+        row = first_row(self.train_dataset)
         columns = collate_columns([row, row])
         batch = self._prepare_batch({"columns": columns, "first_row": 0, "share": 1.0})
         self._choose_steps()

@@ -28,7 +28,7 @@ class WeightedReward:
     """
 
     def __init__(self, reward_funcs: RewardFunction | Sequence[RewardFunction], weights: Sequence[float] | None = None) -> None:
-        functions = list(reward_funcs) if isinstance(reward_funcs, list | tuple) else [reward_funcs]
+        functions: list[Any] = list(reward_funcs) if isinstance(reward_funcs, list | tuple) else [reward_funcs]
         if not functions:
             raise ValueError("reward_funcs is empty; pass at least one reward function.")
         for function in functions:

@@ -1,0 +1,73 @@
+"""Run under torchrun by test_distributed.py: trains a tiny pipeline on two processes and writes what rank 0 ends with."""
+
+import sys
+
+import torch
+import torch.distributed
+from datasets import Dataset
+from peft import LoraConfig
+from tiny_pipelines import sd3
+
+from diffusers_adjoint import AdjointMatchingConfig, AdjointMatchingTrainer
+
+PROMPTS = ["a cat", "a dog", "a red car", "the sea"]
+
+
+def brightness(images, prompts, **columns):
+    return images.mean((1, 2, 3))
+
+
+def train(folder: str, batch: int, accumulation: int) -> tuple[AdjointMatchingTrainer, list[bool]]:
+    """Two updates of four images each, in the dataset's order; also which forwards of the loss were set to synchronise."""
+    args = AdjointMatchingConfig(
+        output_dir=folder,
+        num_inference_steps=4,
+        num_loss_steps=2,
+        reward_scale=50.0,
+        max_steps=2,
+        per_device_train_batch_size=batch,
+        gradient_accumulation_steps=accumulation,
+        train_sampling_strategy="sequential",
+        optim="sgd",
+        learning_rate=1e-3,
+        max_grad_norm=0.0,
+        logging_steps=1,
+        save_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+        use_cpu=True,
+    )
+    trainer = AdjointMatchingTrainer(
+        sd3(), brightness, args, Dataset.from_dict({"prompt": PROMPTS * 2}), peft_config=LoraConfig(r=2, lora_alpha=4)
+    )
+    synchronised: list[bool] = []
+    original = trainer._match
+
+    def spy(model, *rest):
+        if isinstance(model, torch.nn.parallel.DistributedDataParallel):
+            hook = model.register_forward_pre_hook(lambda m, args: synchronised.append(m.require_backward_grad_sync))
+            result = original(model, *rest)
+            hook.remove()
+            return result
+        return original(model, *rest)
+
+    trainer._match = spy
+    trainer.train()
+    return trainer, synchronised
+
+
+def adapter(trainer: AdjointMatchingTrainer) -> dict[str, torch.Tensor]:
+    return {n: p.detach().clone() for n, p in trainer.denoiser.network.named_parameters() if p.requires_grad}
+
+
+if __name__ == "__main__":
+    folder = sys.argv[1]
+    trainer, synchronised = train(folder, batch=1, accumulation=2)
+    if trainer.is_world_process_zero():
+        result = {
+            "world_size": torch.distributed.get_world_size(),
+            "weights": adapter(trainer),
+            "synchronised": synchronised,
+            "rewards": [line["reward"] for line in trainer.state.log_history if "reward" in line],
+        }
+        torch.save(result, f"{folder}/result.pt")

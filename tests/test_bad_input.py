@@ -1,0 +1,163 @@
+"""Bad input is refused before any rollout, in one sentence that names the value and the cure."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+import torch
+from datasets import Dataset, IterableDataset
+from diffusers import DDPMPipeline, DDPMScheduler, LCMScheduler, UNet2DModel
+from peft import LoraConfig
+from tiny_pipelines import sd3, sd15
+
+import diffusers_adjoint.trainer
+from diffusers_adjoint import AdjointMatchingConfig, AdjointMatchingTrainer
+from diffusers_adjoint.lora import add_lora
+
+
+def brightness(images, prompts, **columns):
+    return images.mean((1, 2, 3))
+
+
+def detached(images, prompts, **columns):
+    return brightness(images.detach(), prompts)
+
+
+def one_number(images, prompts, **columns):
+    return images.mean()
+
+
+def python_float(images, prompts, **columns):
+    return [0.5] * len(images)
+
+
+def prompts_only():
+    return Dataset.from_dict({"prompt": ["a cat", "a dog"]})
+
+
+def sd15_with(scheduler):
+    pipeline = sd15()
+    pipeline.scheduler = scheduler
+    return pipeline
+
+
+def sd3_with_adapter():
+    pipeline = sd3()
+    pipeline.transformer.add_adapter(LoraConfig(r=2, target_modules=["to_q"]))
+    return pipeline
+
+
+def unconditional():
+    unet = UNet2DModel(
+        sample_size=8,
+        block_out_channels=(4, 8),
+        layers_per_block=1,
+        norm_num_groups=2,
+        down_block_types=("DownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "UpBlock2D"),
+    )
+    return DDPMPipeline(unet=unet, scheduler=DDPMScheduler())
+
+
+def streamed_rows(rows):
+    return IterableDataset.from_generator(lambda: iter(rows))
+
+
+@dataclass
+class Case:
+    """What a user passes wrongly, and what the sentence must say: the value, then the cure."""
+
+    says: str
+    cure: str
+    args: dict[str, Any] = field(default_factory=dict)
+    trainer: dict[str, Any] = field(default_factory=dict)
+    train: dict[str, Any] = field(default_factory=dict)
+    error: type[Exception] = ValueError
+
+
+def lora(**kwargs):
+    return LoraConfig(r=2, **kwargs)
+
+
+CASES = {
+    "K below 2": Case("num_inference_steps=1", "at least 2", {"num_inference_steps": 1}),
+    "S above K": Case("num_loss_steps=9", "pass 1 to 4", {"num_loss_steps": 9}),
+    "S zero": Case("num_loss_steps=0", "pass 1 to 4", {"num_loss_steps": 0}),
+    "paper needs more steps": Case("num_loss_steps=1", "at least 2", {"loss_step_selection": "paper", "num_loss_steps": 1}),
+    "unknown integrator": Case("'heun'", "'ancestral'", {"integrator": "heun"}),
+    "unknown cfg_mode": Case("cfg_mode='both'", "'rollout'", {"cfg_mode": "both"}),
+    "unknown selection": Case("'random'", "'uniform'", {"loss_step_selection": "random"}),
+    "unknown pairing": Case("'previous'", "'next'", {"adjoint_pairing": "previous"}),
+    "unknown on_nonfinite": Case("'ignore'", "'skip'", {"on_nonfinite": "ignore"}),
+    "negative scale": Case("reward_scale=-1.0", "≥ 0", {"reward_scale": -1.0}),
+    "scale not a number": Case("reward_scale=nan", "≥ 0", {"reward_scale": float("nan")}),
+    "guidance below 1": Case("guidance_scale=0.5", "pass 1", {"guidance_scale": 0.5}),
+    "no generations": Case("num_generations=0", "at least 1", {"num_generations": 0}),
+    "clip everything": Case("loss_clip=0.0", "positive", {"loss_clip": 0.0}),
+    "pipeline_kwargs not a dict": Case("pipeline_kwargs", "dict", {"pipeline_kwargs": "height"}, error=TypeError),
+    "unknown pipeline argument": Case("'hight'", "", {"pipeline_kwargs": {"hight": 32}}),
+    "output_dir is a file": Case("output_dir=", "folder you may write to", {"output_dir": "FILE"}),
+    "no prompt column": Case("['caption']", "'prompt' column", trainer={"train_dataset": Dataset.from_dict({"caption": ["a"]})}),
+    "no prompt in streamed rows": Case(
+        "['caption']", "'prompt' column", trainer={"train_dataset": streamed_rows([{"caption": "a"}])}
+    ),
+    "empty dataset": Case("no row", "at least one", trainer={"train_dataset": Dataset.from_dict({"prompt": []})}),
+    "prompt not a string": Case("int", "string", trainer={"train_dataset": Dataset.from_dict({"prompt": [1, 2]})}),
+    "no dataset": Case("train_dataset is missing", "'prompt' column", trainer={"train_dataset": None}),
+    "detached reward": Case("'detached' is not differentiable", "remove", trainer={"reward_funcs": detached}),
+    "one reward for all": Case("'one_number' returned shape ()", "(2,)", trainer={"reward_funcs": one_number}),
+    "reward returns a list": Case("'python_float'", "tensor", trainer={"reward_funcs": python_float}, error=TypeError),
+    "reward not callable": Case("0.5", "callables", trainer={"reward_funcs": [brightness, 0.5]}, error=TypeError),
+    "no reward": Case("reward_funcs is empty", "at least one", trainer={"reward_funcs": []}),
+    "weights do not match": Case("2 entries for 1", "one each", {"reward_weights": [1.0, 2.0]}),
+    "model of another kind": Case("Linear", "DiffusionPipeline", trainer={"model": torch.nn.Linear(1, 1)}, error=TypeError),
+    "few-step scheduler": Case("LCMScheduler", "", trainer={"model": lambda: sd15_with(LCMScheduler())}),
+    "LoRA without attention": Case(
+        "no_such_layer", "target_modules", trainer={"peft_config": lora(target_modules=["no_such_layer"])}
+    ),
+    "no latents to replay": Case("DDPMPipeline has no prepare_latents", "pass a pipeline", trainer={"model": unconditional}),
+    "adapter there already": Case("already carries an adapter", "fuse_lora", trainer={"model": sd3_with_adapter}),
+    "checkpoint without weights": Case("holds no", "checkpoint folder", train={"resume_from_checkpoint": "FOLDER"}),
+}
+
+
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
+def test_refused_before_any_rollout_in_one_sentence(tmp_path, case, monkeypatch):
+    def rollout(*args, **kwargs):
+        raise AssertionError("a rollout was started")
+
+    monkeypatch.setattr(diffusers_adjoint.trainer, "sample_trajectory", rollout)
+    (tmp_path / "file").touch()
+    (tmp_path / "folder").mkdir()
+    settings = {
+        "output_dir": str(tmp_path / "out"),
+        "num_inference_steps": 4,
+        "max_steps": 1,
+        "report_to": "none",
+        "use_cpu": True,
+    }
+    settings |= case.args
+    if settings["output_dir"] == "FILE":
+        settings["output_dir"] = str(tmp_path / "file")
+    train = {name: str(tmp_path / "folder") if value == "FOLDER" else value for name, value in case.train.items()}
+    given = {"model": sd3, "reward_funcs": brightness, "train_dataset": prompts_only(), "peft_config": lora()} | case.trainer
+    if callable(given["model"]) and not isinstance(given["model"], torch.nn.Module):
+        given["model"] = given["model"]()
+
+    with pytest.raises(case.error) as caught:
+        AdjointMatchingTrainer(args=AdjointMatchingConfig(**settings), **given).train(**train)
+    sentence = str(caught.value)
+    assert case.says in sentence and case.cure in sentence
+    assert "\n" not in sentence and sentence.endswith(".")
+
+
+def test_lora_is_refused_where_none_can_go():
+    with pytest.raises(ValueError, match="UNet2DModel has no add_adapter; pass peft_config=None"):
+        add_lora(unconditional().unet, lora())
+
+
+def test_the_same_call_without_a_mistake_trains(tmp_path):
+    """So that the cases above fail for their own reason."""
+    args = AdjointMatchingConfig(output_dir=str(tmp_path), num_inference_steps=4, max_steps=1, report_to="none", use_cpu=True)
+    trainer = AdjointMatchingTrainer(sd3(), brightness, args, prompts_only(), peft_config=lora())
+    assert trainer.train().global_step == 1

@@ -1,0 +1,31 @@
+"""Two processes (gloo) do the work of one: same images, same weights, one synchronisation an update."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from distributed_worker import adapter, train
+
+HERE = Path(__file__).parent
+
+
+@pytest.mark.slow
+def test_two_processes_give_the_weights_of_one(tmp_path):
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    paths = os.pathsep.join([str(HERE.parent / "src"), str(HERE)])
+    environment = os.environ | {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}
+    subprocess.run([*command, str(HERE / "distributed_worker.py"), str(tmp_path)], check=True, env=environment, timeout=300)
+    result = torch.load(tmp_path / "result.pt", weights_only=True)
+    assert result["world_size"] == 2
+
+    single, _ = train(str(tmp_path), batch=4, accumulation=1)
+    reference = adapter(single)
+    # float32, the same four gradients averaged in another order
+    assert max((reference[name] - result["weights"][name]).abs().max().item() for name in reference) <= 1e-6
+    rewards = [line["reward"] for line in single.state.log_history if "reward" in line]
+    assert result["rewards"] == pytest.approx(rewards, rel=1e-5)
+    # Two updates of two micro-batches with two loss steps each: only the last backward of an update synchronises.
+    assert result["synchronised"] == [False, False, False, True] * 2

@@ -1,0 +1,404 @@
+"""The trainer on tiny pipelines of the real classes: what it evaluates, what it moves, and what must not depend on what."""
+
+import copy
+
+import pytest
+import torch
+from datasets import Dataset
+from peft import LoraConfig
+from tiny_pipelines import sd3, sd15
+
+from diffusers_adjoint import AdjointMatchingConfig, AdjointMatchingTrainer
+
+PROMPTS = ["a cat", "a dog", "a red car", "the sea"]
+
+
+def brightness(images, prompts, **columns):
+    return images.mean((1, 2, 3))
+
+
+def config(folder, **changes):
+    settings = {
+        "output_dir": str(folder),
+        "num_inference_steps": 4,
+        "num_loss_steps": 2,
+        "reward_scale": 50.0,
+        "max_steps": 2,
+        "per_device_train_batch_size": 2,
+        "learning_rate": 1e-2,
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "report_to": "none",
+        "disable_tqdm": True,
+        "use_cpu": True,
+    }
+    return AdjointMatchingConfig(**(settings | changes))
+
+
+def make_trainer(folder, build=sd3, reward=brightness, lora=True, rows=PROMPTS, pipeline=None, **changes):
+    return AdjointMatchingTrainer(
+        model=build() if pipeline is None else pipeline,
+        reward_funcs=reward,
+        args=config(folder, **changes),
+        train_dataset=Dataset.from_dict({"prompt": rows}),
+        peft_config=LoraConfig(r=2, lora_alpha=4) if lora else None,
+    )
+
+
+def weights(trainer):
+    return {name: p.detach().clone() for name, p in trainer.denoiser.network.named_parameters() if p.requires_grad}
+
+
+def difference(a, b):
+    return max((a[name] - b[name]).abs().max().item() for name in a)
+
+
+def sample(pipeline, prompt="a cat", **kwargs):
+    generator = torch.Generator().manual_seed(0)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline(prompt, num_inference_steps=3, generator=generator, output_type="pt", **kwargs).images
+
+
+@pytest.fixture(params=[sd3, sd15], ids=["sd3", "sd15"])
+def build(request):
+    return request.param
+
+
+# ---------------------------------------------------------------------------------------------------------- what training does
+
+
+def test_training_moves_the_adapter_and_nothing_else(tmp_path, build):
+    pipeline = build()
+    trainer = make_trainer(tmp_path, pipeline=pipeline)
+    before = {name: p.detach().clone() for name, p in all_parameters(pipeline).items()}
+    trainer.train()
+    after = all_parameters(pipeline)
+    adapters = {name for name in after if "lora_" in name}
+    assert {name for name, p in after.items() if not torch.equal(p.detach(), before[name])} == adapters
+    assert len(adapters) == len(weights(trainer)) > 0
+    assert all(p.grad is None for name, p in after.items() if name not in adapters)
+
+
+def all_parameters(pipeline):
+    """Every parameter of every component, by component and name."""
+    modules = {name: part for name, part in pipeline.components.items() if isinstance(part, torch.nn.Module)}
+    return {f"{part}.{name}": p for part, module in modules.items() for name, p in module.named_parameters()}
+
+
+def test_base_is_the_untouched_network_bit_for_bit(tmp_path, build):
+    trainer = make_trainer(tmp_path, build)
+    start, conditioning = trainer.replay.prepare({"prompt": PROMPTS[:2]}, [torch.Generator().manual_seed(i) for i in (0, 1)])
+    untouched = make_trainer(tmp_path, build, lora=False)
+    _, same_conditioning = untouched.replay.prepare({"prompt": PROMPTS[:2]}, [torch.Generator().manual_seed(i) for i in (0, 1)])
+    trainer.train()
+    with torch.no_grad():
+        tuned = trainer.denoiser(start, 1, conditioning)
+        with trainer.denoiser.base():
+            base = trainer.denoiser(start, 1, conditioning)
+        reference = untouched.denoiser(start, 1, same_conditioning)
+    assert torch.equal(base, reference)
+    assert not torch.equal(tuned, base)
+
+
+def test_zero_reward_scale_leaves_the_model_where_it_is(tmp_path, build):
+    trainer = make_trainer(tmp_path, build, reward_scale=0.0)
+    before = weights(trainer)
+    trainer.train()
+    assert difference(before, weights(trainer)) == 0.0  # the control starts at zero, so loss and gradient are exactly zero
+
+
+def test_the_reward_rises(tmp_path):
+    # λ·std(r) ≈ 2.7, so the target lies 2.7 standard deviations up
+    trainer = make_trainer(tmp_path, lora=False, max_steps=16, rows=PROMPTS * 8, num_generations=2, reward_scale=1000.0)
+    trainer.train()
+    rewards = [line["reward"] for line in trainer.state.log_history if "reward" in line]
+    # Same prompts, new noise: the gain must exceed what 4 × 4 images move by chance, measured as their standard deviation.
+    spread = trainer.state.log_history[0]["reward_std"] / 4
+    assert sum(rewards[-4:]) / 4 - sum(rewards[:4]) / 4 > 2 * spread
+
+
+def test_full_fine_tuning_trains_against_a_frozen_copy(tmp_path, build):
+    trainer = make_trainer(tmp_path, build, lora=False, learning_rate=1e-3)
+    frozen = copy.deepcopy(trainer.denoiser.frozen.state_dict())
+    before = weights(trainer)
+    trainer.train()
+    assert difference(before, weights(trainer)) > 0
+    assert all(torch.equal(value, frozen[name]) for name, value in trainer.denoiser.frozen.state_dict().items())
+
+
+# ------------------------------------------------------------------------------------------------------------------ what it costs
+
+
+class Counter:
+    """Counts forwards of the denoiser: without gradient, with gradient in the input, with gradient in the weights."""
+
+    def __init__(self, network):
+        self.rollout = self.adjoint = self.loss = 0
+        network.register_forward_pre_hook(self.count, with_kwargs=True)
+
+    def count(self, network, args, kwargs):
+        x = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
+        if not torch.is_grad_enabled():
+            self.rollout += 1
+        elif x.requires_grad:
+            self.adjoint += 1
+        else:
+            self.loss += 1
+
+
+@pytest.mark.parametrize("pairing", ["next", "paper"])
+def test_denoiser_evaluations_of_one_update(tmp_path, build, pairing, monkeypatch):
+    steps = 6
+    trainer = make_trainer(tmp_path, build, max_steps=1, num_inference_steps=steps, num_loss_steps=2, adjoint_pairing=pairing)
+    monkeypatch.setattr(trainer, "_check_first_row", lambda: None)  # the start-up check has its own evaluations
+    counter = Counter(trainer.denoiser.network)
+    chosen = {}
+    original = trainer._choose_steps
+    monkeypatch.setattr(trainer, "_choose_steps", lambda: chosen.setdefault("steps", original()))
+    trainer.train()
+    earliest = chosen["steps"].indices[0]
+    base_with_graph = steps - earliest if pairing == "paper" else steps - 1 - earliest
+    base_forward = 0 if pairing == "paper" else 1
+    assert counter.rollout == (steps - 1) + base_forward
+    assert counter.adjoint == base_with_graph
+    assert counter.loss == 2
+
+
+def test_one_step_early_or_late_is_all_the_adjoint_evaluates(tmp_path, monkeypatch):
+    """Only the last step chosen: one base evaluation, and it needs no graph."""
+    trainer = make_trainer(tmp_path, max_steps=1, num_inference_steps=5, num_loss_steps=1)
+    monkeypatch.setattr(trainer, "_check_first_row", lambda: None)
+    from diffusers_adjoint import LossSteps
+
+    monkeypatch.setattr(trainer, "_choose_steps", lambda: LossSteps((4,), (0.2,)))
+    counter = Counter(trainer.denoiser.network)
+    trainer.train()
+    assert (counter.rollout, counter.adjoint, counter.loss) == (4 + 1, 0, 1)
+
+
+def test_text_is_encoded_once_a_rollout(tmp_path, monkeypatch):
+    trainer = make_trainer(tmp_path, max_steps=3)
+    monkeypatch.setattr(trainer, "_check_first_row", lambda: None)
+    calls = []
+    trainer.pipeline.text_encoder.register_forward_hook(lambda *a: calls.append(1))
+    trainer.train()
+    assert len(calls) == 3
+
+
+# ------------------------------------------------------------------------------------------------------------------- invariances
+
+
+def double(build):
+    """A pipeline in float64, where rounding cannot hide a dependence."""
+    return build().to(torch.float64)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"),
+    # float32: one rounding of the accumulated gradient, through Adam; float64: the same eight digits further down.
+    [(torch.float32, 1e-6), (torch.float64, 1e-10)],
+)
+def test_accumulation_and_batch_split_change_nothing(tmp_path, dtype, tolerance):
+    def run(batch, accumulation, generations=1, rows=PROMPTS):
+        trainer = make_trainer(
+            tmp_path,
+            pipeline=sd3().to(dtype),
+            rows=rows * 2,
+            per_device_train_batch_size=batch,
+            gradient_accumulation_steps=accumulation,
+            train_sampling_strategy="sequential",
+            num_generations=generations,
+            optim="sgd",  # Adam divides by the gradient's size and would turn rounding into steps
+            learning_rate=1e-3,
+            max_grad_norm=0.0,
+        )
+        trainer.denoiser.network.to(dtype)
+        trainer.train()
+        return weights(trainer)
+
+    whole = run(4, 1)
+    assert difference(whole, run(1, 4)) <= tolerance
+    assert difference(whole, run(2, 2)) <= tolerance
+    # Two images of each of two prompts, against the four prompts written out.
+    pairs = [PROMPTS[0], PROMPTS[0], PROMPTS[1], PROMPTS[1]]
+    assert difference(run(2, 1, generations=2, rows=PROMPTS[:2]), run(4, 1, rows=pairs)) <= tolerance
+
+
+@pytest.mark.parametrize("lora", [True, False], ids=["lora", "full"])
+def test_stop_and_resume_equals_a_straight_run(tmp_path, build, lora):
+    settings = {"lora": lora, "max_steps": 4, "save_strategy": "steps", "save_steps": 2, "learning_rate": 1e-3}
+    straight = make_trainer(tmp_path / "straight", build, **settings)
+    straight.train()
+    resumed = make_trainer(tmp_path / "resumed", build, **settings)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "straight" / "checkpoint-2"))
+    assert difference(weights(straight), weights(resumed)) == 0.0
+    stopped_early = make_trainer(tmp_path / "early", build, **(settings | {"max_steps": 2}))
+    stopped_early.train()
+    assert difference(weights(straight), weights(stopped_early)) > 0  # the last two updates did something
+
+
+def test_activation_checkpointing_changes_memory_not_weights(tmp_path):
+    plain = make_trainer(tmp_path)
+    plain.train()
+    checkpointed = make_trainer(tmp_path, activation_checkpointing=True)
+    checkpointed.train()
+    assert checkpointed.denoiser.network.is_gradient_checkpointing
+    assert difference(weights(plain), weights(checkpointed)) <= 1e-6  # recomputed activations, same numbers up to rounding
+
+
+# ------------------------------------------------------------------------------------------------------------- saving, precision
+
+
+def test_saved_lora_gives_the_trained_output_in_a_fresh_pipeline(tmp_path, build):
+    trainer = make_trainer(tmp_path, build)
+    trainer.train()
+    trainer.save_model()
+    trained = sample(trainer.pipeline)
+    fresh = build()
+    base = sample(fresh)
+    fresh.load_lora_weights(tmp_path)
+    assert torch.equal(sample(fresh), trained)  # alpha = 2 r: a lost alpha would scale the change and show here
+    assert not torch.equal(base, trained)
+
+
+def test_saved_full_weights_give_the_trained_output(tmp_path, build):
+    trainer = make_trainer(tmp_path, build, lora=False, learning_rate=1e-3)
+    trainer.train()
+    trainer.save_model()
+    fresh = build()
+    base = sample(fresh)
+    component = trainer.replay.component
+    network = type(getattr(fresh, component)).from_pretrained(tmp_path / component)
+    fresh.register_modules(**{component: network})
+    trained = sample(trainer.pipeline)
+    assert torch.equal(sample(fresh), trained)
+    assert not torch.equal(base, trained)
+
+
+def test_the_pipeline_keeps_its_own_scheduler(tmp_path, build):
+    pipeline = build()
+    scheduler = pipeline.scheduler
+    trainer = make_trainer(tmp_path, pipeline=pipeline)
+    trainer.train()
+    assert trainer.pipeline is pipeline
+    assert pipeline.scheduler is scheduler
+
+
+def test_bf16_network_keeps_fp32_states_and_adapters(tmp_path, monkeypatch):
+    trainer = make_trainer(tmp_path, pipeline=sd3().to(torch.bfloat16), max_steps=1)
+    seen = {}
+    original = trainer._adjoint
+
+    def spy(batch, trajectory, steps):
+        path, reward = original(batch, trajectory, steps)
+        seen.update(states=trajectory.states.dtype, adjoints=path.adjoints.dtype)
+        return path, reward
+
+    monkeypatch.setattr(trainer, "_adjoint", spy)
+    trainer.train()
+    assert seen == {"states": torch.float32, "adjoints": torch.float32}
+    assert {p.dtype for p in weights(trainer).values()} == {torch.float32}
+    frozen = [p.dtype for p in trainer.denoiser.network.parameters() if not p.requires_grad]
+    assert set(frozen) == {torch.bfloat16}
+
+
+# ------------------------------------------------------------------------------------------------------------------------ logging
+
+
+def ink(images, prompts, **columns):
+    return 1 - images.mean((1, 2, 3))
+
+
+def test_logged_metrics(tmp_path):
+    trainer = make_trainer(tmp_path, reward=[brightness, ink], reward_weights=[2.0, 1.0])
+    trainer.train()
+    line = trainer.state.log_history[0]
+    expected = {"reward", "reward_std", "kl", "loss", "adjoint_norm", "grad_norm", "evaluations_per_second", "skipped"}
+    expected |= {f"rewards/{name}/{what}" for name in ("brightness", "ink") for what in ("mean", "std")}
+    assert expected <= line.keys()
+    assert line["reward"] == pytest.approx(2 * line["rewards/brightness/mean"] + line["rewards/ink/mean"], rel=1e-5)
+    assert line["kl"] == 0.0  # before the first update the model is the base
+    assert trainer.state.log_history[1]["kl"] > 0
+
+
+def test_first_loss_is_the_norm_of_the_scaled_adjoint(tmp_path, monkeypatch):
+    """At θ = base the control is zero, so the loss is Σ ½‖s_k ã_{k+1}‖², averaged over the batch (T10)."""
+    trainer = make_trainer(tmp_path, max_steps=1)
+    seen = {}
+    original = trainer._adjoint
+
+    def spy(batch, trajectory, steps):
+        path, reward = original(batch, trajectory, steps)
+        terms = [0.5 * (trajectory.stds[k] * path.adjoints[k + 1]).flatten(1).square().sum(1).mean() for k in steps.indices]
+        seen["expected"] = sum(terms).item()
+        return path, reward
+
+    monkeypatch.setattr(trainer, "_adjoint", spy)
+    trainer.train()
+    assert trainer.state.log_history[0]["loss"] == pytest.approx(seen["expected"], rel=1e-4)  # the log rounds nothing but floats
+
+
+def test_columns_reach_the_reward(tmp_path):
+    seen = []
+
+    def reward(images, prompts, target):
+        seen.append((list(prompts), list(target)))
+        return -(images.mean((1, 2, 3)) - images.new_tensor(target)).square()
+
+    rows = {"prompt": PROMPTS, "target": [0.1, 0.2, 0.3, 0.4]}
+    trainer = AdjointMatchingTrainer(
+        sd3(), reward, config(tmp_path, num_generations=2), Dataset.from_dict(rows), peft_config=LoraConfig(r=2)
+    )
+    trainer.train()
+    pairs = dict(zip(rows["prompt"], rows["target"], strict=True))
+    prompts, targets = seen[-1]
+    assert len(prompts) == 4 and prompts[0] == prompts[1]
+    assert targets == [pairs[prompt] for prompt in prompts]
+
+
+@pytest.mark.parametrize("where", ["value", "gradient"])
+def test_nonfinite_samples_are_left_out_and_counted(tmp_path, where):
+    def spoilt(mean):
+        return mean * torch.nan if where == "value" else (mean * 0).sqrt()  # value 0, derivative 0 · ∞
+
+    def reward(images, prompts, **columns):
+        means = images.mean((1, 2, 3))
+        return torch.stack([spoilt(m) if prompt == "a dog" else m for m, prompt in zip(means, prompts, strict=True)])
+
+    trainer = make_trainer(tmp_path, reward=reward, rows=PROMPTS[:2], max_steps=2)
+    trainer.train()
+    assert [line["skipped"] for line in trainer.state.log_history if "skipped" in line] == [1.0, 1.0]
+    assert all(p.isfinite().all() for p in weights(trainer).values())
+    stopping = make_trainer(tmp_path, reward=reward, rows=PROMPTS[:2], on_nonfinite="raise")
+    with pytest.raises(ValueError, match="NaN or infinite"):
+        stopping.train()
+
+
+def test_evaluate_reports_what_the_pipeline_samples(tmp_path, build):
+    trainer = make_trainer(tmp_path, build)
+    trainer.eval_dataset = Dataset.from_dict({"prompt": PROMPTS})
+    first = trainer.evaluate()
+    assert first["eval_reward"] == trainer.evaluate()["eval_reward"]  # fixed seeds
+    trainer.train()
+    assert trainer.evaluate()["eval_reward"] != first["eval_reward"]
+
+
+# ----------------------------------------------------------------------------------------------------------------------- guidance
+
+
+@pytest.mark.parametrize(
+    ("mode", "rollout_rows", "loss_rows"), [("rollout", 2, 1), ("none", 1, 1), ("full", 2, 2)], ids=lambda v: str(v)
+)
+def test_guidance_acts_where_cfg_mode_says(tmp_path, build, mode, rollout_rows, loss_rows, monkeypatch):
+    trainer = make_trainer(tmp_path, build, max_steps=1, guidance_scale=4.0, cfg_mode=mode)
+    monkeypatch.setattr(trainer, "_check_first_row", lambda: None)
+    rows = {True: set(), False: set()}
+
+    def count(network, args, kwargs):
+        x = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
+        rows[torch.is_grad_enabled()].add(len(x) // 2)
+
+    trainer.denoiser.network.register_forward_pre_hook(count, with_kwargs=True)
+    trainer.train()
+    assert rows[True] == {loss_rows}
+    assert rollout_rows in rows[False] and rows[False] <= {rollout_rows, loss_rows}
