@@ -1,0 +1,166 @@
+"""The start-up check: silent on pipelines that keep the conventions, and one sentence for each that does not."""
+
+import pytest
+import torch
+from diffusers import StableDiffusion3Pipeline
+from test_replay import BUILDERS, PROMPTS, SHORT, count_calls, denoiser, generators, make_replay, snapshot
+from tiny_pipelines import sd3, sd15
+
+from diffusers_adjoint.replay import check_replay
+
+
+def check(pipeline, kwargs=SHORT, *, guidance_scale=3.0, **settings):
+    replay = make_replay(pipeline, kwargs, guidance_scale=guidance_scale)
+    check_replay(replay, {"prompt": PROMPTS}, generators(), **settings)
+
+
+@BUILDERS
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("guidance_scale", [1.0, 5.0])
+def test_sound_pipelines_pass(build, kwargs, dtype, guidance_scale):
+    pipeline = build().to(dtype)
+    calls = count_calls(denoiser(pipeline))
+    before = snapshot(pipeline)
+    check(pipeline, kwargs, guidance_scale=guidance_scale)
+    assert len(calls) <= 30
+    assert snapshot(pipeline) == before
+
+
+def test_random_numbers_are_left_alone():
+    given, replay = generators(), make_replay(sd3(), SHORT)
+    before = [generator.get_state() for generator in given], torch.get_rng_state()
+    check_replay(replay, {"prompt": PROMPTS}, given)
+    assert all(torch.equal(a, g.get_state()) for a, g in zip(before[0], given, strict=True))
+    assert torch.equal(before[1], torch.get_rng_state())
+
+
+def expect(message, pipeline, kwargs=SHORT, **settings):
+    with pytest.raises(ValueError, match=message) as error:
+        check(pipeline, kwargs, **settings)
+    assert str(error.value).startswith(f"{type(pipeline).__name__} cannot be trained, because it ")
+
+
+def hooked(function, pipeline=None):
+    """A pipeline whose denoiser's output goes through `function`."""
+    pipeline = pipeline or sd3()
+
+    def hook(module, args, output):
+        return (function(output[0]),)
+
+    denoiser(pipeline).register_forward_hook(hook)
+    return pipeline
+
+
+def test_a_random_prediction():
+    expect("gives two predictions for the same input", hooked(lambda output: output + 1e-6 * torch.randn_like(output)))
+
+
+def test_a_prediction_that_is_not_finite():
+    expect("predicts values that are not finite", hooked(lambda output: output / 0))
+
+
+def test_latents_changed_between_steps():
+    def repaint(pipeline, index, timestep, tensors):
+        return {"latents": tensors["latents"] + 1e-3}
+
+    expect("changes the latents between two steps", sd3(), {**SHORT, "callback_on_step_end": repaint})
+
+
+def test_a_denoiser_without_gradient():
+    expect("differs from finite differences by 100.0%", hooked(torch.Tensor.detach))
+
+
+def test_a_denoiser_with_a_part_of_its_gradient_missing():
+    """As in a mixture of experts that runs its experts under no_grad in evaluation mode: same output, plausible gradient."""
+    pipeline = sd3()
+    for block in pipeline.transformer.transformer_blocks:
+        block.ff.forward = torch.no_grad()(block.ff.forward)
+    expect(r"differs from finite differences by [\d.]+%; remove torch.no_grad", pipeline)
+
+
+def test_a_decoder_without_gradient():
+    pipeline = sd15()
+    pipeline.vae.decoder.register_forward_hook(lambda module, args, output: output.detach())
+    expect("decodes without gradient", pipeline, {})
+
+
+class Delegates(StableDiffusion3Pipeline):
+    """Its own __call__ holds no loop, so neither no_grad nor the step index can be reached."""
+
+    @torch.no_grad()
+    def __call__(self, prompt, num_inference_steps, guidance_scale, generator=None, output_type="pt", return_dict=True):
+        return super().__call__(
+            prompt,
+            num_inference_steps=num_inference_steps,
+            guidance_scale=guidance_scale,
+            generator=generator,
+            output_type=output_type,
+            return_dict=return_dict,
+            max_sequence_length=8,
+        )
+
+
+def test_a_call_that_delegates_to_another():
+    expect("differs from finite differences by 100.0%", Delegates(**sd3().components), {})
+
+
+class PacksItsLatents(StableDiffusion3Pipeline):
+    """A loop of its own that changes the latents before it starts."""
+
+    def __call__(self, prompt, num_inference_steps, generator=None, output_type="pt", return_dict=True):
+        latents = self.prepare_latents(len(prompt), 4, 8, 8, torch.float32, "cpu", generator).flatten(2)
+        self.scheduler.set_timesteps(num_inference_steps)
+        for t in self.scheduler.timesteps:
+            latents = self.scheduler.step(latents.sin(), t, latents, return_dict=False)[0]
+        return (latents,)
+
+
+def test_a_loop_that_starts_elsewhere():
+    expect(
+        "does not start its loop from what prepare_latents returns", PacksItsLatents(**sd3().components), {}, guidance_scale=1.0
+    )
+
+
+class AlwaysGuided(StableDiffusion3Pipeline):
+    @property
+    def do_classifier_free_guidance(self):
+        return True
+
+
+def test_guidance_that_cannot_be_switched_off():
+    expect("evaluates 4 rows for 2 samples with every guidance scale at 1", AlwaysGuided(**sd3().components))
+    check(AlwaysGuided(**sd3().components), check_unguided=False)
+
+
+class EncodesByGuidance(StableDiffusion3Pipeline):
+    def encode_prompt(self, *args, do_classifier_free_guidance=True, **kwargs):
+        encoded = super().encode_prompt(*args, do_classifier_free_guidance=do_classifier_free_guidance, **kwargs)
+        return encoded if do_classifier_free_guidance else tuple(e if e is None else 2 * e for e in encoded)
+
+
+def test_prompts_encoded_differently_without_guidance():
+    expect("encodes its prompts differently without guidance", EncodesByGuidance(**sd3().components))
+
+
+class DecodesAnotherStep(StableDiffusion3Pipeline):
+    """Its output is not a function of the last latents."""
+
+    def __call__(self, prompt, num_inference_steps, generator=None, output_type="pt", return_dict=True):
+        latents = self.prepare_latents(len(prompt), 4, 8, 8, torch.float32, "cpu", generator)
+        self.scheduler.set_timesteps(num_inference_steps)
+        average = latents
+        for t in self.scheduler.timesteps:
+            output = self.transformer.proj_out.weight[0, 0] * latents
+            latents = self.scheduler.step(output, t, latents, return_dict=False)[0]
+            average = 0.5 * (average + latents)
+        return (average.clamp(0, 1),)
+
+
+def test_an_output_that_is_not_decoded_from_the_last_latents():
+    expect(
+        "decodes the same latents to other images",
+        DecodesAnotherStep(**sd3().components),
+        {},
+        guidance_scale=1.0,
+        check_unguided=False,
+    )
