@@ -21,6 +21,7 @@ from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
+import diffusers
 import torch
 from data import OPEN_PROMPT, WORDS, read_digits, train_digit_classifier
 from datasets import Dataset
@@ -40,6 +41,8 @@ from diffusers_adjoint.metrics import (
     tilt_shift,
 )
 from diffusers_adjoint.rollout import path_kl, sample_trajectory
+
+diffusers.utils.logging.set_verbosity_error()  # one line a call about the text cut to one token
 
 HERE = Path(__file__).parent
 CALL = {"guidance_scale": 1.0, "max_sequence_length": 1, "output_type": "pt"}

@@ -7,13 +7,13 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from diffusers import DiffusionPipeline
 from peft import LoraConfig
 from torch import Tensor, nn
-from transformers import Trainer, set_seed
+from transformers import Trainer, TrainerControl, set_seed
 from transformers.utils import logging
 
 from .adjoint import AdjointPath, lean_adjoint
@@ -74,6 +74,7 @@ class AdjointMatchingTrainer(Trainer):
 
     _tag_names = ["adjoint-matching"]
     loss_is_scaled_for_ga = True
+    control: TrainerControl
 
     def __init__(
         self,
@@ -87,7 +88,7 @@ class AdjointMatchingTrainer(Trainer):
         optimizers: tuple[Any, Any] = (None, None),
         peft_config: LoraConfig | None = None,
     ) -> None:
-        pipeline = load_pipeline(model, args.model_init_kwargs if args else None)
+        pipeline = load_pipeline(model, _parsed(args.model_init_kwargs) if args else None)
         args = args or AdjointMatchingConfig(f"{type(pipeline).__name__}-AdjointMatching")
         for dataset in (train_dataset, eval_dataset):
             require_prompts(dataset)
@@ -105,7 +106,7 @@ class AdjointMatchingTrainer(Trainer):
             memoryless_scheduler(pipeline.scheduler, integrator=args.integrator),
             args.num_inference_steps,
             guidance_scale=args.guidance_scale,
-            pipeline_kwargs=args.pipeline_kwargs,
+            pipeline_kwargs=_parsed(args.pipeline_kwargs),
         )
         self.pipeline = pipeline
         for component in pipeline.components.values():
@@ -336,3 +337,7 @@ class AdjointMatchingTrainer(Trainer):
 
     def _set_signature_columns_if_needed(self) -> None:
         self._signature_columns = ["prompt"]  # Trainer would look for forward's arguments among the dataset's columns
+
+
+def _parsed(kwargs: dict[str, Any] | str | None) -> dict[str, Any] | None:
+    return cast("dict[str, Any] | None", kwargs)  # TrainingArguments has parsed the command line's string, the config checked it
