@@ -8,6 +8,10 @@ the functions below. With v = E[X_1 − X_0 | X_t] the velocity, κ = 1/t, η = 
 
 The plain SDE dX = (2v − κX)dt + √(2η) dB is singular at t = 0, and its last steps have hardly any noise; the choices below
 differ in how they treat the two ends. `benchmarks/discretisation.py` measures what that does to the tilted law.
+
+Only `ancestral` and `posterior` end a grid that goes to t = 1 in x̂_1 itself: the mean of the last step of the others is
+x̂_1 − h x̂_0 (`euler`, `local_linear`) or x̂_1 − 2h x̂_0 (`compensated`), which leaves visible noise in an image when that last
+step is long, as on the grids 1, 1 − 1/K, …, 1/K that FLUX-like pipelines pass.
 """
 
 from __future__ import annotations
@@ -17,7 +21,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-__all__ = ["INTEGRATORS", "StepCoefficients"]
+__all__ = ["DEFAULT_INTEGRATOR", "INTEGRATORS", "StepCoefficients"]
 
 
 @dataclass(frozen=True)
@@ -45,15 +49,34 @@ def local_linear(t: Tensor, h: Tensor) -> StepCoefficients:
     u, u_next = t + h, t + 2 * h
     phi = u / u_next
     variance = (1 + 2 * h) * (1 - phi**2) - 2 / 3 * (u_next - phi**2 * u)
-    return StepCoefficients(phi, u_next * (1 - phi**2), variance.sqrt())
+    return StepCoefficients(phi, u_next * (1 - phi**2), variance.clamp(min=0).sqrt())
 
 
 def ancestral(t: Tensor, h: Tensor) -> StepCoefficients:
-    """x̂_1 frozen over the step, the rest exact: DDIM with η = 1 (2409.08861, eq. 219); the last step of a grid to t = 1 is noiseless."""
+    """The exact mean E[X_{t+h} | X_t], with the noise of data known to be x̂_1: DDIM with η = 1 (2409.08861, eq. 219).
+
+    The last step of a grid to t = 1 is noiseless: it ends in x̂_1.
+    """
+    return _bridge(t, h, data_variance=0.0)
+
+
+def posterior(t: Tensor, h: Tensor) -> StepCoefficients:
+    """The same exact mean with the noise of data N(m, I), whatever m: every step is the exact posterior of such data.
+
+    In VP coordinates this is DDPM's large variance 1 − ᾱ/ᾱ' (2006.11239, §3.2). The last step ends in x̂_1 with the spread that
+    such data still have, so that it carries control.
+    """
+    return _bridge(t, h, data_variance=1.0)
+
+
+def _bridge(t: Tensor, h: Tensor, data_variance: float) -> StepCoefficients:
     t_next = t + h
-    kept = (t * (1 - t_next) / (t_next * (1 - t))) ** 2  # share of the old noise's variance in the new one
-    old_noise = (1 - t_next) * kept.sqrt()  # coefficient of ε̂ = x − t v; x̂_1 = x + (1 − t) v
-    return StepCoefficients(t_next + old_noise, t_next * (1 - t) - old_noise * t, (1 - t_next) * (1 - kept).clamp(min=0).sqrt())
+    carried = t / t_next  # X_t = carried · X_{t_next} + fresh noise: the memoryless SDE, read backwards, only adds noise
+    fresh = (1 - t) ** 2 - (carried * (1 - t_next)) ** 2
+    old_noise = carried * (1 - t_next) ** 2 / (1 - t)  # coefficient of x̂_0 = x − t v beside t_next · x̂_1, x̂_1 = x + (1 − t) v
+    marginal, marginal_next = ((1 - u) ** 2 + u**2 * data_variance for u in (t, t_next))
+    std = (marginal_next / marginal * fresh.clamp(min=0)).sqrt()
+    return StepCoefficients(t_next + old_noise, t_next * (1 - t) - old_noise * t, std)
 
 
 INTEGRATORS: dict[str, Callable[[Tensor, Tensor], StepCoefficients]] = {
@@ -61,4 +84,6 @@ INTEGRATORS: dict[str, Callable[[Tensor, Tensor], StepCoefficients]] = {
     "compensated": compensated,
     "local_linear": local_linear,
     "ancestral": ancestral,
+    "posterior": posterior,
 }
+DEFAULT_INTEGRATOR = "compensated"

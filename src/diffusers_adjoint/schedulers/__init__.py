@@ -1,0 +1,109 @@
+"""Memoryless schedulers: drop-in for the host pipeline's own, with each step as an explicit Gaussian transition."""
+
+from __future__ import annotations
+
+import inspect
+import warnings
+from typing import Any
+
+import diffusers
+import torch
+
+from .memoryless_ddim import MemorylessDDIMScheduler
+from .memoryless_flow_match_euler_discrete import MemorylessFlowMatchEulerDiscreteScheduler
+
+__all__ = ["MemorylessDDIMScheduler", "MemorylessFlowMatchEulerDiscreteScheduler", "memoryless_scheduler"]
+
+_FLOW = (diffusers.FlowMatchEulerDiscreteScheduler, diffusers.FlowMatchHeunDiscreteScheduler)
+# All sample x = √ᾱ X_1 + √(1 − ᾱ) X_0 from a table of ᾱ. Those that carry x/√ᾱ instead (Euler, Heun, LMS, …) scale it back
+# before the network sees it.
+_BETA_SCHEDULE = (
+    diffusers.CogVideoXDDIMScheduler,
+    diffusers.CogVideoXDPMScheduler,
+    diffusers.DDIMParallelScheduler,
+    diffusers.DDIMScheduler,
+    diffusers.DDPMParallelScheduler,
+    diffusers.DDPMScheduler,
+    diffusers.DEISMultistepScheduler,
+    diffusers.DPMSolverMultistepScheduler,
+    diffusers.DPMSolverSDEScheduler,
+    diffusers.DPMSolverSinglestepScheduler,
+    diffusers.EulerAncestralDiscreteScheduler,
+    diffusers.EulerDiscreteScheduler,
+    diffusers.HeunDiscreteScheduler,
+    diffusers.KDPM2AncestralDiscreteScheduler,
+    diffusers.KDPM2DiscreteScheduler,
+    diffusers.LMSDiscreteScheduler,
+    diffusers.PNDMScheduler,
+    diffusers.SASolverScheduler,
+    diffusers.UniPCMultistepScheduler,
+)
+_GRID_OPTIONS = ("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas", "use_lu_lambdas")
+
+
+def memoryless_scheduler(
+    scheduler: Any, integrator: str | None = None
+) -> MemorylessFlowMatchEulerDiscreteScheduler | MemorylessDDIMScheduler:
+    """The memoryless scheduler for a pipeline's own one: the same noise levels, prediction type and spacing of timesteps.
+
+    Flow-match schedulers, and solvers with `use_flow_sigmas=True`, become a `MemorylessFlowMatchEulerDiscreteScheduler`; every
+    other sampler of a β-schedule becomes a `MemorylessDDIMScheduler`. Solver options (order, algorithm, …) have no meaning here.
+
+    Args:
+        scheduler: the pipeline's scheduler; it is not changed.
+        integrator: a key of `integrators.INTEGRATORS`; `None` for the default, or for that of a scheduler which is memoryless
+            already.
+
+    Raises:
+        ValueError: for a scheduler without a memoryless counterpart (distilled, consistency and EDM samplers), or an unknown
+            integrator.
+    """
+    chosen = {} if integrator is None else {"integrator": integrator}
+    if isinstance(scheduler, _FLOW):
+        flow = MemorylessFlowMatchEulerDiscreteScheduler(**_shared(scheduler, MemorylessFlowMatchEulerDiscreteScheduler) | chosen)
+        if isinstance(scheduler, diffusers.FlowMatchEulerDiscreteScheduler):
+            flow.set_shift(scheduler.shift)  # may have been set after construction
+        return flow
+    if not isinstance(scheduler, _BETA_SCHEDULE) or scheduler.config.get("timestep_type") == "continuous":
+        raise ValueError(
+            f"{type(scheduler).__name__} has no memoryless counterpart; use a model that is sampled with "
+            f"FlowMatchEulerDiscreteScheduler, DDIMScheduler or another solver of their families."
+        )
+    if scheduler.config.get("use_flow_sigmas"):
+        return _from_flow_solver(scheduler, chosen)
+    return _from_beta_schedule(scheduler, chosen)
+
+
+def _shared(scheduler: Any, cls: type) -> dict[str, Any]:
+    """The host's values for the arguments of `cls`. Not `from_config`: it would put our default for a host's default."""
+    return {name: scheduler.config[name] for name in inspect.signature(cls).parameters if name in scheduler.config}
+
+
+def _from_flow_solver(scheduler: Any, chosen: dict[str, Any]) -> MemorylessFlowMatchEulerDiscreteScheduler:
+    config = scheduler.config
+    if config.prediction_type != "flow_prediction":
+        raise ValueError(
+            f"{type(scheduler).__name__} with use_flow_sigmas=True has prediction_type={config.prediction_type!r}; only "
+            f"'flow_prediction' models have a memoryless flow-match scheduler."
+        )
+    shared = _shared(scheduler, MemorylessFlowMatchEulerDiscreteScheduler)
+    return MemorylessFlowMatchEulerDiscreteScheduler(**shared | {"shift": config.flow_shift} | chosen)
+
+
+def _from_beta_schedule(scheduler: Any, chosen: dict[str, Any]) -> MemorylessDDIMScheduler:
+    config, shared = scheduler.config, _shared(scheduler, MemorylessDDIMScheduler)
+    if "snr_shift_scale" in config or config.beta_schedule not in ("linear", "scaled_linear", "squaredcos_cap_v2"):
+        # A noise schedule that DDIM cannot name: hand over its β instead.
+        kept = scheduler.alphas_cumprod.double().cpu()
+        previous = torch.cat([kept.new_ones(1), kept[:-1]])
+        shared |= {"trained_betas": (1 - kept / previous).tolist(), "rescale_betas_zero_snr": False}
+    if config.get("final_sigmas_type") == "sigma_min":
+        shared["set_alpha_to_one"] = False
+    for option in _GRID_OPTIONS:
+        if config.get(option):
+            warnings.warn(
+                f"{option}=True of {type(scheduler).__name__} only spaces its steps and is left out; the memoryless scheduler "
+                f"takes trained timesteps (set its timestep_spacing to choose them).",
+                stacklevel=3,
+            )
+    return MemorylessDDIMScheduler(**shared | chosen)

@@ -1,0 +1,187 @@
+r"""What both memoryless schedulers share: the tables of one grid, and the step that reads them.
+
+Every scheduler is brought to flow coordinates (see `integrators`) and back. With x = α X_1 + β X_0, t = α/(α + β), and a network
+whose output m gives the velocity v = p x + q m, step k from (α, β) to (α', β') is
+
+    x' = (α' + β') [ state · x/(α + β) + velocity · (p x + q m) + std · ξ ]  =  A_k x + C_k m + s_k ξ
+
+| prediction type | m | p | q |
+|---|---|---|---|
+| flow_prediction | X_0 − X_1 (α + β = 1) | 0 | −1 |
+| velocity | X_1 − X_0 (α + β = 1) | 0 | 1 |
+| epsilon | X_0 | 1/α | −(α + β)/α |
+| sample | X_1 | −1/β | (α + β)/β |
+| v_prediction | α X_0 − β X_1 (α² + β² = 1) | α − β | −(α + β) |
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from diffusers.utils.torch_utils import randn_tensor
+from torch import Tensor
+
+from ..transition import Transition
+from .integrators import INTEGRATORS
+
+__all__ = ["MemorylessStep", "TransitionTable", "check_integrator", "transition_table"]
+
+
+@dataclass(frozen=True)
+class TransitionTable:
+    """x_{k+1} = state · x + output · m + std · ξ and x̂_1 = clean_state · x + clean_output · m; tensors (K,), float64, CPU.
+
+    `score_gain` is ∂μ_k/∂s: how far the step's mean moves when the score s(x, t_k) moves by one unit; infinite where x_k is pure
+    noise, since there the network's output says nothing about the score.
+    """
+
+    state: Tensor
+    output: Tensor
+    std: Tensor
+    score_gain: Tensor
+    clean_state: Tensor
+    clean_output: Tensor
+
+
+def check_integrator(name: str) -> None:
+    """Raises ValueError if there is no such integrator."""
+    if name not in INTEGRATORS:
+        raise ValueError(f"integrator={name!r} is unknown; pass one of {', '.join(map(repr, INTEGRATORS))}.")
+
+
+def _velocity_coefficients(prediction_type: str, alpha: Tensor, beta: Tensor) -> tuple[Tensor, Tensor]:
+    """(p, q) of v = p x + q m, each (K,)."""
+    zero, one = torch.zeros_like(alpha), torch.ones_like(alpha)
+    coefficients = {
+        "flow_prediction": (zero, -one),
+        "velocity": (zero, one),
+        "epsilon": (1 / alpha, -(alpha + beta) / alpha),
+        "sample": (-1 / beta, (alpha + beta) / beta),
+        "v_prediction": (alpha - beta, -(alpha + beta)),
+    }
+    return coefficients[prediction_type]
+
+
+def transition_table(alphas: Tensor, betas: Tensor, prediction_type: str, integrator: str) -> TransitionTable:
+    """Coefficients of every step of a grid.
+
+    Args:
+        alphas: α_0 … α_K, the share of data, shape (K + 1,), float64, from noise to data.
+        betas: β_0 … β_K, the share of noise, same shape.
+        prediction_type: a row of the table above.
+        integrator: a key of `INTEGRATORS`.
+
+    Raises:
+        ValueError: if the noise grows along the grid, or the prediction says nothing about the data (epsilon at α = 0).
+    """
+    if prediction_type == "epsilon" and (alphas[:-1] == 0).any():
+        raise ValueError(
+            "the grid starts at pure noise (zero terminal SNR), where prediction_type='epsilon' says nothing about the data; "
+            "use a 'v_prediction' or 'sample' model, or a timestep_spacing that leaves the last timestep out."
+        )
+    times = alphas / (alphas + betas)
+    t, h = times[:-1], times.diff()
+    if (h < 0).any():
+        step = int((h < 0).nonzero()[0])
+        raise ValueError(f"the noise grows along the grid at step {step}; pass sigmas that never increase.")
+    alpha, beta, scale = alphas[:-1], betas[:-1], alphas + betas
+    p, q = _velocity_coefficients(prediction_type, alpha, beta)
+    steps = INTEGRATORS[integrator](t, h)
+    # A step of no length does nothing; asked at t = 1 the formulas would say 0/0.
+    state = torch.where(h > 0, steps.state, 1.0)
+    velocity = torch.where(h > 0, steps.velocity, 0.0)
+    std = torch.where(h > 0, steps.std, 0.0)
+    return TransitionTable(
+        state=scale[1:] * (state / scale[:-1] + velocity * p),
+        output=scale[1:] * velocity * q,
+        std=scale[1:] * std,
+        # In flow coordinates v = x/t + (1 − t)/t · score; the score of x is that of x/(α + β), over α + β.
+        score_gain=torch.where(h > 0, scale[1:] * scale[:-1] * velocity * (1 - t) / t, 0.0),
+        clean_state=(1 + beta * p) / scale[:-1],
+        clean_output=beta * q / scale[:-1],
+    )
+
+
+class MemorylessStep:
+    """Mixin of both schedulers: the pure transition, and the noise of the stateful `step`."""
+
+    timesteps: Tensor
+    _table: TransitionTable | None = None
+    _generator: torch.Generator | list[torch.Generator] | None = None
+
+    def set_generator(self, generator: torch.Generator | list[torch.Generator] | None) -> None:
+        """The noise source of `step` when the pipeline passes none, as many do not; one generator, one a sample, or `None`
+        for torch's global one. A generator given to `step` goes first."""
+        self._generator = generator
+
+    @property
+    def table(self) -> TransitionTable:
+        """Coefficients of the present grid.
+
+        Raises:
+            ValueError: before `set_timesteps`.
+        """
+        if self._table is None:
+            raise ValueError(f"{type(self).__name__} has no grid yet; call set_timesteps(num_inference_steps) first.")
+        return self._table
+
+    @property
+    def stds(self) -> Tensor:
+        """s_k of every step, shape (K,), float64, CPU; 0 where the step adds no noise."""
+        return self.table.std
+
+    @property
+    def score_gains(self) -> Tensor:
+        """∂μ_k/∂score, shape (K,), float64, CPU, state units squared; infinite at pure noise.
+
+        The tilted score is s − E[ã_k | x_k] (2409.08861, eq. 37 with σ² = 2η), so the step's tilted mean is
+        μ_k − score_gain_k E[ã_k | x_k]: a loss that pairs step k with its own adjoint needs this in place of s_k².
+        """
+        return self.table.score_gain
+
+    def transition(self, model_output: Tensor, sample: Tensor, index: int) -> Transition:
+        """Law of the next state, N(A_k x + C_k m, s_k² I); pure, differentiable in both tensors, steps in any order.
+
+        Args:
+            model_output: m(x_k, t_k), the (guided) prediction that the pipeline hands to `step`, shape (B, …).
+            sample: x_k, same shape.
+            index: k, 0 … K − 1.
+
+        Returns:
+            Transition with the mean in the wider of float32 and the sample's dtype, and s_k as a float.
+
+        Raises:
+            ValueError: before `set_timesteps`, for an index off the grid, or if the shapes differ.
+        """
+        table, dtype = self.table, torch.promote_types(sample.dtype, torch.float32)
+        if not 0 <= index < len(table.std):
+            raise ValueError(f"index={index} is off the grid; pass a step from 0 to {len(table.std) - 1}.")
+        if model_output.shape != sample.shape:
+            raise ValueError(
+                f"model_output has shape {tuple(model_output.shape)} but sample {tuple(sample.shape)}; they must agree, so "
+                f"split a learned variance off first."
+            )
+        mean = float(table.state[index]) * sample.to(dtype) + float(table.output[index]) * model_output.to(dtype)
+        return Transition(mean, float(table.std[index]))
+
+    def _next_sample(
+        self, model_output: Tensor, sample: Tensor, index: int, generator: torch.Generator | list[torch.Generator] | None
+    ) -> Tensor:
+        """Draw from the transition, in the sample's dtype; the last step returns the mean: the noiseless end point x̂_K."""
+        step = self.transition(model_output, sample, index)
+        if index == len(self.table.std) - 1:
+            return step.mean.to(sample.dtype)
+        generator = self._generator if generator is None else generator
+        if isinstance(generator, list) and len(generator) != len(sample):
+            raise ValueError(
+                f"{len(generator)} generators cannot serve a batch of {len(sample)}; pass one, or one for each sample."
+            )
+        noise = randn_tensor(step.mean.shape, generator=generator, device=sample.device, dtype=step.mean.dtype)
+        return step.sample(noise).to(sample.dtype)
+
+    def _predicted_data(self, model_output: Tensor, sample: Tensor, index: int) -> Tensor:
+        """x̂_1, in the sample's dtype."""
+        dtype = torch.promote_types(sample.dtype, torch.float32)
+        state, output = float(self.table.clean_state[index]), float(self.table.clean_output[index])
+        return (state * sample.to(dtype) + output * model_output.to(dtype)).to(sample.dtype)

@@ -1,0 +1,153 @@
+"""Memoryless sampling for β-schedule pipelines (SD 1.5, SDXL, PixArt, DiT, …): diffusers' DDIM scheduler, made stochastic."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Literal
+
+import numpy as np
+import torch
+from diffusers import DDIMScheduler, SchedulerMixin  # noqa: F401  SchedulerMixin: see below
+from diffusers.configuration_utils import register_to_config
+from diffusers.schedulers.scheduling_ddim import DDIMSchedulerOutput
+from torch import Tensor
+
+from .integrators import DEFAULT_INTEGRATOR
+from .memoryless import MemorylessStep, check_integrator, transition_table
+
+__all__ = ["MemorylessDDIMScheduler"]
+
+# A saved pipeline names this module, and diffusers then looks `SchedulerMixin` up in it before it loads the scheduler.
+
+
+class MemorylessDDIMScheduler(MemorylessStep, DDIMScheduler):
+    """x = √ᾱ X_1 + √(1 − ᾱ) X_0 with the memoryless noise σ² = 2η (2409.08861, Prop. 1); `integrator="ancestral"` is DDIM, η = 1.
+
+    Drop-in for its parent: the same ᾱ table and timesteps, and the same `step`, which draws x_{k+1} = μ_k + s_k ξ and returns
+    the mean μ_{K−1} without noise at the last step (paper, app. G.1). The timestep after each is read off the grid, whatever
+    the spacing. `clip_sample` and `thresholding` are switched off: they would cut the gradient of the step.
+
+    Args:
+        integrator: discretisation of the SDE, a key of `integrators.INTEGRATORS`. All others as the parent's.
+
+    Raises:
+        ValueError: for an unknown integrator or prediction type.
+    """
+
+    _compatibles = [
+        "DDIMScheduler",
+        "DDPMScheduler",
+        "PNDMScheduler",
+        "LMSDiscreteScheduler",
+        "EulerDiscreteScheduler",
+        "HeunDiscreteScheduler",
+        "EulerAncestralDiscreteScheduler",
+        "DPMSolverMultistepScheduler",
+        "DPMSolverSinglestepScheduler",
+        "KDPM2DiscreteScheduler",
+        "KDPM2AncestralDiscreteScheduler",
+        "DEISMultistepScheduler",
+        "UniPCMultistepScheduler",
+    ]
+    order = 1
+
+    @register_to_config
+    def __init__(
+        self,
+        num_train_timesteps: int = 1000,
+        beta_start: float = 0.0001,
+        beta_end: float = 0.02,
+        beta_schedule: str = "linear",
+        trained_betas: np.ndarray | list[float] | None = None,
+        clip_sample: bool = False,
+        set_alpha_to_one: bool = True,
+        steps_offset: int = 0,
+        prediction_type: Literal["epsilon", "sample", "v_prediction"] = "epsilon",
+        thresholding: bool = False,
+        dynamic_thresholding_ratio: float = 0.995,
+        clip_sample_range: float = 1.0,
+        sample_max_value: float = 1.0,
+        timestep_spacing: Literal["leading", "trailing", "linspace"] = "leading",
+        rescale_betas_zero_snr: bool = False,
+        integrator: str = DEFAULT_INTEGRATOR,
+    ) -> None:
+        check_integrator(integrator)
+        if prediction_type not in ("epsilon", "sample", "v_prediction"):
+            raise ValueError(
+                f"prediction_type={prediction_type!r} is unknown; pass 'epsilon', 'sample' or 'v_prediction', or take "
+                f"MemorylessFlowMatchEulerDiscreteScheduler for a flow model."
+            )
+        if clip_sample or thresholding:
+            name = "clip_sample" if clip_sample else "thresholding"
+            warnings.warn(
+                f"{name}=True is switched off: cutting the predicted data would cut the gradient of a step; samples may leave "
+                f"the range that the original scheduler kept them in.",
+                stacklevel=3,
+            )
+            self.register_to_config(clip_sample=False, thresholding=False)
+        super().__init__(
+            num_train_timesteps=num_train_timesteps,
+            beta_start=beta_start,
+            beta_end=beta_end,
+            beta_schedule=beta_schedule,
+            trained_betas=trained_betas,
+            clip_sample=False,
+            set_alpha_to_one=set_alpha_to_one,
+            steps_offset=steps_offset,
+            prediction_type=prediction_type,
+            thresholding=False,
+            dynamic_thresholding_ratio=dynamic_thresholding_ratio,
+            clip_sample_range=clip_sample_range,
+            sample_max_value=sample_max_value,
+            timestep_spacing=timestep_spacing,
+            rescale_betas_zero_snr=rescale_betas_zero_snr,
+        )
+
+    def set_timesteps(self, num_inference_steps: int, device: str | torch.device | None = None) -> None:
+        """The parent's timesteps, and the transition of each step.
+
+        Raises:
+            ValueError: for more steps than trained timesteps, a timestep beyond the table, or an epsilon model at zero
+                terminal SNR.
+        """
+        super().set_timesteps(num_inference_steps, device=device)
+        # With "trailing" and some K the parent's floating-point range runs one step too far, to timestep −1.
+        self.timesteps = self.timesteps[:num_inference_steps]
+        if int(self.timesteps[0]) >= len(self.alphas_cumprod):
+            raise ValueError(
+                f"{num_inference_steps} steps with steps_offset={self.config.steps_offset} reach timestep "
+                f"{int(self.timesteps[0])}, but the model knows {len(self.alphas_cumprod)}; take fewer steps or steps_offset=0."
+            )
+        kept = torch.cat([self.alphas_cumprod[self.timesteps.cpu()].cpu(), self.final_alpha_cumprod.cpu().view(1)]).double()
+        self._table = transition_table(kept.sqrt(), (1 - kept).sqrt(), self.config.prediction_type, self.config.integrator)
+
+    def step(  # `eta` and the clipping arguments belong to another sampler
+        self,
+        model_output: Tensor,
+        timestep: int | Tensor,
+        sample: Tensor,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        return_dict: bool = True,
+    ) -> DDIMSchedulerOutput | tuple[Tensor, Tensor]:
+        """Draw the next state; steps may be taken in any order.
+
+        Args:
+            model_output: the network's prediction, of the configured type, shape (B, …).
+            timestep: one of `timesteps`.
+            sample: x_k, same shape; its dtype is kept, the arithmetic is at least float32.
+            generator: noise source, one or one a sample; `None` for the one of `set_generator`.
+            return_dict: an output object rather than a tuple.
+
+        Returns:
+            x_{k+1}, or the mean alone at the last step, and the predicted data x̂_1.
+
+        Raises:
+            ValueError: before `set_timesteps`, or for a timestep off the grid.
+        """
+        found = (self.timesteps == timestep).nonzero()
+        if len(found) == 0:
+            raise ValueError(f"timestep={int(timestep)} is not on the grid; pass one of scheduler.timesteps.")
+        index = int(found[0])
+        prev_sample = self._next_sample(model_output, sample, index, generator)
+        clean = self._predicted_data(model_output, sample, index)
+        return DDIMSchedulerOutput(prev_sample=prev_sample, pred_original_sample=clean) if return_dict else (prev_sample, clean)

@@ -1,0 +1,129 @@
+"""Memoryless sampling for flow-matching pipelines (SD3, FLUX, Wan, …): diffusers' flow-match Euler scheduler, made stochastic."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import numpy as np
+import torch
+from diffusers import FlowMatchEulerDiscreteScheduler, SchedulerMixin  # noqa: F401  SchedulerMixin: see below
+from diffusers.configuration_utils import register_to_config
+from diffusers.schedulers.scheduling_flow_match_euler_discrete import FlowMatchEulerDiscreteSchedulerOutput
+from torch import Tensor
+
+from .integrators import DEFAULT_INTEGRATOR
+from .memoryless import MemorylessStep, check_integrator, transition_table
+
+__all__ = ["MemorylessFlowMatchEulerDiscreteScheduler"]
+
+# A saved pipeline names this module, and diffusers then looks `SchedulerMixin` up in it before it loads the scheduler.
+
+
+class MemorylessFlowMatchEulerDiscreteScheduler(MemorylessStep, FlowMatchEulerDiscreteScheduler):
+    """Flow matching x = (1 − σ) X_1 + σ X_0 with the memoryless noise σ² = 2η (2409.08861, Prop. 1) in place of the ODE.
+
+    Drop-in for its parent: the same σ grid, every shift, and the same `step`, which draws x_{k+1} = μ_k + s_k ξ and returns
+    the mean μ_{K−1} without noise at the last step (paper, app. G.1).
+
+    Args:
+        integrator: discretisation of the SDE, a key of `integrators.INTEGRATORS`. All others as the parent's.
+
+    Raises:
+        ValueError: for an unknown integrator, or `stochastic_sampling=True`, which is another sampler (it re-noises the estimate
+            of the data and does not keep the model's law).
+    """
+
+    _compatibles = ["FlowMatchEulerDiscreteScheduler", "FlowMatchHeunDiscreteScheduler"]
+    order = 1
+
+    @register_to_config
+    def __init__(
+        self,
+        num_train_timesteps: int = 1000,
+        shift: float = 1.0,
+        use_dynamic_shifting: bool = False,
+        base_shift: float | None = 0.5,
+        max_shift: float | None = 1.15,
+        base_image_seq_len: int = 256,
+        max_image_seq_len: int = 4096,
+        invert_sigmas: bool = False,
+        shift_terminal: float | None = None,
+        use_karras_sigmas: bool = False,
+        use_exponential_sigmas: bool = False,
+        use_beta_sigmas: bool = False,
+        time_shift_type: Literal["exponential", "linear"] = "exponential",
+        stochastic_sampling: bool = False,
+        integrator: str = DEFAULT_INTEGRATOR,
+    ) -> None:
+        check_integrator(integrator)
+        if stochastic_sampling:
+            raise ValueError(
+                "stochastic_sampling=True re-noises the data estimate, which is another sampler; pass stochastic_sampling=False."
+            )
+        super().__init__(
+            num_train_timesteps=num_train_timesteps,
+            shift=shift,
+            use_dynamic_shifting=use_dynamic_shifting,
+            base_shift=base_shift,
+            max_shift=max_shift,
+            base_image_seq_len=base_image_seq_len,
+            max_image_seq_len=max_image_seq_len,
+            invert_sigmas=invert_sigmas,
+            shift_terminal=shift_terminal,
+            use_karras_sigmas=use_karras_sigmas,
+            use_exponential_sigmas=use_exponential_sigmas,
+            use_beta_sigmas=use_beta_sigmas,
+            time_shift_type=time_shift_type,
+            stochastic_sampling=stochastic_sampling,
+        )
+
+    def set_timesteps(
+        self,
+        num_inference_steps: int | None = None,
+        device: str | torch.device | None = None,
+        sigmas: list[float] | np.ndarray | None = None,
+        mu: float | None = None,
+        timesteps: list[float] | np.ndarray | None = None,
+    ) -> None:
+        """The parent's grid (see there), and the transition of each of its steps.
+
+        Raises:
+            ValueError: if the noise grows along the grid.
+        """
+        super().set_timesteps(num_inference_steps, device=device, sigmas=sigmas, mu=mu, timesteps=timesteps)
+        share = self.sigmas.double().cpu().clamp(0, 1)  # some spacings start at 1 + rounding
+        # Inverted σ counts the data instead of the noise, and the network then predicts X_1 − X_0.
+        alphas, betas = (share, 1 - share) if self.config.invert_sigmas else (1 - share, share)
+        prediction_type = "velocity" if self.config.invert_sigmas else "flow_prediction"
+        self._table = transition_table(alphas, betas, prediction_type, self.config.integrator)
+
+    def step(  # the parent's churn arguments belong to another sampler
+        self,
+        model_output: Tensor,
+        timestep: float | Tensor,
+        sample: Tensor,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        return_dict: bool = True,
+    ) -> FlowMatchEulerDiscreteSchedulerOutput | tuple[Tensor]:
+        """Draw the next state.
+
+        Args:
+            model_output: m = X_0 − X_1 as the network predicts it, shape (B, …).
+            timestep: one of `timesteps`; used at the first call only, as in the parent, which then counts its steps.
+            sample: x_k, same shape; its dtype is kept, the arithmetic is at least float32.
+            generator: noise source, one or one a sample; `None` for the one of `set_generator`.
+            return_dict: an output object rather than a tuple.
+
+        Returns:
+            x_{k+1}, or the mean alone at the last step.
+
+        Raises:
+            ValueError: for an integer timestep, or past the end of the grid.
+        """
+        if isinstance(timestep, int) or (isinstance(timestep, Tensor) and not timestep.is_floating_point()):
+            raise ValueError(f"timestep={timestep} is an integer; pass an entry of scheduler.timesteps, not its position.")
+        if self.step_index is None:
+            self._init_step_index(timestep)
+        prev_sample = self._next_sample(model_output, sample, self.step_index, generator)
+        self._step_index += 1
+        return FlowMatchEulerDiscreteSchedulerOutput(prev_sample=prev_sample) if return_dict else (prev_sample,)
