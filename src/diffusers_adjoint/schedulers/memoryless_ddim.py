@@ -20,7 +20,7 @@ __all__ = ["MemorylessDDIMScheduler"]
 # A saved pipeline names this module, and diffusers then looks `SchedulerMixin` up in it before it loads the scheduler.
 
 
-class MemorylessDDIMScheduler(MemorylessStep, DDIMScheduler):
+class MemorylessDDIMScheduler(DDIMScheduler, MemorylessStep):
     """x = √ᾱ X_1 + √(1 − ᾱ) X_0 with the memoryless noise σ² = 2η (2409.08861, Prop. 1); `integrator="ancestral"` is DDIM, η = 1.
 
     Drop-in for its parent: the same ᾱ table and timesteps, and the same `step`, which draws x_{k+1} = μ_k + s_k ξ and returns

@@ -19,7 +19,7 @@ __all__ = ["MemorylessFlowMatchEulerDiscreteScheduler"]
 # A saved pipeline names this module, and diffusers then looks `SchedulerMixin` up in it before it loads the scheduler.
 
 
-class MemorylessFlowMatchEulerDiscreteScheduler(MemorylessStep, FlowMatchEulerDiscreteScheduler):
+class MemorylessFlowMatchEulerDiscreteScheduler(FlowMatchEulerDiscreteScheduler, MemorylessStep):
     """Flow matching x = (1 − σ) X_1 + σ X_0 with the memoryless noise σ² = 2η (2409.08861, Prop. 1) in place of the ODE.
 
     Drop-in for its parent: the same σ grid, every shift, and the same `step`, which draws x_{k+1} = μ_k + s_k ξ and returns
