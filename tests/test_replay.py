@@ -45,16 +45,18 @@ def prepared(pipeline, kwargs, **settings):
 
 
 def ordinary(pipeline, **kwargs):
-    """The public call, with the memoryless scheduler as the pipeline's own; (model_output, sample) of every step, and images."""
+    """(model_output, sample) of every step of the public call on the memoryless scheduler, and the images."""
     pipeline.scheduler = memoryless_scheduler(pipeline.scheduler)
+    pipeline.scheduler.set_generator(generators())
     step, record = pipeline.scheduler.step, []
 
     def recording_step(model_output, timestep, sample, generator=None, return_dict=True):
+        out = step(model_output, timestep, sample, generator=generator, return_dict=return_dict)
         record.append((model_output.clone(), sample.clone()))
-        return step(model_output, timestep, sample, generator=generator, return_dict=return_dict)
+        return out
 
     pipeline.scheduler.step = recording_step
-    images = pipeline(PROMPTS, num_inference_steps=STEPS, generator=generators(), output_type="latent", **kwargs).images
+    images = pipeline(PROMPTS, **{"num_inference_steps": STEPS, "generator": generators(), "output_type": "pt"} | kwargs).images
     return record, images
 
 
@@ -62,6 +64,10 @@ def count_calls(module):
     calls = []
     module.register_forward_pre_hook(lambda *_: calls.append(1))
     return calls
+
+
+def flux_transformer(**config):
+    return FluxTransformer2DModel(num_layers=1, num_single_layers=1, attention_head_dim=8, num_attention_heads=1, **config)
 
 
 def denoiser(pipeline):
@@ -190,11 +196,8 @@ def test_derivative_in_the_lora_weights(build, kwargs):
 @BUILDERS
 def test_decode_is_the_pipelines_own(build, kwargs):
     replay, _, conditioning = prepared(build(), kwargs)
-    pipeline = build()
-    _, latents = ordinary(pipeline, guidance_scale=3.0, **kwargs)
-    images = pipeline(
-        PROMPTS, num_inference_steps=STEPS, generator=generators(), output_type="pt", guidance_scale=3.0, **kwargs
-    ).images
+    _, latents = ordinary(build(), guidance_scale=3.0, output_type="latent", **kwargs)
+    _, images = ordinary(build(), guidance_scale=3.0, **kwargs)
     assert images.shape == (2, 3, 16, 16)
     assert 0 <= images.min() < images.max() <= 1
     assert torch.equal(replay.decode(latents, conditioning), images)
@@ -382,6 +385,8 @@ def test_exchanged_attention_processors_are_put_back():
     replay, x, conditioning = prepared(pipeline, {"pag_scale": 3.0})
     with_pag = replay.predict(x, 1, conditioning)
     assert snapshot(pipeline) == before
+    # A copy gets the exchanged processors itself, so that it predicts the same.
+    assert torch.equal(replay.predict(x, 1, conditioning, denoiser=copy.deepcopy(pipeline.unet)), with_pag)
     _, _, without = prepared(pipeline, {"pag_scale": 0.0})
     assert not torch.equal(with_pag, replay.predict(x, 1, without))
 
@@ -463,6 +468,30 @@ def test_a_loop_out_of_reach_is_refused():
         replay.prepare({}, generators())
 
 
+class TwoScales(Loop):
+    """m = guidance_scale · true_cfg_scale · x."""
+
+    def __call__(
+        self, guidance_scale=7.0, true_cfg_scale=4.0, num_inference_steps=4, generator=None, output_type="pt", return_dict=True
+    ):
+        latents = self.prepare_latents(2, 4, 8, 8, torch.float32, "cpu", generator)
+        self.scheduler.set_timesteps(num_inference_steps)
+        for t in self.scheduler.timesteps:
+            output = guidance_scale * true_cfg_scale * latents
+            latents = self.scheduler.step(output, t, latents, return_dict=False)[0]
+        return (latents,)
+
+
+@pytest.mark.parametrize(("embedded", "unguided_scale"), [(False, 1.0), (True, 3.0)])
+def test_a_distilled_guidance_embedding_is_not_guidance(embedded, unguided_scale):
+    pipeline = TwoScales(**sd3().components)
+    pipeline.register_modules(transformer=flux_transformer(guidance_embeds=embedded))
+    replay = make_replay(pipeline, {"true_cfg_scale": 2.0})
+    x, conditioning = replay.prepare({}, generators())
+    assert torch.equal(replay.predict(x, 0, conditioning), 6.0 * x)
+    assert torch.equal(replay.predict(x, 0, conditioning, guided=False), unguided_scale * x)
+
+
 # ------------------------------------------------------------------------------------------------------------- bad input
 
 
@@ -474,7 +503,7 @@ def offloaded():
 
 def cached():
     pipeline = sd3()
-    transformer = FluxTransformer2DModel(num_layers=1, num_single_layers=1, attention_head_dim=8, num_attention_heads=1)
+    transformer = flux_transformer()
     transformer.enable_cache(FirstBlockCacheConfig(threshold=0.1))
     pipeline.register_modules(transformer=transformer)
     return pipeline

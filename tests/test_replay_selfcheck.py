@@ -104,6 +104,25 @@ def test_a_call_that_delegates_to_another():
     expect("differs from finite differences by 100.0%", Delegates(**sd3().components), {})
 
 
+class LoopsInAMethod(StableDiffusion3Pipeline):
+    """Its prediction depends on the step's number, which cannot be replayed out of another method's enumerate."""
+
+    def __call__(self, prompt, num_inference_steps, generator=None, output_type="pt", return_dict=True):
+        latents = self.prepare_latents(len(prompt), 4, 8, 8, torch.float32, "cpu", generator)
+        self.scheduler.set_timesteps(num_inference_steps)
+        return self.loop(latents)
+
+    def loop(self, latents):
+        for i, t in enumerate(self.scheduler.timesteps):
+            latents = self.scheduler.step((i + 1) * latents, t, latents, return_dict=False)[0]
+        return (latents,)
+
+
+def test_a_step_number_out_of_reach():
+    pipeline = LoopsInAMethod(**sd3().components)
+    expect("hands another prediction to scheduler.step at step 1 than its replay", pipeline, {}, guidance_scale=1.0)
+
+
 class PacksItsLatents(StableDiffusion3Pipeline):
     """A loop of its own that changes the latents before it starts."""
 

@@ -37,15 +37,15 @@ def check_replay(
     """Compare prepare, predict and decode with the pipeline's own call.
 
     Args:
-        columns, generators: a small batch as for `replay.prepare`. The generators are copied, not advanced; neither are the
-            global random numbers of the CPU.
+        columns, generators: a small batch as for `replay.prepare`. Copies of the generators are used; neither they nor the
+            global random numbers advance.
         check_unguided: whether `predict(guided=False)` is going to be used.
 
     Raises:
         ValueError: naming the pipeline, the convention that it breaks, and the way out.
     """
     check = _Check(replay, columns, generators)
-    with torch.random.fork_rng(devices=[]), torch.no_grad():
+    with torch.no_grad():
         check.prediction_is_a_function()
         steps = check.own_steps(stop_after=2)
         check.loop_starts_from_prepared_latents(steps[0])
@@ -126,7 +126,7 @@ class _Check:
         )
 
     def decoding_is_the_pipelines(self) -> None:
-        recorder = make_recorder(self.replay.scheduler)
+        recorder = self._recorder()
         arguments = {**self.replay.arguments(self.columns, len(self.x)), "num_inference_steps": 2}
         images = self.replay.ordinary_call(arguments, self._generators(), recorder)[0]
         latents = recorder.record[-1].prev_sample.to(self.x.dtype).requires_grad_()
@@ -141,7 +141,7 @@ class _Check:
 
     def own_steps(self, stop_after: int, guided: bool = True) -> list[RecordedStep]:
         """The first steps of the pipeline's own call on the memoryless scheduler."""
-        recorder = make_recorder(self.replay.scheduler, stop_after)
+        recorder = self._recorder(stop_after)
         arguments = self.replay.arguments(self.columns, len(self.x), guided=guided)
         self.replay.ordinary_call(arguments, self._generators(), recorder)
         return recorder.record
@@ -179,6 +179,11 @@ class _Check:
         denoiser = getattr(self.replay.pipeline, self.replay.component)
         dtypes = (self.conditioning.start.dtype, next(denoiser.parameters()).dtype)
         return max(dtypes, key=lambda dtype: torch.finfo(dtype).eps)
+
+    def _recorder(self, stop_after: int | None = None) -> Any:
+        recorder = make_recorder(self.replay.scheduler, stop_after)
+        recorder.set_generator(self._generators())  # for pipelines that do not pass theirs on
+        return recorder
 
     def _generators(self) -> list[torch.Generator]:
         return [torch.Generator(g.device).set_state(g.get_state()) for g in self.generators]
