@@ -18,6 +18,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -235,10 +236,8 @@ def sliced_w2(samples: Tensor, law: GaussianMixture, directions: int = 32) -> fl
 
 
 def _quantiles(weights: Tensor, means: Tensor, stds: Tensor, levels: Tensor) -> Tensor:
-    """Quantiles of a mixture on the line by bisection, to 1e-12 of its width."""
-    low, high = (means - 9 * stds).min().expand_as(levels), (means + 9 * stds).max().expand_as(levels)
-    for _ in range(42):
-        middle = (low + high) / 2
-        below = (weights * torch.special.ndtr((middle[:, None] - means) / stds)).sum(1) < levels
-        low, high = torch.where(below, middle, low), torch.where(below, high, middle)
-    return (low + high) / 2
+    """Quantiles of a mixture on the line, by inverting its distribution function on a grid of 20 001 points."""
+    low, high = float((means - 8 * stds).min()), float((means + 8 * stds).max())
+    points = torch.linspace(low, high, 20_001, dtype=torch.float64)
+    below = (weights * torch.special.ndtr((points[:, None] - means) / stds)).sum(1)
+    return torch.from_numpy(np.interp(levels.numpy(), below.numpy(), points.numpy()))
