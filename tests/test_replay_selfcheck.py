@@ -74,6 +74,7 @@ def test_a_denoiser_with_a_part_of_its_gradient_missing():
     """As in a mixture of experts that runs its experts under no_grad in evaluation mode: same output, plausible gradient."""
     pipeline = sd3()
     for block in pipeline.transformer.transformer_blocks:
+        block.ff.net[-1].weight.data.mul_(5)  # random weights hardly use it
         block.ff.forward = torch.no_grad()(block.ff.forward)
     expect(r"differs from finite differences by [\d.]+%; remove torch.no_grad", pipeline)
 

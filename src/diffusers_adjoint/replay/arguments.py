@@ -10,15 +10,15 @@ __all__ = ["fixed_arguments", "unguided", "with_columns"]
 # Scales that mean "no guidance" at 1. A network with distilled guidance takes the first one as an input.
 _GUIDANCE_SCALES = ("guidance_scale", "true_cfg_scale", "guidance_scale_2")
 
-# The replay sets these itself; what to use instead of setting them by hand.
+# The replay sets these itself; what to do instead of setting them by hand.
 _RESERVED = {
-    "guidance_scale": "guidance_scale of its own",
-    "num_inference_steps": "num_inference_steps of its own",
-    "num_images_per_prompt": "num_generations",
-    "generator": "the seed",
-    "latents": "the seed",
-    "output_type": "nothing in its place",
-    "return_dict": "nothing in its place",
+    "guidance_scale": "use the option guidance_scale",
+    "num_inference_steps": "use the option num_inference_steps",
+    "num_images_per_prompt": "use the option num_generations",
+    "generator": "use the option seed",
+    "latents": "use the option seed",
+    "output_type": "remove it, images are always tensors",
+    "return_dict": "remove it, images are always tensors",
 }
 
 
@@ -40,7 +40,7 @@ def fixed_arguments(
     """
     for name in pipeline_kwargs:
         if name in _RESERVED:
-            raise ValueError(f"pipeline_kwargs contains {name!r}, which is not set there; use {_RESERVED[name]}.")
+            raise ValueError(f"pipeline_kwargs contains {name!r}, which is not set there; {_RESERVED[name]}.")
         if name == "prompt":
             raise ValueError("pipeline_kwargs contains 'prompt'; pass prompts as the dataset's 'prompt' column.")
         if name not in parameters:
