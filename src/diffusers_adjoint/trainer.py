@@ -256,7 +256,8 @@ class AdjointMatchingTrainer(Trainer):
         batch = self._prepare_batch({"columns": columns, "first_row": 0, "share": 1.0})
         self._choose_steps()
         self._reward_gradient(batch.start, batch)
-        check_replay(self.replay, columns, self._generators(range(2), Stream.START))
+        generators = self._generators(range(2), Stream.START)
+        check_replay(self.replay, columns, generators, check_unguided=not self._guided_loss)
 
     # ------------------------------------------------------------------------------------------------ logging, evaluation
 
