@@ -84,7 +84,6 @@ class MemorylessDDIMScheduler(DDIMScheduler, MemorylessStep):
                 f"the range that the original scheduler kept them in.",
                 stacklevel=3,
             )
-            self.register_to_config(clip_sample=False, thresholding=False)
         super().__init__(
             num_train_timesteps=num_train_timesteps,
             beta_start=beta_start,
