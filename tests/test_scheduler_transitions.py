@@ -120,25 +120,6 @@ def test_what_the_last_step_leaves_of_the_noise(integrator):
     assert float(end[0]) == pytest.approx(3.0, abs=1e-6)
 
 
-@pytest.mark.parametrize("integrator", INTEGRATORS)
-@pytest.mark.parametrize("prediction_type", ["flow_prediction", *BETA_PREDICTIONS])
-def test_score_gain_is_how_far_the_mean_moves_with_the_score(prediction_type, integrator):
-    """Two laws, N(m, C) and the same tilted by r = c·x: their scores differ by the known α C S⁻¹ c."""
-    if prediction_type == "flow_prediction":
-        scheduler = ready(BOTH[0], 9, shift=2.0, integrator=integrator)
-    else:
-        scheduler = ready(BOTH[1], 9, prediction_type=prediction_type, integrator=integrator)
-    alphas, betas = noise_levels(scheduler)
-    slope, variance, x = 1.3, 0.36, torch.tensor([[0.4]], dtype=torch.float64)
-    base, tilted = (mean_function(scheduler, normal(m, variance)) for m in (0.7, 0.7 + slope * variance))
-    for k, gain in enumerate(scheduler.score_gains.tolist()):
-        if alphas[k] == 0:
-            assert gain == float("inf")  # pure noise: the output may move, the score cannot
-            continue
-        score = alphas[k] * variance * slope / (alphas[k] ** 2 * variance + betas[k] ** 2)
-        torch.testing.assert_close(tilted(k, x) - base(k, x), (gain * score).view(1, 1), **EXACT)
-
-
 def test_inverted_sigmas_are_the_same_sampler():
     """Mochi counts σ from 0 (noise) to 1 (data), and its network predicts X_1 − X_0."""
     plain, inverted = ready(BOTH[0], 5, shift=3.0), ready(BOTH[0], 5, shift=3.0, invert_sigmas=True)

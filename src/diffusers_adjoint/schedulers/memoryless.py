@@ -30,16 +30,11 @@ __all__ = ["MemorylessStep", "TransitionTable", "check_integrator", "transition_
 
 @dataclass(frozen=True)
 class TransitionTable:
-    """x_{k+1} = state · x + output · m + std · ξ and x̂_1 = clean_state · x + clean_output · m; tensors (K,), float64, CPU.
-
-    `score_gain` is ∂μ_k/∂s: how far the step's mean moves when the score s(x, t_k) moves by one unit; infinite where x_k is pure
-    noise, since there the network's output says nothing about the score.
-    """
+    """x_{k+1} = state · x + output · m + std · ξ and x̂_1 = clean_state · x + clean_output · m; tensors (K,), float64, CPU."""
 
     state: Tensor
     output: Tensor
     std: Tensor
-    score_gain: Tensor
     clean_state: Tensor
     clean_output: Tensor
 
@@ -96,8 +91,6 @@ def transition_table(alphas: Tensor, betas: Tensor, prediction_type: str, integr
         state=scale[1:] * (state / scale[:-1] + velocity * p),
         output=scale[1:] * velocity * q,
         std=scale[1:] * std,
-        # In flow coordinates v = x/t + (1 − t)/t · score; the score of x is that of x/(α + β), over α + β.
-        score_gain=torch.where(h > 0, scale[1:] * scale[:-1] * velocity * (1 - t) / t, 0.0),
         clean_state=(1 + beta * p) / scale[:-1],
         clean_output=beta * q / scale[:-1],
     )
@@ -130,15 +123,6 @@ class MemorylessStep:
     def stds(self) -> Tensor:
         """s_k of every step, shape (K,), float64, CPU; 0 where the step adds no noise."""
         return self.table.std
-
-    @property
-    def score_gains(self) -> Tensor:
-        """∂μ_k/∂score, shape (K,), float64, CPU, state units squared; infinite at pure noise.
-
-        The tilted score is s − E[ã_k | x_k] (2409.08861, eq. 37 with σ² = 2η), so the step's tilted mean is
-        μ_k − score_gain_k E[ã_k | x_k]: a loss that pairs step k with its own adjoint needs this in place of s_k².
-        """
-        return self.table.score_gain
 
     def transition(self, model_output: Tensor, sample: Tensor, index: int) -> Transition:
         """Law of the next state, N(A_k x + C_k m, s_k² I); pure, differentiable in both tensors, steps in any order.
