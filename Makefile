@@ -35,7 +35,7 @@ clean:
 # torch alone first: the pinned release is taken from wherever pip is told to look, a local CPU build included,
 # before anything else can ask for another one.
 $(INSTALLED): setup.py constraints.txt
-	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install -c constraints.txt torch
 	$(BIN)/python -m pip install -c constraints.txt -e '.[dev]'
 	touch $@

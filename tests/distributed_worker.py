@@ -17,8 +17,8 @@ def brightness(images, prompts, **columns):
     return images.mean((1, 2, 3))
 
 
-def train(folder: str, batch: int, accumulation: int) -> tuple[AdjointMatchingTrainer, list[bool]]:
-    """Two updates of four images each, in the dataset's order; also which forwards of the loss were set to synchronise."""
+def train(folder: str, batch: int, accumulation: int) -> tuple[AdjointMatchingTrainer, list[bool], dict[str, torch.Tensor]]:
+    """Two updates of four images, in the dataset's order; also which forwards were set to synchronise, and the first weights."""
     args = AdjointMatchingConfig(
         output_dir=folder,
         num_inference_steps=4,
@@ -52,8 +52,9 @@ def train(folder: str, batch: int, accumulation: int) -> tuple[AdjointMatchingTr
         return original(model, *rest)
 
     trainer._match = spy
+    start = adapter(trainer)
     trainer.train()
-    return trainer, synchronised
+    return trainer, synchronised, start
 
 
 def adapter(trainer: AdjointMatchingTrainer) -> dict[str, torch.Tensor]:
@@ -62,10 +63,11 @@ def adapter(trainer: AdjointMatchingTrainer) -> dict[str, torch.Tensor]:
 
 if __name__ == "__main__":
     folder = sys.argv[1]
-    trainer, synchronised = train(folder, batch=1, accumulation=2)
+    trainer, synchronised, start = train(folder, batch=1, accumulation=2)
     if trainer.is_world_process_zero():
         result = {
             "world_size": torch.distributed.get_world_size(),
+            "start": start,
             "weights": adapter(trainer),
             "synchronised": synchronised,
             "rewards": [line["reward"] for line in trainer.state.log_history if "reward" in line],

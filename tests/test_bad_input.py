@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 from datasets import Dataset, IterableDataset
-from diffusers import DDPMPipeline, DDPMScheduler, LCMScheduler, UNet2DModel
+from diffusers import DDPMPipeline, DDPMScheduler, LCMScheduler, StableDiffusion3Pipeline, UNet2DModel
 from peft import LoraConfig
 from tiny_pipelines import sd3, sd15
 
@@ -75,6 +75,19 @@ class Case:
     error: type[Exception] = ValueError
 
 
+def other_arguments(images, prompts):
+    return brightness(images, prompts)
+
+
+class Unsaved(StableDiffusion3Pipeline):
+    save_lora_weights = None
+
+
+def without_lora_saving():
+    pipeline = sd3()
+    return Unsaved(**pipeline.components)
+
+
 def lora(**kwargs):
     return LoraConfig(r=2, **kwargs)
 
@@ -111,12 +124,33 @@ CASES = {
     "no reward": Case("reward_funcs is empty", "at least one", trainer={"reward_funcs": []}),
     "weights do not match": Case("2 entries for 1", "one each", {"reward_weights": [1.0, 2.0]}),
     "model of another kind": Case("Linear", "DiffusionPipeline", trainer={"model": torch.nn.Linear(1, 1)}, error=TypeError),
-    "few-step scheduler": Case("LCMScheduler", "", trainer={"model": lambda: sd15_with(LCMScheduler())}),
+    "few-step scheduler": Case(
+        "LCMScheduler", "use a model that is sampled with", trainer={"model": lambda: sd15_with(LCMScheduler())}
+    ),
     "LoRA without attention": Case(
         "no_such_layer", "target_modules", trainer={"peft_config": lora(target_modules=["no_such_layer"])}
     ),
     "no latents to replay": Case("DDPMPipeline has no prepare_latents", "pass a pipeline", trainer={"model": unconditional}),
     "adapter there already": Case("already carries an adapter", "fuse_lora", trainer={"model": sd3_with_adapter}),
+    "LoRA on biases": Case("bias='all'", "bias='none'", trainer={"peft_config": lora(bias="all")}),
+    "LoRA and saved modules": Case(
+        "modules_to_save", "leave it out", trainer={"peft_config": lora(modules_to_save=["proj_out"])}
+    ),
+    "LoRA that rewrites the base": Case(
+        "init_lora_weights='pissa'", "'gaussian'", trainer={"peft_config": lora(init_lora_weights="pissa")}
+    ),
+    "pipeline cannot save a LoRA": Case("Unsaved cannot save", "peft_config=None", trainer={"model": without_lora_saving}),
+    "all weights of a bf16 network": Case(
+        "torch.bfloat16", "float32", trainer={"model": lambda: sd3().to(torch.bfloat16), "peft_config": None}
+    ),
+    "column named as an argument": Case(
+        "'images'", "rename", trainer={"train_dataset": Dataset.from_dict({"prompt": ["a"], "images": ["b"]})}
+    ),
+    "reward without the columns": Case(
+        "'other_arguments' cannot be called",
+        "**columns",
+        trainer={"reward_funcs": other_arguments, "train_dataset": Dataset.from_dict({"prompt": ["a"], "target": [1]})},
+    ),
     "checkpoint without weights": Case("holds no", "checkpoint folder", train={"resume_from_checkpoint": "FOLDER"}),
 }
 
@@ -153,7 +187,7 @@ def test_refused_before_any_rollout_in_one_sentence(tmp_path, case, monkeypatch)
 
 def test_lora_is_refused_where_none_can_go():
     with pytest.raises(ValueError, match="UNet2DModel has no add_adapter; pass peft_config=None"):
-        add_lora(unconditional().unet, lora())
+        add_lora(unconditional(), "unet", lora())
 
 
 def test_the_same_call_without_a_mistake_trains(tmp_path):

@@ -21,10 +21,13 @@ def test_two_processes_give_the_weights_of_one(tmp_path):
     result = torch.load(tmp_path / "result.pt", weights_only=True)
     assert result["world_size"] == 2
 
-    single, _ = train(str(tmp_path), batch=4, accumulation=1)
+    single, _, start = train(str(tmp_path), batch=4, accumulation=1)
     reference = adapter(single)
-    # float32, the same four gradients averaged in another order
-    assert max((reference[name] - result["weights"][name]).abs().max().item() for name in reference) <= 1e-6
+    assert all(torch.equal(start[name], result["start"][name]) for name in start)
+    moved = max((reference[name] - start[name]).abs().max().item() for name in reference)
+    # float32, the same four gradients averaged in another order: 1e-7 of each, and three digits for what the network makes of it
+    assert moved > 0
+    assert max((reference[name] - result["weights"][name]).abs().max().item() for name in reference) <= 1e-4 * moved
     rewards = [line["reward"] for line in single.state.log_history if "reward" in line]
     assert result["rewards"] == pytest.approx(rewards, rel=1e-5)
     # Two updates of two micro-batches with two loss steps each: only the last backward of an update synchronises.

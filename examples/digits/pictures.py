@@ -23,10 +23,12 @@ def save_grid(images: Tensor, path: Path, columns: int = 12, scale: int = 2) -> 
     grid.resize((grid.width * scale, grid.height * scale), Image.Resampling.NEAREST).save(path)
 
 
-def save_reward_curve(rewards: list[float], path: Path, name: str) -> None:
-    """Mean reward of each update's rollouts."""
+def save_reward_curve(rewards: list[float], target: float, path: Path, name: str) -> None:
+    """Mean reward of each update's rollouts, and where the exact tilt has it."""
     figure, axes = plt.subplots(figsize=(6, 3.2), layout="constrained")
     axes.plot(range(1, len(rewards) + 1), rewards, marker=".", linewidth=1)
+    axes.axhline(target, color="black", linestyle="--", linewidth=1, label="exact tilt (importance weights)")
+    axes.legend()
     axes.set(xlabel="update", ylabel=f"mean reward ({name})", title="Rollouts of the model in training")
     axes.grid(alpha=0.3)
     figure.savefig(path, dpi=120)

@@ -118,7 +118,7 @@ def _vector_jacobian(mean: Tensor, x: Tensor, cotangent: Tensor) -> Tensor:
     product = None
     if mean.requires_grad:
         # `allow_unused`: trained weights may give the mean a graph that never meets x.
-        product = torch.autograd.grad(mean, x, cotangent.to(mean.dtype), allow_unused=True)[0]
+        product = torch.autograd.grad(mean, x, cotangent, allow_unused=True)[0]
     if product is None:
         raise ValueError(
             "base_mean(k, x) does not depend on x through autograd; "

@@ -46,8 +46,8 @@ class AdjointMatchingConfig(TrainingArguments):
         num_inference_steps (`int`, defaults to 20):
             K, steps of the memoryless sampler in training. Cost is proportional to it.
         integrator (`str`, *optional*):
-            Discretisation of the memoryless SDE, one of "euler", "compensated", "local_linear", "ancestral"; the scheduler's
-            default when not given.
+            Discretisation of the memoryless SDE: "posterior" (the default when not given), "compensated", "euler" (the paper's),
+            "local_linear" or "ancestral". `benchmarks/discretisation.py` compares them.
         pipeline_kwargs (`dict`, *optional*):
             Further arguments of the pipeline's `__call__`, such as `{"height": 512, "width": 512}`.
         num_generations (`int`, defaults to 1):
@@ -70,6 +70,7 @@ class AdjointMatchingConfig(TrainingArguments):
     > Defaults that differ from `TrainingArguments`
 
     Args:
+        logging_steps (`float`, defaults to 10): updates between two lines of the log.
         learning_rate (`float`, defaults to 1e-4): for LoRA; a full fine-tuning wants about 1e-5.
         lr_scheduler_type (`str`, defaults to `"constant"`).
         per_device_train_batch_size (`int`, defaults to 4): prompts per rollout.
@@ -79,6 +80,7 @@ class AdjointMatchingConfig(TrainingArguments):
 
     _VALID_DICT_FIELDS = TrainingArguments._VALID_DICT_FIELDS + ["pipeline_kwargs", "model_init_kwargs"]
 
+    logging_steps: float = field(default=10, metadata={"help": "Updates between two lines of the log."})
     learning_rate: float = field(default=1e-4, metadata={"help": "Initial learning rate of the optimizer."})
     lr_scheduler_type: str = field(default="constant", metadata={"help": "Learning rate schedule."})
     per_device_train_batch_size: int = field(default=4, metadata={"help": "Prompts per rollout and device."})

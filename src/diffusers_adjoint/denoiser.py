@@ -6,6 +6,7 @@ import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import torch
 from diffusers import ModelMixin
 from torch import Tensor, nn
 
@@ -34,9 +35,14 @@ class PipelineDenoiser(nn.Module):
         self.network: ModelMixin = getattr(replay.pipeline, replay.component)
         self.frozen: ModelMixin | None = None
         if not has_adapter:
+            if self.network.dtype in (torch.float16, torch.bfloat16):
+                raise ValueError(
+                    f"full fine-tuning of a {self.network.dtype} network rounds most updates away; load the pipeline in float32 "
+                    f"and set bf16=True, or pass a peft_config."
+                )
             self.frozen = copy.deepcopy(self.network).requires_grad_(False)
             self.network.requires_grad_(True)
-        self.evaluations = 0  # samples sent through the denoiser, for the log
+        self.evaluations = 0  # one an image and step, for the log
         self._base_active = False
         self.train(False)
 

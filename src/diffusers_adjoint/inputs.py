@@ -8,7 +8,8 @@ from typing import Any
 
 from diffusers import DiffusionPipeline
 
-__all__ = ["collate_columns", "first_row", "load_pipeline", "require_prompts", "require_writable", "without_prompt"]
+__all__ = ["collate_columns", "first_row", "load_pipeline", "repeat_rows", "require_prompts", "require_writable"]
+__all__ += ["without_prompt"]
 
 
 def load_pipeline(model: str | Path | DiffusionPipeline, init_kwargs: dict[str, Any] | None) -> DiffusionPipeline:
@@ -48,12 +49,20 @@ def first_row(dataset: Any) -> dict[str, Any]:
         raise ValueError(f"the rows of the dataset have columns {sorted(row)}; add a 'prompt' column of strings.")
     if not isinstance(row["prompt"], str):
         raise ValueError(f"the first prompt is of type {type(row['prompt']).__name__}; pass a string in each row.")
+    taken = {"images", "prompts"} & row.keys()
+    if taken:
+        raise ValueError(f"the dataset's column {min(taken)!r} is an argument of every reward function; rename the column.")
     return row
 
 
 def collate_columns(rows: list[dict[str, Any]]) -> dict[str, list[Any]]:
     """Collate rows to columns of plain lists; nothing is padded or turned into tensors."""
     return {name: [row[name] for row in rows] for name in rows[0]}
+
+
+def repeat_rows(columns: dict[str, list[Any]], times: int) -> dict[str, list[Any]]:
+    """Each row `times` in a row: several images of one prompt."""
+    return {name: [value for value in values for _ in range(times)] for name, values in columns.items()}
 
 
 def without_prompt(columns: dict[str, list[Any]]) -> dict[str, list[Any]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -26,20 +27,24 @@ WEIGHTS_NAME = "pytorch_lora_weights.safetensors"
 ATTENTION = ["to_q", "to_k", "to_v", "to_out.0"]
 
 
-def add_lora(network: nn.Module, peft_config: LoraConfig) -> None:
-    """Attach a LoRA adapter in float32 to a frozen denoiser, in place.
+def add_lora(pipeline: DiffusionPipeline, component: str, peft_config: LoraConfig) -> None:
+    """Attach a LoRA adapter in float32 to the pipeline's frozen denoiser, in place.
 
     Dropout is forced to 0: rollout, adjoint and loss must see one function. Without `target_modules`, the attention
     projections are adapted.
 
     Raises:
-        ValueError: if the network cannot take an adapter, carries one already, or has none of the target modules.
+        ValueError: if the network cannot take an adapter, carries one already, has none of the target modules, or if the adapter
+            would change the base or could not be saved for `load_lora_weights`.
     """
+    network = getattr(pipeline, component)
     name = type(network).__name__
     if not isinstance(network, PeftAdapterMixin):
         raise ValueError(f"{name} has no add_adapter; pass peft_config=None for full fine-tuning.")
     if network._hf_peft_config_loaded:
         raise ValueError(f"{name} already carries an adapter; fuse_lora() and unload_lora_weights() before training.")
+    _require_saving(type(pipeline), component)
+    _require_untouched_base(peft_config)
     config = copy.copy(peft_config)
     config.target_modules = config.target_modules or list(ATTENTION)
     if not isinstance(config.target_modules, str) and not _any_module(network, config.target_modules):
@@ -53,6 +58,27 @@ def add_lora(network: nn.Module, peft_config: LoraConfig) -> None:
     network.requires_grad_(False)
     network.add_adapter(config, adapter_name=ADAPTER)
     cast_training_params(network, torch.float32)
+
+
+def _require_saving(pipeline_class: type[DiffusionPipeline], component: str) -> None:
+    method = getattr(pipeline_class, "save_lora_weights", None)
+    needed = {f"{component}_lora_layers", f"{component}_lora_adapter_metadata"}
+    if method is None or not needed <= inspect.signature(method).parameters.keys():
+        raise ValueError(
+            f"{pipeline_class.__name__} cannot save a LoRA of its {component}; pass peft_config=None for full fine-tuning."
+        )
+
+
+def _require_untouched_base(config: LoraConfig) -> None:
+    """Some options change the network outside the adapter: switching the adapter off would not give the base back."""
+    if config.bias != "none":
+        raise ValueError(f"LoraConfig(bias={config.bias!r}) trains weights of the base itself; pass bias='none'.")
+    if config.modules_to_save:
+        raise ValueError(f"LoraConfig(modules_to_save={config.modules_to_save!r}) copies weights of the base; leave it out.")
+    if config.init_lora_weights not in (True, False, "gaussian"):
+        raise ValueError(
+            f"LoraConfig(init_lora_weights={config.init_lora_weights!r}) rewrites the base's weights; pass True or 'gaussian'."
+        )
 
 
 def _any_module(network: nn.Module, targets: list[str] | set[str]) -> bool:

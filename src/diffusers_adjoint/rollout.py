@@ -18,7 +18,7 @@ from .matching import step_kl
 from .replay import Conditioning
 from .trajectory import Trajectory, rollout
 
-__all__ = ["Stream", "path_kl", "sample_trajectory", "seeded_generator", "stacked_noise"]
+__all__ = ["Stream", "path_kl", "sample_trajectory", "seeded_generator", "stacked_noise", "zero_unless"]
 
 
 class Stream(IntEnum):
@@ -65,6 +65,11 @@ def sample_trajectory(
         scheduler.stds,
         lambda k: stacked_noise(start, generators),
     )
+
+
+def zero_unless(keep: Tensor, values: Tensor) -> Tensor:
+    """`values` of shape (S, B, …) with zeros for the images not in `keep`, (B,): a NaN times a zero gradient would be a NaN."""
+    return torch.where(keep.view(1, -1, *[1] * (values.ndim - 2)), values, 0.0)
 
 
 def path_kl(mean: Callable[[int, Tensor], Tensor], base_mean: Callable[[int, Tensor], Tensor], trajectory: Trajectory) -> Tensor:

@@ -23,15 +23,19 @@ class SampleLog:
     def add(self, name: str, values: Tensor) -> None:
         self._values[name].append(values.detach().flatten().float())
 
-    def drain(self, gather: Callable[[Tensor], Tensor]) -> dict[str, Tensor]:
+    def gathered(self, name: str, gather: Callable[[Tensor], Tensor]) -> Tensor:
+        """The values of one name since the last `drain`, of all processes, (N,)."""
+        return gather(torch.cat(self._values[name])).cpu()
+
+    def drain(self, gather: Callable[[Tensor], Tensor] = lambda values: values) -> dict[str, Tensor]:
         """All values since the last call, name → (N,), gathered over processes; empties the log."""
-        drained = {name: gather(torch.cat(values)).cpu() for name, values in sorted(self._values.items())}
+        drained = {name: self.gathered(name, gather) for name in sorted(self._values)}
         self._values.clear()
         return drained
 
 
 def summarise(samples: dict[str, Tensor]) -> dict[str, float]:
-    """Means over finite values; rewards with their standard deviation too."""
+    """Means over finite values; rewards with their standard deviation too; `skipped` as a count."""
     summary: dict[str, float] = {}
     for name, values in samples.items():
         values = values[values.isfinite()]
@@ -39,7 +43,7 @@ def summarise(samples: dict[str, Tensor]) -> dict[str, float]:
         if name.startswith("rewards/"):
             summary |= {f"{name}/mean": values.mean().item(), f"{name}/std": spread}
         else:
-            summary[name] = values.mean().item()
+            summary[name] = (values.sum() if name == "skipped" else values.mean()).item()
         if name == "reward":
             summary["reward_std"] = spread
     return summary

@@ -19,13 +19,21 @@ from transformers.utils import logging
 from .adjoint import AdjointPath, lean_adjoint
 from .config import AdjointMatchingConfig
 from .denoiser import PipelineDenoiser
-from .inputs import collate_columns, first_row, load_pipeline, require_prompts, require_writable, without_prompt
+from .inputs import (
+    collate_columns,
+    first_row,
+    load_pipeline,
+    repeat_rows,
+    require_prompts,
+    require_writable,
+    without_prompt,
+)
 from .lora import add_lora, load_lora, save_lora
 from .matching import LossSteps, choose_loss_steps, clip_loss, matching_loss, step_kl
 from .replay import Conditioning, PipelineReplay
 from .replay.selfcheck import check_replay
 from .rewards import RewardGradient, WeightedReward, reward_gradient
-from .rollout import Stream, sample_trajectory, seeded_generator
+from .rollout import Stream, sample_trajectory, seeded_generator, zero_unless
 from .sample_log import SampleLog, announce_tilt, summarise
 from .schedulers import memoryless_scheduler
 from .trajectory import Trajectory
@@ -60,7 +68,7 @@ class AdjointMatchingTrainer(Trainer):
     Args:
         model: a pipeline, or the name or folder of one. Its denoiser is trained in place; its scheduler is left alone.
         reward_funcs: callable(s) or module(s) `f(images=, prompts=, **columns) -> Tensor (B,)`, differentiable in `images`,
-            which are (B, 3, H, W) in [0, 1].
+            which are (B, 3, H, W) in [0, 1]. Modules are moved to the device; a closure moves its own networks.
         args: settings; defaults write to `<pipeline>-AdjointMatching`.
         train_dataset: rows with a "prompt" column; the other columns reach the rewards.
         eval_dataset: rows for `evaluate()`.
@@ -73,7 +81,6 @@ class AdjointMatchingTrainer(Trainer):
     """
 
     _tag_names = ["adjoint-matching"]
-    loss_is_scaled_for_ga = True
     control: TrainerControl
 
     def __init__(
@@ -94,11 +101,11 @@ class AdjointMatchingTrainer(Trainer):
             require_prompts(dataset)
         require_writable(args.output_dir)
         self.reward = WeightedReward(reward_funcs, args.reward_weights)
-        if args.guidance_scale > 1 and args.cfg_mode == "rollout":
-            logger.warning(
-                "cfg_mode='rollout' guides the trajectories but not the loss: the result is not the tilted distribution; "
-                "'none' and guidance_scale=1 are exact for the unguided model."
-            )
+        # Rows are lists of Python values: each process collates its own, and numbers its images by its rank.
+        args.accelerator_config.dispatch_batches = False
+        if args.n_gpu > 1:  # torch.nn.DataParallel would scatter the states but not the conditioning
+            logger.warning(f"{args.n_gpu} GPUs are visible but one is used; start with `accelerate launch` to use them all.")
+            args._n_gpu = 1
         set_seed(args.seed)  # before LoRA draws its weights
 
         self.replay = PipelineReplay(
@@ -108,13 +115,18 @@ class AdjointMatchingTrainer(Trainer):
             guidance_scale=args.guidance_scale,
             pipeline_kwargs=_parsed(args.pipeline_kwargs),
         )
+        if args.guidance_scale > 1 and args.cfg_mode == "rollout" and not self.replay.embeds_guidance:
+            logger.warning(
+                "cfg_mode='rollout' guides the trajectories but not the loss: the result is not the tilted distribution; "
+                "'none' and guidance_scale=1 are exact for the unguided model."
+            )
         self.pipeline = pipeline
         for component in pipeline.components.values():
             if isinstance(component, nn.Module):
                 component.requires_grad_(False).eval()
         self.has_adapter = peft_config is not None
         if peft_config is not None:
-            add_lora(getattr(pipeline, self.replay.component), peft_config)
+            add_lora(pipeline, self.replay.component, peft_config)
         self.denoiser = PipelineDenoiser(self.replay, has_adapter=self.has_adapter)
 
         super().__init__(
@@ -129,7 +141,6 @@ class AdjointMatchingTrainer(Trainer):
         pipeline.to(args.device)
         self.reward.to(args.device)
         self._samples = SampleLog()
-        self._skipped = 0
         self._tilt_announced = False
         self._clock = (time.perf_counter(), 0)
 
@@ -137,20 +148,20 @@ class AdjointMatchingTrainer(Trainer):
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None = None) -> Tensor:
         """Rollout → reward gradient → lean adjoint → matching loss and backward; returns the micro-batch's share of the loss."""
-        with self.compute_loss_context_manager():
-            batch = self._prepare_batch(inputs)
-            steps = self._choose_steps()
-            trajectory = self._rollout(batch)
-            path, reward = self._adjoint(batch, trajectory, steps)
-        return self._match(model, batch, trajectory, path, reward, steps)
+        batch = self._prepare_batch(inputs)
+        steps = self._choose_steps()
+        trajectory = self._rollout(batch)
+        path, reward = self._adjoint(batch, trajectory, steps)
+        loss = self._match(model, batch, trajectory, path, reward, steps)
+        if inputs["last"] and not self._tilt_announced:
+            self._announce_tilt()
+        return loss
 
     def _prepare_batch(self, inputs: dict[str, Any]) -> RolloutBatch:
         """prompts → x_0, conditioning; every random number belongs to (seed, update, global image index)."""
-        repeats = self.args.num_generations
-        columns = {name: [v for v in values for _ in range(repeats)] for name, values in inputs["columns"].items()}
-        first = inputs["first_row"] * repeats
+        columns, first = inputs["columns"], inputs["first_image"]
         images = range(first, first + len(columns["prompt"]))
-        start, conditioning = self.replay.prepare(columns, self._generators(images, Stream.START))
+        start, conditioning = self.replay.prepare({"prompt": columns["prompt"]}, self._generators(images, Stream.START))
         return RolloutBatch(start, conditioning, self._generators(images, Stream.STEP_NOISE), columns, inputs["share"])
 
     def _generators(self, images: Sequence[int], stream: Stream) -> list[torch.Generator]:
@@ -204,20 +215,22 @@ class AdjointMatchingTrainer(Trainer):
         steps: LossSteps,
     ) -> Tensor:
         """Backward through the matching loss of each chosen step; gradients are synchronised with the last one only."""
-        keep = self._finite(reward)
+        chosen = list(steps.indices)
+        adjoints = path.adjoints[chosen if self.args.adjoint_pairing == "paper" else [k + 1 for k in chosen]]
+        keep = self._finite(reward, adjoints)
+        states, base_means, adjoints = (
+            zero_unless(keep, v) for v in (trajectory.states[chosen], path.base_means[chosen], adjoints)
+        )
         total, kl = batch.start.new_zeros(()), batch.start.new_zeros(len(keep))
-        for i, (k, inclusion) in enumerate(zip(steps.indices, steps.inclusion, strict=True)):
-            last = i == len(steps.indices) - 1
+        for i, k in enumerate(chosen):
+            last = i == len(chosen) - 1
             with contextlib.nullcontext() if last else self.accelerator.no_sync(model):
-                with self.compute_loss_context_manager():
-                    mean = model(trajectory.states[k], k, batch.conditioning, self._guided_loss)
-                    adjoint = path.adjoints[k if self.args.adjoint_pairing == "paper" else k + 1]
-                    losses = matching_loss(mean, path.base_means[k], trajectory.stds[k], adjoint)
-                    losses = torch.where(keep, clip_loss(losses, self.args.loss_clip), 0.0)
-                    loss = losses.mean() * batch.share
+                mean = model(states[i], k, batch.conditioning, self._guided_loss)
+                losses = clip_loss(matching_loss(mean, base_means[i], trajectory.stds[k], adjoints[i]), self.args.loss_clip)
+                loss = (losses * keep).mean() * batch.share
                 self.accelerator.backward(loss)
             total += loss.detach()
-            kl += step_kl(mean.detach(), path.base_means[k], trajectory.stds[k]) / inclusion
+            kl += step_kl(mean.detach(), base_means[i], trajectory.stds[k]) / steps.inclusion[i]
         self._record(reward, kl, path.adjoints[-1], keep)
         return total
 
@@ -225,66 +238,81 @@ class AdjointMatchingTrainer(Trainer):
     def _guided_loss(self) -> bool:
         return self.args.cfg_mode == "full"
 
-    def _finite(self, reward: RewardGradient) -> Tensor:
-        """Which images have a finite reward and gradient, (B,) bool."""
-        keep = reward.rewards.isfinite() & reward.gradient.flatten(1).isfinite().all(1)
+    def _finite(self, reward: RewardGradient, adjoints: Tensor) -> Tensor:
+        """Which images have a finite reward, reward gradient and adjoint, (B,) bool."""
+        keep = (
+            reward.rewards.isfinite()
+            & reward.gradient.flatten(1).isfinite().all(1)
+            & adjoints.isfinite().flatten(2).all(2).all(0)
+        )
         if not keep.all() and self.args.on_nonfinite == "raise":
-            raise ValueError(f"{int((~keep).sum())} rewards or reward gradients are NaN or infinite; mend the reward function.")
-        self._skipped += int((~keep).sum())
+            raise ValueError(
+                f"{int((~keep).sum())} rewards, reward gradients or adjoints are NaN or infinite; mend the reward function, "
+                f"lower reward_scale, or pass on_nonfinite='skip'."
+            )
         return keep
 
     def get_batch_samples(self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device) -> tuple[list[Any], Any]:
-        """Number the rows of an update across micro-batches and processes, in the order one process would see them."""
+        """Number the images of an update across micro-batches and processes, in the order one process would see them."""
         batches, items = super().get_batch_samples(epoch_iterator, num_batches, device)
-        sizes = [len(columns["prompt"]) for columns in batches]
-        rows = []
-        for i, columns in enumerate(batches):
+        repeated = [repeat_rows(columns, self.args.num_generations) for columns in batches]
+        sizes = [len(columns["prompt"]) for columns in repeated]
+        inputs = []
+        for i, columns in enumerate(repeated):
             first = sum(sizes[:i]) * self.args.world_size + self.args.process_index * sizes[i]
-            rows.append({"columns": columns, "first_row": first, "share": sizes[i] / sum(sizes)})
-        return rows, items
+            last = i == len(repeated) - 1
+            inputs.append({"columns": columns, "first_image": first, "share": sizes[i] / sum(sizes), "last": last})
+        return inputs, items
 
     # ---------------------------------------------------------------------------------------------- checks before training
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """`transformers.Trainer.train`, after a check of pipeline, grid and rewards on one row, before any rollout."""
+        if self.args.activation_checkpointing:  # Trainer does so too, but the check must not need more memory than training
+            self.denoiser.activation_checkpointing_enable()
         self._check_first_row()
+        self._clock = (time.perf_counter(), self.denoiser.evaluations)
         return super().train(*args, **kwargs)
 
     def _check_first_row(self) -> None:
         row = first_row(self.train_dataset)
         columns = collate_columns([row, row])
-        batch = self._prepare_batch({"columns": columns, "first_row": 0, "share": 1.0})
+        self.reward.require_arguments(without_prompt(columns))
+        batch = self._prepare_batch({"columns": columns, "first_image": 0, "share": 1.0})
         self._choose_steps()
         self._reward_gradient(batch.start, batch)
         generators = self._generators(range(2), Stream.START)
-        check_replay(self.replay, columns, generators, check_unguided=not self._guided_loss)
+        check_replay(self.replay, {"prompt": columns["prompt"]}, generators, check_unguided=not self._guided_loss)
 
     # ------------------------------------------------------------------------------------------------ logging, evaluation
 
     def _record(self, reward: RewardGradient, kl: Tensor, adjoint: Tensor, keep: Tensor) -> None:
-        if not self._tilt_announced:
-            self._tilt_announced = True
-            announce_tilt(self.args.reward_scale * reward.rewards[keep])
         self._samples.add("reward", reward.rewards)
         for name, values in reward.values.items():
             self._samples.add(f"rewards/{name}", values)
         self._samples.add("kl", kl)
         self._samples.add("adjoint_norm", adjoint.flatten(1).norm(dim=1))
+        self._samples.add("skipped", (~keep).float())
+
+    def _announce_tilt(self) -> None:
+        """One line about λ after the first update, from the rewards of all its images."""
+        self._tilt_announced = True
+        rewards = self._samples.gathered("reward", self.accelerator.gather)
+        if self.is_world_process_zero():
+            announce_tilt(self.args.reward_scale * rewards[rewards.isfinite()])
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Adds reward, reward_std, rewards/<name>/mean and /std, kl (nats), adjoint_norm, skipped, evaluations_per_second."""
         if "loss" in logs:
-            logs |= summarise(self._samples.drain(self.accelerator.gather)) | self._work_done()
+            logs |= summarise(self._samples.drain(self.accelerator.gather)) | {"evaluations_per_second": self._rate()}
         super().log(logs, start_time)
 
-    def _work_done(self) -> dict[str, float]:
-        """Denoiser evaluations (samples through the network) a second, all processes, and samples skipped, since the last log."""
+    def _rate(self) -> float:
+        """Denoiser evaluations a second since the last log, one an image and step, all processes."""
         now, count = time.perf_counter(), self.denoiser.evaluations
         then, before = self._clock
         self._clock = (now, count)
-        skipped, self._skipped = self._skipped, 0
-        rate = (count - before) / (now - then) * self.args.world_size
-        return {"evaluations_per_second": rate, "skipped": float(skipped)}
+        return (count - before) / (now - then) * self.args.world_size
 
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
@@ -298,15 +326,15 @@ class AdjointMatchingTrainer(Trainer):
             rows = len(columns["prompt"])
             offset = first * self.args.world_size + self.args.process_index * rows
             generators = [seeded_generator(self.args.seed, 0, i, Stream.EVALUATION) for i in range(offset, offset + rows)]
-            with torch.no_grad(), self.compute_loss_context_manager():
-                images = self.replay.sample(columns, generators)
+            with torch.no_grad():
+                images = self.replay.sample({"prompt": columns["prompt"]}, generators)
                 values = self.reward(images, columns["prompt"], **without_prompt(columns))
-            samples.add("reward", self.reward.total(values))
+            # `gather_for_metrics` drops the rows that fill up the last batch of several processes.
+            samples.add("reward", self.accelerator.gather_for_metrics(self.reward.total(values)))
             for name, value in values.items():
-                samples.add(f"rewards/{name}", value)
+                samples.add(f"rewards/{name}", self.accelerator.gather_for_metrics(value))
             first += rows
-        summary = summarise(samples.drain(self.accelerator.gather))
-        metrics = {f"{metric_key_prefix}_{name}": value for name, value in summary.items()}
+        metrics = {f"{metric_key_prefix}_{name}": value for name, value in summarise(samples.drain()).items()}
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics

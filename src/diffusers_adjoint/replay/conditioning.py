@@ -6,7 +6,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor
 
 __all__ = ["Conditioning", "fresh", "in_order"]
@@ -50,32 +49,14 @@ class Conditioning:
         first = self.latents[0]
         return ((x, *first[1:]) if isinstance(first, tuple) else x, *self.latents[1:])
 
-    def to(self, device: torch.device | str) -> Conditioning:
-        """The same with every tensor on `device`."""
-
-        def move(value: Any) -> Any:
-            return value.to(device) if isinstance(value, Tensor) else value
-
-        return Conditioning(
-            _map_nested(move, self.call_kwargs),
-            _map_nested(move, self.encoded),
-            _map_nested(move, self.latents),
-            self.batch_size,
-        )
-
-
-def _map_nested(function: Callable[[Any], Any], value: Any) -> Any:
-    """`function` applied to the leaves of nested tuples, lists and dicts; the containers are new ones."""
-    if isinstance(value, dict):
-        return {key: _map_nested(function, item) for key, item in value.items()}
-    if type(value) in (tuple, list):
-        return type(value)(_map_nested(function, item) for item in value)
-    return function(value)
-
 
 def fresh(value: Any) -> Any:
-    """The same leaves in new containers: pipelines exist that write into the lists they are given."""
-    return _map_nested(lambda leaf: leaf, value)
+    """The same leaves in new tuples, lists and dicts: pipelines exist that write into the lists they are given."""
+    if isinstance(value, dict):
+        return {key: fresh(item) for key, item in value.items()}
+    if type(value) in (tuple, list):
+        return type(value)(fresh(item) for item in value)
+    return value
 
 
 def in_order(name: str, returns: tuple[Any, ...]) -> Callable[..., Any]:

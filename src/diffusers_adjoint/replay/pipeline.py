@@ -71,6 +71,11 @@ class PipelineReplay:
         """The pipeline's class name, for messages."""
         return type(self.pipeline).__name__
 
+    @property
+    def embeds_guidance(self) -> bool:
+        """Whether the guidance scale is an input of the (distilled) network, a condition rather than guidance."""
+        return bool(getattr(self.pipeline, self.component).config.get("guidance_embeds", False))
+
     def prepare(self, columns: dict[str, list[Any]], generators: list[torch.Generator]) -> tuple[Tensor, Conditioning]:
         """Run the pipeline's call up to its loop: encode the prompts, draw x_0, set the scheduler's tables.
 
@@ -154,17 +159,16 @@ class PipelineReplay:
             raise ValueError(f"{self.name} calls scheduler.step outside its loop over timesteps; it cannot be replayed.")
         return out[0]
 
-    def sample(self, columns: dict[str, list[Any]], generators: list[torch.Generator], *, scheduler: Any = None) -> Tensor:
-        """An ordinary call of the pipeline with the same arguments: what a user of the pipeline sees.
+    def sample(self, columns: dict[str, list[Any]], generators: list[torch.Generator]) -> Tensor:
+        """An ordinary call of the pipeline, its own scheduler, the same arguments: what a user of the pipeline sees.
 
         Args:
             columns, generators: as for `prepare`; the generators also feed a stochastic scheduler.
-            scheduler: instead of the pipeline's own; a copy of it is used.
 
         Returns:
             Images (B, 3, H, W) in [0, 1], without graph.
         """
-        scheduler = copy.deepcopy(self.pipeline.scheduler if scheduler is None else scheduler)
+        scheduler = copy.deepcopy(self.pipeline.scheduler)
         return self.ordinary_call(self.arguments(columns, len(generators)), generators, scheduler)[0]
 
     def arguments(self, columns: dict[str, list[Any]], batch_size: int, *, guided: bool = True) -> dict[str, Any]:
@@ -179,8 +183,7 @@ class PipelineReplay:
         return self._run(view, {**arguments, "generator": list(generators)}, call)
 
     def _unguided(self, arguments: dict[str, Any]) -> dict[str, Any]:
-        embedded = bool(getattr(self.pipeline, self.component).config.get("guidance_embeds", False))
-        return unguided(self._parameters, arguments, guidance_embedded=embedded)
+        return unguided(self._parameters, arguments, guidance_embedded=self.embeds_guidance)
 
     def _replaying(
         self, probe: Any, x: Tensor, conditioning: Conditioning, denoiser: nn.Module | None = None

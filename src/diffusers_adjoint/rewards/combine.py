@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -47,6 +48,17 @@ class WeightedReward:
             module.to(device)
         return self
 
+    def require_arguments(self, columns: dict[str, list[Any]]) -> None:
+        """Raise ValueError if a function cannot be called with images, prompts and these dataset columns."""
+        for name, function in zip(self.names, self.functions, strict=True):
+            try:
+                inspect.signature(function).bind(images=None, prompts=None, **columns)
+            except TypeError as error:
+                raise ValueError(
+                    f"reward {name!r} cannot be called as f(images=, prompts=, **columns) with the columns {sorted(columns)} "
+                    f"({error}); add **columns to its arguments."
+                ) from None
+
     def __call__(self, images: Tensor, prompts: list[str], **columns: list[Any]) -> dict[str, Tensor]:
         """Each function's value, name → (B,) float32 or better.
 
@@ -71,13 +83,11 @@ class RewardGradient:
     Args:
         rewards: r, shape (B,), detached.
         values: name → f_i, shape (B,), detached.
-        images: decoded end points, (B, 3, H, W) in [0, 1], detached.
         gradient: ∇ₓ r, shape (B, …) of the end points, reward units per state unit.
     """
 
     rewards: Tensor
     values: dict[str, Tensor]
-    images: Tensor
     gradient: Tensor
 
 
@@ -100,7 +110,7 @@ def reward_gradient(
         _require_graph(values)
         total = reward.total(values)
     gradient = torch.autograd.grad(total.sum(), x)[0]
-    return RewardGradient(total.detach(), {k: v.detach() for k, v in values.items()}, images.detach(), gradient)
+    return RewardGradient(total.detach(), {name: value.detach() for name, value in values.items()}, gradient)
 
 
 def _require_graph(values: dict[str, Tensor]) -> None:
