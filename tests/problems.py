@@ -52,6 +52,9 @@ class QuadraticReward:
         """∇r, (…, d) → (…, d)."""
         return self.slope - (x - self.centre) @ self.curvature
 
+    def to(self, dtype: torch.dtype) -> QuadraticReward:
+        return QuadraticReward(self.slope.to(dtype), self.curvature.to(dtype), self.centre.to(dtype))
+
     def scaled(self, factor: float) -> QuadraticReward:
         """λ r."""
         return QuadraticReward(factor * self.slope, factor * self.curvature, self.centre)
