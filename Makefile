@@ -9,6 +9,8 @@ INSTALLED := $(VENV)/.installed
 export HF_HUB_OFFLINE := 1
 export HF_HUB_DISABLE_TELEMETRY := 1
 export TOKENIZERS_PARALLELISM := false
+# Everything here is small: a second thread mostly waits for the first, and burns the core that another process could use.
+export OMP_NUM_THREADS ?= 1
 
 .PHONY: demo test test-slow lint bench clean
 
