@@ -166,7 +166,7 @@ def test_denoiser_evaluations_of_one_update(tmp_path, build, pairing, monkeypatc
     assert counter.loss == 2
 
 
-def test_one_step_early_or_late_is_all_the_adjoint_evaluates(tmp_path, monkeypatch):
+def test_with_only_the_last_step_chosen_the_base_is_evaluated_once(tmp_path, monkeypatch):
     """Only the last step chosen: one base evaluation, and it needs no graph."""
     trainer = make_trainer(tmp_path, max_steps=1, num_inference_steps=5, num_loss_steps=1)
     monkeypatch.setattr(trainer, "_check_first_row", lambda: None)
@@ -241,10 +241,10 @@ def test_stop_and_resume_equals_a_straight_run(tmp_path, build, lora):
     assert difference(weights(straight), weights(stopped_early)) > 0  # the last two updates did something
 
 
-def test_activation_checkpointing_changes_memory_not_weights(tmp_path):
+def test_gradient_checkpointing_changes_memory_not_weights(tmp_path):
     plain = make_trainer(tmp_path)
     plain.train()
-    checkpointed = make_trainer(tmp_path, activation_checkpointing=True)
+    checkpointed = make_trainer(tmp_path, gradient_checkpointing=True)
     checkpointed.train()
     assert checkpointed.denoiser.network.is_gradient_checkpointing
     assert difference(weights(plain), weights(checkpointed)) <= 1e-6  # recomputed activations, same numbers up to rounding

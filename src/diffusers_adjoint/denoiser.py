@@ -70,8 +70,10 @@ class PipelineDenoiser(nn.Module):
         """Stays in evaluation mode whatever `Trainer` asks: dropout would make rollout, adjoint and loss three functions."""
         return super().train(False)
 
-    def activation_checkpointing_enable(self, **kwargs: object) -> None:
-        """`Trainer`'s hook for `activation_checkpointing=True`: the denoiser's own switch."""
+    def gradient_checkpointing_enable(self, **kwargs: object) -> None:
+        """`Trainer`'s hook for `gradient_checkpointing=True`: the denoiser's own switch."""
         self.network.enable_gradient_checkpointing()
         if self.frozen is not None:
             self.frozen.enable_gradient_checkpointing()
+
+    activation_checkpointing_enable = gradient_checkpointing_enable  # its name in newer hosts

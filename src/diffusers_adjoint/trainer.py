@@ -268,8 +268,10 @@ class AdjointMatchingTrainer(Trainer):
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """`transformers.Trainer.train`, after a check of pipeline, grid and rewards on one row, before any rollout."""
-        if self.args.activation_checkpointing:  # Trainer does so too, but the check must not need more memory than training
-            self.denoiser.activation_checkpointing_enable()
+        # Newer hosts call the field `activation_checkpointing` and keep this name in step. Trainer switches it on too, but later:
+        # the check must not need more memory than training.
+        if self.args.gradient_checkpointing:
+            self.denoiser.gradient_checkpointing_enable()
         self._check_first_row()
         self._clock = (time.perf_counter(), self.denoiser.evaluations)
         return super().train(*args, **kwargs)
