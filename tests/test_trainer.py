@@ -474,7 +474,7 @@ def test_options_reach_what_they_steer(tmp_path, monkeypatch):
 
 def test_a_pipeline_is_loaded_from_a_folder_with_its_arguments(tmp_path):
     sd3().save_pretrained(tmp_path / "pipeline")
-    args = config(tmp_path, model_init_kwargs={"torch_dtype": torch.float64})
+    args = config(tmp_path, model_init_kwargs={"dtype": torch.float64})
     trainer = AdjointMatchingTrainer(str(tmp_path / "pipeline"), brightness, args, peft_config=LoraConfig(r=2))
     assert trainer.pipeline.vae.dtype == torch.float64
 

@@ -361,7 +361,7 @@ class AdjointMatchingTrainer(Trainer):
             if not folder.is_dir():
                 raise ValueError(f"{resume_from_checkpoint} holds no folder {folder.name!r}; pass a checkpoint of this trainer.")
             network = self.denoiser.network
-            network.load_state_dict(type(network).from_pretrained(folder, torch_dtype=network.dtype).state_dict())
+            network.load_state_dict(type(network).from_pretrained(folder, dtype=network.dtype).state_dict())
 
     def _load_best_model(self) -> None:
         self._load_from_checkpoint(self.state.best_model_checkpoint)
