@@ -231,6 +231,7 @@ def test_accumulation_and_batch_split_change_nothing(tmp_path, dtype, tolerance)
 @pytest.mark.parametrize("lora", [True, False], ids=["lora", "full"])
 def test_stop_and_resume_equals_a_straight_run(tmp_path, build, lora):
     settings = {"lora": lora, "max_steps": 4, "save_strategy": "steps", "save_steps": 2, "learning_rate": 1e-3}
+    settings |= {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 2}
     straight = make_trainer(tmp_path / "straight", build, **settings)
     straight.train()
     resumed = make_trainer(tmp_path / "resumed", build, **settings)
