@@ -19,8 +19,8 @@ def tilt_error(integrator, pairing, grid="uniform", shift=1.0, steps=20):
     return bench.tilt_error(bench.make_scheduler(integrator, grid, shift, steps), pairing)
 
 
-# Recorded by an independent implementation with 2·10⁵ random samples (± .005) and an ODE solver of its own, hence ± .01, and half a
-# unit of the last digit.
+# Recorded by an independent implementation with 2·10⁵ random samples (± .005) and an ODE solver of its own, hence ± .01, and
+# half a unit of the last digit.
 COLUMNS = [(1.0, 10), (1.0, 20), (1.0, 40), (3.0, 20), (3.0, 40)]  # (shift, K)
 RECORDED = {
     ("euler", "paper"): (0.399, 0.249, 0.147, 0.246, 0.139),
