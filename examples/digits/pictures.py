@@ -28,7 +28,7 @@ def save_reward_curve(rewards: list[float], target: float, path: Path, name: str
     figure, axes = plt.subplots(figsize=(6, 3.2), layout="constrained")
     axes.plot(range(1, len(rewards) + 1), rewards, marker=".", linewidth=1)
     axes.axhline(target, color="black", linestyle="--", linewidth=1, label="exact tilt (importance weights)")
-    axes.legend()
+    axes.legend(loc="lower right")
     axes.set(xlabel="update", ylabel=f"mean reward ({name})", title="Rollouts of the model in training")
     axes.grid(alpha=0.3)
     figure.savefig(path, dpi=120)
