@@ -292,7 +292,7 @@ class AdjointMatchingTrainer(Trainer):
         self._samples.add("reward", reward.rewards)
         for name, values in reward.values.items():
             self._samples.add(f"rewards/{name}", values)
-        self._samples.add("kl", kl)
+        self._samples.add("kl", torch.where(keep, kl, torch.nan))  # an image left out has no control; the mean skips NaN
         self._samples.add("adjoint_norm", adjoint.flatten(1).norm(dim=1))
         self._samples.add("skipped", (~keep).float())
 
