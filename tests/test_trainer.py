@@ -507,6 +507,39 @@ def test_updates_start_from_different_noise(tmp_path, monkeypatch):
     assert not any(torch.equal(a, b) for i, a in enumerate(drawn) for b in drawn[:i])
 
 
+@pytest.mark.parametrize("where", ["adjoint", "state"])
+def test_an_adjoint_or_path_that_overflows_is_left_out(tmp_path, monkeypatch, where):
+    """The reward is fine, but the sweep through the base blows up for one image of two."""
+    expected = []
+
+    def overflowing(trainer):
+        original = trainer._adjoint
+
+        def spy(batch, trajectory, steps):
+            path, reward = original(batch, trajectory, steps)
+            path.adjoints[:-1, 0] = torch.inf
+            other = [0.5 * (trajectory.stds[k] * path.adjoints[k + 1, 1]).square().sum() for k in steps.indices]
+            expected.append(sum(other).item() / 2)  # at θ = base, the mean over two images of which one counts nothing
+            if where == "state":
+                trajectory.states[1:, 0] = torch.nan
+                path.base_means[:, 0] = torch.nan
+            return path, reward
+
+        monkeypatch.setattr(trainer, "_adjoint", spy)
+        return trainer
+
+    last_excluded = {"num_loss_steps": 3, "max_steps": 1}  # the last step's own adjoint is the reward's, and finite
+    trainer = overflowing(make_trainer(tmp_path, **last_excluded))
+    before = weights(trainer)
+    trainer.train()
+    assert trainer.state.log_history[0]["skipped"] == 1.0
+    assert trainer.state.log_history[0]["loss"] == pytest.approx(expected[0], rel=1e-4)
+    assert all(p.isfinite().all() for p in weights(trainer).values())
+    assert difference(before, weights(trainer)) > 0  # the other image trained
+    with pytest.raises(ValueError, match="adjoints are NaN or infinite"):
+        overflowing(make_trainer(tmp_path, on_nonfinite="raise", **last_excluded)).train()
+
+
 def test_evaluate_reports_what_the_pipeline_samples(tmp_path, build):
     trainer = make_trainer(tmp_path, build)
     trainer.eval_dataset = Dataset.from_dict({"prompt": PROMPTS})

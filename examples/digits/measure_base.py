@@ -15,9 +15,11 @@ import diffusers
 import torch
 from data import DIGIT_PROMPTS, OPEN_PROMPT, digit_images, read_digits, reader_accuracy
 from diffusers import StableDiffusion3Pipeline
-from PIL import Image
+from pictures import save_grid
 from torch import Tensor
 from tqdm import tqdm
+
+from diffusers_adjoint.metrics import saturated_share
 
 SHORT = {"guidance_scale": 1.0, "max_sequence_length": 1}  # no guidance, one T5 token: what the demo fine-tunes
 SETTINGS = {
@@ -46,14 +48,7 @@ def sample_digits(pipe: StableDiffusion3Pipeline, per_digit: int, **settings: ob
 def describe(images: Tensor) -> str:
     """Ink is the mean intensity of an image; a saturated pixel is exactly 0 or 1, where a reward has no gradient."""
     ink = images.mean((1, 2, 3))
-    saturated = ((images <= 0) | (images >= 1)).float().mean()
-    return f"ink {ink.mean():.4f} ± {ink.std():.4f}, saturated pixels {saturated:.3f}"
-
-
-def save_grid(images: Tensor, columns: int, path: Path) -> None:
-    rows = [torch.cat(list(row), dim=2) for row in images.split(columns)]
-    array = (255 * torch.cat(rows, dim=1)).round().byte().permute(1, 2, 0).numpy()
-    Image.fromarray(array).resize((2 * array.shape[1], 2 * array.shape[0]), Image.Resampling.NEAREST).save(path)
+    return f"ink {ink.mean():.4f} ± {ink.std():.4f}, saturated pixels {saturated_share(images).mean():.3f}"
 
 
 def measure(folder: Path, per_digit: int = 20, open_images: int = 1000, grids: Path | None = None) -> None:
@@ -70,11 +65,11 @@ def measure(folder: Path, per_digit: int = 20, open_images: int = 1000, grids: P
         tqdm.write(f"{name}: {right.mean():.4f} of {len(labels)} read as asked; {describe(images)}")
         tqdm.write(f"    by digit: {[round(x, 2) for x in right.view(10, -1).mean(1).tolist()]}")
         if grids:
-            save_grid(images.view(10, per_digit, 3, 32, 32)[:, :12].flatten(0, 1), 12, grids / f"{name}.png")
+            save_grid(images.view(10, per_digit, 3, 32, 32)[:, :12].flatten(0, 1), grids / f"{name}.png")
     images = sample(pipe, OPEN_PROMPT, open_images, seed=10, num_inference_steps=10, **SHORT)
     print(f"'{OPEN_PROMPT}', {open_images} images, as the demo: shares {shares(read_digits(images))}; {describe(images)}")
     if grids:
-        save_grid(images[:144], 12, grids / "open.png")
+        save_grid(images[:144], grids / "open.png")
 
 
 def shares(labels: Tensor) -> Sequence[float]:

@@ -9,6 +9,7 @@ from typing import Any, Literal
 from transformers import TrainingArguments
 
 from .schedulers.integrators import INTEGRATORS
+from .schedulers.memoryless import check_integrator
 
 __all__ = ["AdjointMatchingConfig"]
 
@@ -65,7 +66,8 @@ class AdjointMatchingConfig(TrainingArguments):
         adjoint_pairing (`str`, defaults to `"next"`):
             `"next"` pairs step k with ã_{k+1} (exact on the grid); `"paper"` with ã_k, for comparison only.
         on_nonfinite (`str`, defaults to `"skip"`):
-            What a NaN or Inf in a reward or its gradient does: `"skip"` leaves the sample out and counts it, `"raise"` stops.
+            What a NaN or Inf in a reward, its gradient or the adjoint does: `"skip"` leaves the sample out and counts it,
+            `"raise"` stops.
 
     > Defaults that differ from `TrainingArguments`
 
@@ -124,7 +126,7 @@ class AdjointMatchingConfig(TrainingArguments):
     )
     on_nonfinite: Literal["skip", "raise"] = field(
         default="skip",
-        metadata={"help": "Leave samples with a non-finite reward or gradient out ('skip') or stop ('raise')."},
+        metadata={"help": "Leave samples with a non-finite reward, gradient or adjoint out ('skip') or stop ('raise')."},
     )
 
     def __post_init__(self) -> None:
@@ -136,8 +138,8 @@ class AdjointMatchingConfig(TrainingArguments):
         for name, allowed in CHOICES.items():
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name}={getattr(self, name)!r} is unknown; pass one of {', '.join(map(repr, allowed))}.")
-        if self.integrator is not None and self.integrator not in INTEGRATORS:
-            raise ValueError(f"integrator={self.integrator!r} is unknown; pass one of {', '.join(map(repr, INTEGRATORS))}.")
+        if self.integrator is not None:
+            check_integrator(self.integrator)
         for name in ("pipeline_kwargs", "model_init_kwargs"):
             if not isinstance(value := getattr(self, name), dict | None):
                 raise TypeError(f"{name} is a {type(value).__name__}; pass a dict of arguments, or JSON on the command line.")

@@ -54,7 +54,7 @@ def announce_tilt(scaled_rewards: Tensor) -> None:
     if len(scaled_rewards) < 2:
         return
     spread = scaled_rewards.std().item()
-    logger.warning(f"λ·std(r) = {spread:.3g} on the first batch: the target is about {spread**2 / 2:.3g} nats from the base.")
+    logger.warning(f"λ·std(r) = {spread:.3g} in the first update: the target is about {spread**2 / 2:.3g} nats from the base.")
     if not 0.1 <= spread <= 10:
         logger.warning(
             f"λ·std(r) = {spread:.3g} is outside 0.1–10; {'raise' if spread < 0.1 else 'lower'} reward_scale, or expect "

@@ -80,7 +80,6 @@ class AdjointMatchingTrainer(Trainer):
         TypeError, ValueError: for bad input, before any training, in one sentence.
     """
 
-    _tag_names = ["adjoint-matching"]
     control: TrainerControl
 
     def __init__(

@@ -100,6 +100,7 @@ class _Check:
                 )
 
     def guidance_can_be_switched_off(self) -> None:
+        """With every guidance scale at 1 the network sees the batch and nothing else, as in the pipeline's own unguided call."""
         denoiser = getattr(self.replay.pipeline, self.replay.component)
         with _counting_rows(denoiser) as rows:
             prediction = self._predict(self.x, 0, guided=False)
@@ -114,6 +115,7 @@ class _Check:
             )
 
     def derivative_is_right(self, x: Tensor, index: int) -> None:
+        """Autograd against finite differences: a network under no_grad still has a derivative, a wrong one."""
         tolerance, sizes = _DERIVATIVE[self._precision()]
         errors = []
         for size in sizes:
@@ -126,6 +128,7 @@ class _Check:
         )
 
     def decoding_is_the_pipelines(self) -> None:
+        """The same latents give the same images as at the end of the pipeline's own call, here of two steps, and a gradient."""
         recorder = self._recorder()
         arguments = {**self.replay.arguments(self.columns, len(self.x)), "num_inference_steps": 2}
         images = self.replay.ordinary_call(arguments, self._generators(), recorder)[0]
