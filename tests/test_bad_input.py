@@ -75,12 +75,29 @@ class Case:
     error: type[Exception] = ValueError
 
 
-def other_arguments(images, prompts):
+def other_arguments(images, prompts, label):
     return brightness(images, prompts)
 
 
 class Unsaved(StableDiffusion3Pipeline):
     save_lora_weights = None
+
+
+class NoStart(DDPMPipeline):
+    """A call in whose module no noise is drawn."""
+
+    def __call__(self, batch_size=1, generator=None, num_inference_steps=4, output_type="pt", return_dict=True):
+        return (torch.zeros(batch_size, 3, 8, 8),)
+
+
+def no_start():
+    return NoStart(**unconditional().components)
+
+
+def without(name):
+    pipeline = sd3()
+    setattr(pipeline, name, None)
+    return pipeline
 
 
 def without_lora_saving():
@@ -116,7 +133,7 @@ CASES = {
     ),
     "empty dataset": Case("no row", "at least one", trainer={"train_dataset": Dataset.from_dict({"prompt": []})}),
     "prompt not a string": Case("int", "string", trainer={"train_dataset": Dataset.from_dict({"prompt": [1, 2]})}),
-    "no dataset": Case("train_dataset is missing", "'prompt' column", trainer={"train_dataset": None}),
+    "no dataset": Case("train_dataset is missing", "a row for each prompt", trainer={"train_dataset": None}),
     "detached reward": Case("'detached' is not differentiable", "remove", trainer={"reward_funcs": detached}),
     "one reward for all": Case("'one_number' returned shape ()", "(2,)", trainer={"reward_funcs": one_number}),
     "reward returns a list": Case("'python_float'", "tensor", trainer={"reward_funcs": python_float}, error=TypeError),
@@ -130,7 +147,26 @@ CASES = {
     "LoRA without attention": Case(
         "no_such_layer", "target_modules", trainer={"peft_config": lora(target_modules=["no_such_layer"])}
     ),
-    "no latents to replay": Case("DDPMPipeline has no prepare_latents", "pass a pipeline", trainer={"model": unconditional}),
+    "no place for a state": Case("NoStart has no prepare_latents", "pass a pipeline", trainer={"model": no_start}),
+    "no scheduler": Case("has no scheduler", "scheduler.step", trainer={"model": lambda: without("scheduler")}),
+    "guidance without guidance": Case(
+        "takes no guidance_scale", "leave it at 1", {"guidance_scale": 3.0}, {"model": unconditional, "peft_config": None}
+    ),
+    "no such denoiser": Case("no denoiser 'transformer_2'", "one of transformer", {"trained_component": "transformer_2"}),
+    "resolution not divisible": Case("divisible", "17", {"pipeline_kwargs": {"height": 17, "width": 16}}),
+    "misspelt column": Case(
+        "'negativ_prompt'",
+        "'negative_prompt'",
+        trainer={"train_dataset": Dataset.from_dict({"prompt": ["a"], "negativ_prompt": ["b"]})},
+    ),
+    "column for all samples": Case(
+        "'height'", "pipeline_kwargs", trainer={"train_dataset": Dataset.from_dict({"prompt": ["a"], "height": [32]})}
+    ),
+    "column that is an option": Case(
+        "'num_inference_steps'",
+        "rename",
+        trainer={"train_dataset": Dataset.from_dict({"prompt": ["a"], "num_inference_steps": [5]})},
+    ),
     "adapter there already": Case("already carries an adapter", "fuse_lora", trainer={"model": sd3_with_adapter}),
     "LoRA on biases": Case("bias='all'", "bias='none'", trainer={"peft_config": lora(bias="all")}),
     "LoRA and saved modules": Case(
@@ -148,7 +184,7 @@ CASES = {
     ),
     "reward without the columns": Case(
         "'other_arguments' cannot be called",
-        "**columns",
+        "the missing columns",
         trainer={"reward_funcs": other_arguments, "train_dataset": Dataset.from_dict({"prompt": ["a"], "target": [1]})},
     ),
     "checkpoint without weights": Case("holds no", "checkpoint folder", train={"resume_from_checkpoint": "FOLDER"}),

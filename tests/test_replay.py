@@ -242,12 +242,41 @@ def test_nothing_is_evaluated_twice(build, kwargs):
     text_calls = count_calls(pipeline.text_encoder)
     decoder_calls = count_calls(pipeline.vae.decoder)
     replay, x, conditioning = prepared(pipeline, kwargs)
-    assert (len(network_calls), len(text_calls), len(decoder_calls)) == (0, 2, 0)  # the prompts, and "" for guidance
+    # The prompts and "" for guidance, and the prompts as the unguided call encodes them.
+    assert (len(network_calls), len(text_calls), len(decoder_calls)) == (0, 3, 0)
     replay.predict(x, 0, conditioning)
     replay.predict(x, STEPS - 1, conditioning, guided=False)
-    assert (len(network_calls), len(text_calls), len(decoder_calls)) == (2, 2, 0)
+    assert (len(network_calls), len(text_calls), len(decoder_calls)) == (2, 3, 0)
     replay.decode(x, conditioning)
-    assert (len(network_calls), len(text_calls), len(decoder_calls)) == (2, 2, 1)
+    assert (len(network_calls), len(text_calls), len(decoder_calls)) == (2, 3, 1)
+
+
+@pytest.mark.parametrize(
+    ("guidance_scale", "modes", "encodings"),
+    [(3.0, {"unguided": False}, 2), (3.0, {"guided": False}, 1), (1.0, {}, 1)],
+    ids=["guided only", "unguided only", "no guidance"],
+)
+def test_prompts_are_encoded_as_often_as_needed(guidance_scale, modes, encodings):
+    pipeline = sd15()
+    calls = count_calls(pipeline.text_encoder)
+    make_replay(pipeline, {}, guidance_scale=guidance_scale).prepare({"prompt": PROMPTS}, generators(), **modes)
+    assert len(calls) == encodings
+
+
+def test_a_mode_that_was_not_prepared_is_refused():
+    replay = make_replay(sd15(), {})
+    x, conditioning = replay.prepare({"prompt": PROMPTS}, generators(), unguided=False)
+    with pytest.raises(ValueError, match="prepared without guided=False"):
+        replay.predict(x, 0, conditioning, guided=False)
+
+
+def test_both_modes_start_from_the_same_noise():
+    replay = make_replay(sd15(), {})
+    x, _ = replay.prepare({"prompt": PROMPTS}, generators(), unguided=False)
+    y, both = replay.prepare({"prompt": PROMPTS}, generators())
+    _, _ = replay.prepare({"prompt": PROMPTS}, generators(), guided=False)
+    assert torch.equal(x, y)
+    assert torch.equal(*(both.recordings[mode].returns["prepare_latents"][0] for mode in (True, False)))
 
 
 @BUILDERS
@@ -298,10 +327,14 @@ def test_columns_reach_the_call_and_others_do_not():
     assert not torch.equal(plain[0][0], record[0][0])
 
 
+def encoding(conditioning):
+    return conditioning.recordings[True].returns["encode_prompt"][0][0]
+
+
 def test_pipeline_kwargs_reach_every_call():
     _, _, short = prepared(sd3(), {"max_sequence_length": 8})
     _, _, long = prepared(sd3(), {"max_sequence_length": 12})
-    assert long.encoded[0][0].shape[1] - short.encoded[0][0].shape[1] == 4
+    assert encoding(long).shape[1] - encoding(short).shape[1] == 4
 
 
 # ------------------------------------------------------------------------------------------------- another denoiser
@@ -394,7 +427,7 @@ def test_lists_given_to_the_pipeline_are_copies():
     replay = make_replay(pipeline, SHORT)
     x, conditioning = replay.prepare({"prompt": prompts}, generators())
     replay.predict(x, 0, conditioning)
-    assert prompts == PROMPTS == conditioning.call_kwargs["prompt"]
+    assert prompts == PROMPTS == conditioning.recordings[True].call_kwargs["prompt"]
 
 
 @BUILDERS
@@ -474,14 +507,18 @@ class TwoScales(Loop):
         return (latents,)
 
 
-@pytest.mark.parametrize(("embedded", "unguided_scale"), [(False, 1.0), (True, 3.0)])
-def test_a_distilled_guidance_embedding_is_not_guidance(embedded, unguided_scale):
+@pytest.mark.parametrize(
+    ("embedded", "kwargs", "guided", "unguided"),
+    [(True, {"true_cfg_scale": 2.0}, 3.0 * 2.0, 3.0), (False, {}, 7.0 * 3.0, 7.0)],
+    ids=["the option is the embedding", "the option is true CFG"],
+)
+def test_a_distilled_guidance_embedding_is_not_guidance(embedded, kwargs, guided, unguided):
     pipeline = TwoScales(**sd3().components)
     pipeline.register_modules(transformer=flux_transformer(guidance_embeds=embedded))
-    replay = make_replay(pipeline, {"true_cfg_scale": 2.0})
+    replay = make_replay(pipeline, kwargs)
     x, conditioning = replay.prepare({}, generators())
-    assert torch.equal(replay.predict(x, 0, conditioning), 6.0 * x)
-    assert torch.equal(replay.predict(x, 0, conditioning, guided=False), unguided_scale * x)
+    assert torch.equal(replay.predict(x, 0, conditioning), guided * x)
+    assert torch.equal(replay.predict(x, 0, conditioning, guided=False), unguided * x)
 
 
 # ------------------------------------------------------------------------------------------------------------- bad input

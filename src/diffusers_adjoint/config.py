@@ -50,7 +50,13 @@ class AdjointMatchingConfig(TrainingArguments):
             Discretisation of the memoryless SDE: "posterior" (the default when not given), "compensated", "euler" (the paper's),
             "local_linear" or "ancestral". `benchmarks/discretisation.py` compares them.
         pipeline_kwargs (`dict`, *optional*):
-            Further arguments of the pipeline's `__call__`, such as `{"height": 512, "width": 512}`.
+            Further arguments of the pipeline's `__call__`, such as `{"height": 512, "width": 512}`. Arguments with one value for
+            each image (negative_prompt, image, …) may be dataset columns instead.
+        trained_component (`str`, *optional*):
+            The network to train in a pipeline with several ("transformer_2" of Wan 2.2, which predicts the later steps); the
+            one that diffusers puts LoRA on when not given. The steps of the others stay as they are and carry no loss.
+        offload_text_encoders (`bool`, defaults to `False`):
+            Keep the text encoders on the CPU while the denoiser works; they are moved for the encoding of each batch.
         num_generations (`int`, defaults to 1):
             Images per prompt. A rollout has `per_device_train_batch_size` × `num_generations` images.
 
@@ -58,7 +64,7 @@ class AdjointMatchingConfig(TrainingArguments):
 
     Args:
         num_loss_steps (`int`, *optional*):
-            S, steps of each trajectory that carry the loss; half of K when not given.
+            S, steps of each trajectory that carry the loss; half of them when not given.
         loss_step_selection (`str`, defaults to `"uniform"`):
             `"uniform"`, or `"paper"`: the last quarter always, the rest at random.
         loss_clip (`float`, *optional*):
@@ -110,9 +116,15 @@ class AdjointMatchingConfig(TrainingArguments):
     pipeline_kwargs: dict[str, Any] | str | None = field(
         default=None, metadata={"help": "Further arguments of the pipeline's __call__."}
     )
+    trained_component: str | None = field(
+        default=None, metadata={"help": "The denoiser to train where a pipeline has several; None for its first."}
+    )
+    offload_text_encoders: bool = field(
+        default=False, metadata={"help": "Keep the text encoders on the CPU except while a batch is encoded."}
+    )
     num_generations: int = field(default=1, metadata={"help": "Images per prompt."})
     num_loss_steps: int | None = field(
-        default=None, metadata={"help": "S, steps of each trajectory that carry the loss; None for half of K."}
+        default=None, metadata={"help": "S, steps of each trajectory that carry the loss; None for half of them."}
     )
     loss_step_selection: Literal["uniform", "paper"] = field(
         default="uniform", metadata={"help": "'uniform', or 'paper': the last quarter always, the rest at random."}
@@ -147,9 +159,7 @@ class AdjointMatchingConfig(TrainingArguments):
     def _check_numbers(self) -> None:
         if self.num_inference_steps < 2:
             raise ValueError(f"num_inference_steps={self.num_inference_steps} is too few; pass at least 2.")
-        if self.num_loss_steps is None:
-            self.num_loss_steps = self.num_inference_steps // 2
-        if not 1 <= self.num_loss_steps <= self.num_inference_steps:
+        if self.num_loss_steps is not None and not 1 <= self.num_loss_steps <= self.num_inference_steps:
             raise ValueError(
                 f"num_loss_steps={self.num_loss_steps} does not fit num_inference_steps={self.num_inference_steps}; "
                 f"pass 1 to {self.num_inference_steps}."

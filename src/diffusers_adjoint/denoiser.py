@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from .lora import adapters_disabled
 from .replay import Conditioning, PipelineReplay
+from .replay.view import set_differentiable
 
 __all__ = ["PipelineDenoiser"]
 
@@ -51,7 +52,7 @@ class PipelineDenoiser(nn.Module):
         self.evaluations += len(x)
         network = self.frozen if self._base_active and self.frozen is not None else self.network
         output = self.replay.predict(x, index, conditioning, guided=guided, denoiser=network)
-        return self.replay.scheduler.transition(output, x, index).mean
+        return self.replay.transition(output, x, index).mean
 
     @contextmanager
     def base(self) -> Iterator[None]:
@@ -68,7 +69,11 @@ class PipelineDenoiser(nn.Module):
 
     def train(self, mode: bool = True) -> PipelineDenoiser:
         """Stays in evaluation mode whatever `Trainer` asks: dropout would make rollout, adjoint and loss three functions."""
-        return super().train(False)
+        super().train(False)
+        for network in (self.network, self.frozen):
+            if network is not None:
+                set_differentiable(network)
+        return self
 
     def gradient_checkpointing_enable(self, **kwargs: object) -> None:
         """`Trainer`'s hook for `gradient_checkpointing=True`: the denoiser's own switch."""

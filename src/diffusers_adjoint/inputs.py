@@ -3,28 +3,42 @@
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
 from diffusers import DiffusionPipeline
+from torch import nn
+from transformers.utils import logging
 
-__all__ = ["collate_columns", "first_row", "load_pipeline", "repeat_rows", "require_prompts", "require_writable"]
+from .replay import PipelineReplay
+from .replay.view import denoiser_names
+
+__all__ = ["collate_columns", "first_row", "load_pipeline", "prompts_of", "repeat_rows", "require_prompts"]
+__all__ += ["require_writable", "rows_of", "text_encoders_on", "warn_of_given_start", "warn_of_guidance"]
 __all__ += ["without_prompt"]
+
+logger = logging.get_logger(__name__)
+
+PROMPTS = {"prompt", "prompt_embeds"}  # one of them is needed
 
 
 def load_pipeline(model: str | Path | DiffusionPipeline, init_kwargs: dict[str, Any] | None) -> DiffusionPipeline:
-    """The pipeline itself, or the one of that name or in that folder."""
-    if isinstance(model, DiffusionPipeline):
-        return model
-    if not isinstance(model, str | Path):
+    """The pipeline itself, or the one of that name or in that folder; refused if it has no scheduler or no denoiser."""
+    if not isinstance(model, str | Path | DiffusionPipeline):
         raise TypeError(f"model is a {type(model).__name__}; pass a DiffusionPipeline, or the name or folder of one.")
-    return DiffusionPipeline.from_pretrained(model, **(init_kwargs or {}))
+    if not isinstance(model, DiffusionPipeline):
+        model = DiffusionPipeline.from_pretrained(model, **(init_kwargs or {}))
+    denoiser_names(model)
+    return model
 
 
 def require_prompts(dataset: Any) -> None:
-    """Raise ValueError unless the dataset has a "prompt" column, or does not know its columns yet."""
+    """Raise ValueError unless the dataset has prompts, or does not know its columns yet."""
     names = getattr(dataset, "column_names", None)  # streamed datasets may not know theirs before the first row
-    if names is not None and "prompt" not in names:
+    if names is not None and not PROMPTS & set(names):
         raise ValueError(f"the dataset has columns {sorted(names)}; add a 'prompt' column of strings.")
 
 
@@ -38,16 +52,16 @@ def require_writable(folder: str) -> None:
         raise ValueError(f"output_dir={folder!r} cannot be written ({error.strerror}); pass a folder you may write to.") from None
 
 
-def first_row(dataset: Any) -> dict[str, Any]:
+def first_row(dataset: Any, *, needs_prompt: bool) -> dict[str, Any]:
     """The first row of the training data, or a ValueError that says what it lacks."""
     if dataset is None:
-        raise ValueError("train_dataset is missing; pass a dataset with a 'prompt' column.")
+        raise ValueError("train_dataset is missing; pass a dataset with a row for each prompt.")
     row = next(iter(dataset), None)
     if row is None:
         raise ValueError("the train_dataset has no row; pass at least one prompt.")
-    if "prompt" not in row:
+    if needs_prompt and not PROMPTS & row.keys():
         raise ValueError(f"the rows of the dataset have columns {sorted(row)}; add a 'prompt' column of strings.")
-    if not isinstance(row["prompt"], str):
+    if not isinstance(row.get("prompt", ""), str):
         raise ValueError(f"the first prompt is of type {type(row['prompt']).__name__}; pass a string in each row.")
     taken = {"images", "prompts"} & row.keys()
     if taken:
@@ -60,6 +74,39 @@ def collate_columns(rows: list[dict[str, Any]]) -> dict[str, list[Any]]:
     return {name: [row[name] for row in rows] for name in rows[0]}
 
 
+def warn_of_guidance(replay: PipelineReplay, guidance_scale: float, cfg_mode: str) -> None:
+    """Say what guidance makes of the target, where that may surprise."""
+    if replay.arguments.guides and cfg_mode == "rollout":
+        logger.warning(
+            "cfg_mode='rollout' guides the trajectories but not the loss: the result is not the tilted distribution; 'none' and "
+            "guidance_scale=1 are exact for the unguided model."
+        )
+    if replay.embeds_guidance and guidance_scale == 1:
+        logger.warning(
+            f"{replay.name} takes the guidance scale as an input of its network, which is now trained at 1; pass "
+            f"guidance_scale= the scale that it is sampled with."
+        )
+
+
+def warn_of_given_start(replay: PipelineReplay) -> None:
+    """Say that the start is not forgotten, where it is not noise."""
+    if replay.starts_below_noise:
+        logger.warning(
+            f"{replay.name} starts from a noisy image, not from noise: its start is not forgotten, so the samples follow "
+            f"p_base·exp(λr) only for each given start, up to a factor that depends on it; strength=1 starts from noise."
+        )
+
+
+def rows_of(columns: dict[str, list[Any]]) -> int:
+    """B, the rows of a batch."""
+    return len(next(iter(columns.values())))
+
+
+def prompts_of(columns: dict[str, list[Any]]) -> list[str]:
+    """The prompts as the rewards see them; empty where the pipeline is not conditioned on text."""
+    return columns.get("prompt") or [""] * rows_of(columns)
+
+
 def repeat_rows(columns: dict[str, list[Any]], times: int) -> dict[str, list[Any]]:
     """Each row `times` in a row: several images of one prompt."""
     return {name: [value for value in values for _ in range(times)] for name, values in columns.items()}
@@ -68,3 +115,20 @@ def repeat_rows(columns: dict[str, list[Any]], times: int) -> dict[str, list[Any
 def without_prompt(columns: dict[str, list[Any]]) -> dict[str, list[Any]]:
     """The columns that only the rewards see."""
     return {name: values for name, values in columns.items() if name != "prompt"}
+
+
+@contextmanager
+def text_encoders_on(pipeline: DiffusionPipeline, device: torch.device) -> Iterator[None]:
+    """The pipeline's text encoders on `device` within this context, on the CPU after it."""
+    encoders = [
+        module
+        for name, module in pipeline.components.items()
+        if name.startswith("text_encoder") and isinstance(module, nn.Module)
+    ]
+    for encoder in encoders:
+        encoder.to(device)
+    try:
+        yield
+    finally:
+        for encoder in encoders:
+            encoder.to("cpu")

@@ -62,11 +62,16 @@ def add_lora(pipeline: DiffusionPipeline, component: str, peft_config: LoraConfi
 
 def _require_saving(pipeline_class: type[DiffusionPipeline], component: str) -> None:
     method = getattr(pipeline_class, "save_lora_weights", None)
-    needed = {f"{component}_lora_layers", f"{component}_lora_adapter_metadata"}
+    needed = {f"{_saved_as(component)}_lora_layers", f"{_saved_as(component)}_lora_adapter_metadata"}
     if method is None or not needed <= inspect.signature(method).parameters.keys():
         raise ValueError(
             f"{pipeline_class.__name__} cannot save a LoRA of its {component}; pass peft_config=None for full fine-tuning."
         )
+
+
+def _saved_as(component: str) -> str:
+    """diffusers saves the LoRA of a second transformer like that of the first."""
+    return component.removesuffix("_2")
 
 
 def _require_untouched_base(config: LoraConfig) -> None:
@@ -100,7 +105,8 @@ def save_lora(pipeline: DiffusionPipeline, component: str, folder: str | Path) -
 
     Args:
         pipeline: its `component` carries the adapter.
-        component: name of the denoiser, "transformer" or "unet".
+        component: name of the denoiser, "transformer" or "unet"; "transformer_2" is read back by
+            `load_lora_weights(folder, load_into_transformer_2=True)`.
         folder: created if missing.
     """
     network = getattr(pipeline, component)
@@ -108,8 +114,9 @@ def save_lora(pipeline: DiffusionPipeline, component: str, folder: str | Path) -
     if component == "unet":
         weights = convert_state_dict_to_diffusers(weights)
     # Without the metadata the reader takes alpha = r, and the tuned model comes back scaled wrongly, silently.
-    metadata = {f"{component}_lora_adapter_metadata": network.peft_config[ADAPTER].to_dict()}
-    type(pipeline).save_lora_weights(str(folder), **{f"{component}_lora_layers": weights}, **metadata)
+    name = _saved_as(component)
+    metadata = {f"{name}_lora_adapter_metadata": network.peft_config[ADAPTER].to_dict()}
+    type(pipeline).save_lora_weights(str(folder), **{f"{name}_lora_layers": weights}, **metadata)
 
 
 def load_lora(network: nn.Module, component: str, folder: str | Path) -> None:
@@ -121,7 +128,7 @@ def load_lora(network: nn.Module, component: str, folder: str | Path) -> None:
     file = Path(folder) / WEIGHTS_NAME
     if not file.is_file():
         raise ValueError(f"{folder} holds no {WEIGHTS_NAME}; pass a checkpoint folder written by this trainer.")
-    weights = {key.removeprefix(f"{component}."): value for key, value in load_file(file).items()}
+    weights = {key.removeprefix(f"{_saved_as(component)}."): value for key, value in load_file(file).items()}
     if component == "unet":
         weights = convert_unet_state_dict_to_peft(weights)
     expected = get_peft_model_state_dict(network, adapter_name=ADAPTER)

@@ -57,12 +57,12 @@ def sample_trajectory(
         generators: step noise, one for each sample.
         guided: classifier-free guidance in the rollout.
     """
-    scheduler = denoiser.replay.scheduler
+    replay = denoiser.replay
     return rollout(
         lambda k, x: denoiser(x, k, conditioning, guided),
         start,
-        scheduler.timesteps,
-        scheduler.stds,
+        replay.timesteps,
+        replay.stds,
         lambda k: stacked_noise(start, generators),
     )
 

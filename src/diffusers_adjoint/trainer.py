@@ -23,9 +23,14 @@ from .inputs import (
     collate_columns,
     first_row,
     load_pipeline,
+    prompts_of,
     repeat_rows,
     require_prompts,
     require_writable,
+    rows_of,
+    text_encoders_on,
+    warn_of_given_start,
+    warn_of_guidance,
     without_prompt,
 )
 from .lora import add_lora, load_lora, save_lora
@@ -68,9 +73,11 @@ class AdjointMatchingTrainer(Trainer):
     Args:
         model: a pipeline, or the name or folder of one. Its denoiser is trained in place; its scheduler is left alone.
         reward_funcs: callable(s) or module(s) `f(images=, prompts=, **columns) -> Tensor (B,)`, differentiable in `images`,
-            which are (B, 3, H, W) in [0, 1]. Modules are moved to the device; a closure moves its own networks.
+            which are (B, 3, H, W) in [0, 1] (videos (B, F, 3, H, W), waveforms (B, …)). Modules are moved to the device; a
+            closure moves its own networks.
         args: settings; defaults write to `<pipeline>-AdjointMatching`.
-        train_dataset: rows with a "prompt" column; the other columns reach the rewards.
+        train_dataset: rows with a "prompt" column, if the pipeline takes prompts. Columns named like an argument of the
+            pipeline's `__call__` (negative_prompt, image, class_labels, …) are passed to it; all columns reach the rewards.
         eval_dataset: rows for `evaluate()`.
         processing_class: unused, for the signature other trainers have; the pipeline brings its own tokenizers.
         callbacks, optimizers: as in `transformers.Trainer`.
@@ -96,8 +103,6 @@ class AdjointMatchingTrainer(Trainer):
     ) -> None:
         pipeline = load_pipeline(model, _parsed(args.model_init_kwargs) if args else None)
         args = args or AdjointMatchingConfig(f"{type(pipeline).__name__}-AdjointMatching")
-        for dataset in (train_dataset, eval_dataset):
-            require_prompts(dataset)
         require_writable(args.output_dir)
         self.reward = WeightedReward(reward_funcs, args.reward_weights)
         # Rows are lists of Python values: each process collates its own, and numbers its images by its rank.
@@ -113,12 +118,12 @@ class AdjointMatchingTrainer(Trainer):
             args.num_inference_steps,
             guidance_scale=args.guidance_scale,
             pipeline_kwargs=_parsed(args.pipeline_kwargs),
+            component=args.trained_component,
         )
-        if args.guidance_scale > 1 and args.cfg_mode == "rollout" and not self.replay.embeds_guidance:
-            logger.warning(
-                "cfg_mode='rollout' guides the trajectories but not the loss: the result is not the tilted distribution; "
-                "'none' and guidance_scale=1 are exact for the unguided model."
-            )
+        if self.replay.arguments.takes_prompt:
+            for dataset in (train_dataset, eval_dataset):
+                require_prompts(dataset)
+        warn_of_guidance(self.replay, args.guidance_scale, args.cfg_mode)
         self.pipeline = pipeline
         for component in pipeline.components.values():
             if isinstance(component, nn.Module):
@@ -139,6 +144,7 @@ class AdjointMatchingTrainer(Trainer):
         )
         pipeline.to(args.device)
         self.reward.to(args.device)
+        self._idle_steps: list[int] = []  # of the trained network; found at the start of training
         self._samples = SampleLog()
         self._tilt_announced = False
         self._clock = (time.perf_counter(), 0)
@@ -159,8 +165,14 @@ class AdjointMatchingTrainer(Trainer):
     def _prepare_batch(self, inputs: dict[str, Any]) -> RolloutBatch:
         """prompts → x_0, conditioning; every random number belongs to (seed, update, global image index)."""
         columns, first = inputs["columns"], inputs["first_image"]
-        images = range(first, first + len(columns["prompt"]))
-        start, conditioning = self.replay.prepare({"prompt": columns["prompt"]}, self._generators(images, Stream.START))
+        images = range(first, first + rows_of(columns))
+        with self._text_encoders():
+            start, conditioning = self.replay.prepare(
+                columns,
+                self._generators(images, Stream.START),
+                guided=self.args.cfg_mode != "none",
+                unguided=self.args.cfg_mode != "full",
+            )
         return RolloutBatch(start, conditioning, self._generators(images, Stream.STEP_NOISE), columns, inputs["share"])
 
     def _generators(self, images: Sequence[int], stream: Stream) -> list[torch.Generator]:
@@ -169,8 +181,10 @@ class AdjointMatchingTrainer(Trainer):
     def _choose_steps(self) -> LossSteps:
         """The same steps for every image of an update, so that neither micro-batches nor ranks change them."""
         generator = seeded_generator(self.args.seed, self.state.global_step, 0, Stream.LOSS_STEPS)
-        args = self.args
-        return choose_loss_steps(self.replay.scheduler.stds, args.num_loss_steps, args.loss_step_selection, generator)
+        stds = self.replay.stds.clone()
+        stds[self._idle_steps] = 0.0  # no control to match there
+        count = self.args.num_loss_steps or max((len(stds) - len(self._idle_steps)) // 2, 1)
+        return choose_loss_steps(stds, count, self.args.loss_step_selection, generator)
 
     def _rollout(self, batch: RolloutBatch) -> Trajectory:
         guided = self.args.cfg_mode in ("rollout", "full")
@@ -200,7 +214,7 @@ class AdjointMatchingTrainer(Trainer):
             end_point,
             lambda x: self.replay.decode(x, batch.conditioning),
             self.reward,
-            batch.columns["prompt"],
+            prompts_of(batch.columns),
             without_prompt(batch.columns),
         )
 
@@ -233,6 +247,10 @@ class AdjointMatchingTrainer(Trainer):
         self._record(reward, kl, path.adjoints[-1], keep)
         return total
 
+    def _text_encoders(self) -> contextlib.AbstractContextManager[None]:
+        """They are on the device only while prompts are encoded, if asked so."""
+        return text_encoders_on(self.pipeline, self.args.device) if self.args.offload_text_encoders else contextlib.nullcontext()
+
     @property
     def _guided_loss(self) -> bool:
         return self.args.cfg_mode == "full"
@@ -255,7 +273,7 @@ class AdjointMatchingTrainer(Trainer):
         """Number the images of an update across micro-batches and processes, in the order one process would see them."""
         batches, items = super().get_batch_samples(epoch_iterator, num_batches, device)
         repeated = [repeat_rows(columns, self.args.num_generations) for columns in batches]
-        sizes = [len(columns["prompt"]) for columns in repeated]
+        sizes = [rows_of(columns) for columns in repeated]
         inputs = []
         for i, columns in enumerate(repeated):
             first = sum(sizes[:i]) * self.args.world_size + self.args.process_index * sizes[i]
@@ -270,20 +288,26 @@ class AdjointMatchingTrainer(Trainer):
         # Newer hosts call the field `activation_checkpointing` and keep this name in step. Trainer switches it on too, but later:
         # the check must not need more memory than training.
         if self.args.gradient_checkpointing:
+            if self.replay.exchanges_processors:  # they are put back before the backward pass would recompute with them
+                raise ValueError(f"{self.replay.name} exchanges attention processors; pass gradient_checkpointing=False.")
             self.denoiser.gradient_checkpointing_enable()
         self._check_first_row()
+        warn_of_given_start(self.replay)
         self._clock = (time.perf_counter(), self.denoiser.evaluations)
         return super().train(*args, **kwargs)
 
     def _check_first_row(self) -> None:
-        row = first_row(self.train_dataset)
+        row = first_row(self.train_dataset, needs_prompt=self.replay.arguments.takes_prompt)
         columns = collate_columns([row, row])
-        self.reward.require_arguments(without_prompt(columns))
+        used = self.reward.require_arguments(without_prompt(columns))
+        self.replay.arguments.require_known(columns, used)
+        generators = self._generators(range(2), Stream.START)
+        with self._text_encoders():
+            check_replay(self.replay, columns, generators, check_unguided=self.args.cfg_mode != "full")
         batch = self._prepare_batch({"columns": columns, "first_image": 0, "share": 1.0})
+        self._idle_steps = self.replay.idle_steps(batch.start, batch.conditioning, guided=self._guided_loss)
         self._choose_steps()
         self._reward_gradient(batch.start, batch)
-        generators = self._generators(range(2), Stream.START)
-        check_replay(self.replay, {"prompt": columns["prompt"]}, generators, check_unguided=not self._guided_loss)
 
     # ------------------------------------------------------------------------------------------------ logging, evaluation
 
@@ -291,7 +315,11 @@ class AdjointMatchingTrainer(Trainer):
         self._samples.add("reward", reward.rewards)
         for name, values in reward.values.items():
             self._samples.add(f"rewards/{name}", values)
-        self._samples.add("kl", torch.where(keep, kl, torch.nan))  # an image left out has no control; the mean skips NaN
+        # Guided trajectories are not those of the model whose KL the unguided loss measures.
+        unguided = self.replay.arguments.guides and self.args.cfg_mode == "rollout"
+        self._samples.add(
+            "kl_unguided" if unguided else "kl", torch.where(keep, kl, torch.nan)
+        )  # an image left out has no control; the mean skips NaN
         self._samples.add("adjoint_norm", adjoint.flatten(1).norm(dim=1))
         self._samples.add("skipped", (~keep).float())
 
@@ -324,12 +352,12 @@ class AdjointMatchingTrainer(Trainer):
         """
         samples, first = SampleLog(), 0
         for columns in self.get_eval_dataloader(eval_dataset):
-            rows = len(columns["prompt"])
+            rows = rows_of(columns)
             offset = first * self.args.world_size + self.args.process_index * rows
             generators = [seeded_generator(self.args.seed, 0, i, Stream.EVALUATION) for i in range(offset, offset + rows)]
-            with torch.no_grad():
-                images = self.replay.sample({"prompt": columns["prompt"]}, generators)
-                values = self.reward(images, columns["prompt"], **without_prompt(columns))
+            with torch.no_grad(), self._text_encoders():
+                images = self.replay.sample(columns, generators)
+                values = self.reward(images, prompts_of(columns), **without_prompt(columns))
             # `gather_for_metrics` drops the rows that fill up the last batch of several processes.
             samples.add("reward", self.accelerator.gather_for_metrics(self.reward.total(values)))
             for name, value in values.items():
@@ -341,7 +369,6 @@ class AdjointMatchingTrainer(Trainer):
         return metrics
 
     # ---------------------------------------------------------------------------------------------------- saving, loading
-
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         """The LoRA that `pipeline.load_lora_weights(output_dir)` reads, or the whole denoiser in its own folder."""
         folder = Path(output_dir or self.args.output_dir)

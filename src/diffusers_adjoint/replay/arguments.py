@@ -2,77 +2,175 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import difflib
+import inspect
+from collections.abc import Callable, Mapping
 from typing import Any
 
-__all__ = ["fixed_arguments", "unguided", "with_columns"]
+import torch
+from torch import Tensor
 
-# Scales that mean "no guidance" at 1. A network with distilled guidance takes the first one as an input.
-_GUIDANCE_SCALES = ("guidance_scale", "true_cfg_scale", "guidance_scale_2")
+__all__ = ["CallArguments"]
 
 # The replay sets these itself; what to do instead of setting them by hand.
 _RESERVED = {
     "guidance_scale": "use the option guidance_scale",
     "num_inference_steps": "use the option num_inference_steps",
     "num_images_per_prompt": "use the option num_generations",
+    "num_videos_per_prompt": "use the option num_generations",
+    "num_waveforms_per_prompt": "use the option num_generations",
+    "batch_size": "use the option per_device_train_batch_size",
     "generator": "use the option seed",
     "latents": "use the option seed",
     "output_type": "remove it, images are always tensors",
     "return_dict": "remove it, images are always tensors",
 }
+_PER_SAMPLE = ("list[", "tensor", "image")  # in the annotation of an argument that takes one value for each sample
 
 
-def fixed_arguments(
-    pipeline: str,
-    parameters: Mapping[str, Any],
-    num_inference_steps: int,
-    guidance_scale: float,
-    pipeline_kwargs: dict[str, Any],
-) -> dict[str, Any]:
-    """The arguments that every call shares.
+class CallArguments:
+    """Arguments of a pipeline's call, from options, `pipeline_kwargs` and dataset columns.
 
     Args:
         pipeline: the pipeline's name, for messages.
-        parameters: of the pipeline's `__call__`, by name.
+        call: its `__call__`.
+        num_inference_steps, guidance_scale, pipeline_kwargs: as in `PipelineReplay`.
+        guidance_embedded: whether `guidance_scale` is an input of the (distilled) network, a condition rather than guidance.
+        no_guidance: value of a guidance scale that means none; some pipelines guide by 1 + scale and take 0.
+
+    Attributes:
+        guides: whether classifier-free guidance acts, so that guided and unguided calls differ.
+        takes_prompt: whether there is a prompt to condition on.
 
     Raises:
         ValueError: if the pipeline does not take an argument, or the replay sets it itself.
     """
-    for name in pipeline_kwargs:
-        if name in _RESERVED:
-            raise ValueError(f"pipeline_kwargs contains {name!r}, which is not set there; {_RESERVED[name]}.")
-        if name == "prompt":
-            raise ValueError("pipeline_kwargs contains 'prompt'; pass prompts as the dataset's 'prompt' column.")
-        if name not in parameters:
-            raise ValueError(f"pipeline_kwargs contains {name!r}, which {pipeline} does not take; remove it.")
-    ours = {"num_inference_steps": num_inference_steps, "output_type": "pt", "return_dict": False}
-    if "guidance_scale" in parameters:
-        ours["guidance_scale"] = guidance_scale
-    elif guidance_scale != 1:
-        raise ValueError(f"{pipeline} takes no guidance_scale, but {guidance_scale} was asked for; leave it at 1.")
-    return {**pipeline_kwargs, **ours}
 
+    def __init__(
+        self,
+        pipeline: str,
+        call: Callable[..., Any],
+        num_inference_steps: int,
+        guidance_scale: float,
+        pipeline_kwargs: Mapping[str, Any],
+        *,
+        guidance_embedded: bool,
+        no_guidance: float,
+    ) -> None:
+        self.pipeline = pipeline
+        self._parameters = inspect.signature(call).parameters
+        self._no_guidance = no_guidance
+        self.takes_prompt = "prompt" in self._parameters
+        true_cfg = "true_cfg_scale" in self._parameters
+        self._scale = "true_cfg_scale" if true_cfg and not guidance_embedded else "guidance_scale"
+        if true_cfg:  # beside it, guidance_scale is never more than an embedding
+            self._guidance = ["true_cfg_scale", "guidance_scale_2"]
+        else:
+            self._guidance = ["guidance_scale_2"] if guidance_embedded else ["guidance_scale", "guidance_scale_2"]
+        self._check(pipeline_kwargs, guidance_scale)
+        if guidance_scale == 1 and not (guidance_embedded and self._scale == "guidance_scale"):
+            guidance_scale = no_guidance
+        self._shared = dict(pipeline_kwargs)
+        self._ours: dict[str, Any] = {"num_inference_steps": num_inference_steps, "output_type": "pt", "return_dict": False}
+        if self._scale in self._parameters:
+            self._ours[self._scale] = guidance_scale
+        options = {**self._shared, **self._ours}
+        self.guides = self._unguided(options) != options
 
-def with_columns(
-    pipeline: str, parameters: Mapping[str, Any], arguments: dict[str, Any], columns: dict[str, list[Any]], batch_size: int
-) -> dict[str, Any]:
-    """`arguments` and those columns that the pipeline takes; the others belong to the reward.
+    def __call__(self, columns: Mapping[str, list[Any]], batch_size: int, *, guided: bool = True) -> dict[str, Any]:
+        """All arguments of a call for B samples, but the generators.
 
-    Raises:
-        ValueError: if prompts are missing, a column has another length than the batch, or its name is one the replay sets.
-    """
-    if "prompt" in parameters and "prompt" not in columns:
-        raise ValueError(f"{pipeline} needs prompts, but the columns are {sorted(columns)}; add a 'prompt' column.")
-    taken = {name: values for name, values in columns.items() if name in parameters}
-    for name, values in taken.items():
+        Args:
+            columns: a list of B values each; those that the pipeline does not take belong to the reward.
+            guided: False sets every guidance scale to none; one that is embedded as an input of the network stays.
+
+        Raises:
+            ValueError: if a needed column is missing or has another length, sets what the replay sets, or would need an
+                argument of one value for each sample where the pipeline takes one for all.
+        """
+        taken = {name: values for name, values in columns.items() if name in self._parameters}
+        for name, values in taken.items():
+            self._check_column(name, values, batch_size)
+        # One text for all samples, in the form that goes with a list of prompts.
+        shared = {
+            name: [value] * batch_size if isinstance(value, str) and self._per_sample(name) else value
+            for name, value in self._shared.items()
+        }
+        arguments = {**shared, **self._ours, **{name: _stacked(values) for name, values in taken.items()}}
+        self._check_complete(arguments, columns)
+        if "batch_size" in self._parameters and not self.takes_prompt:
+            arguments["batch_size"] = batch_size
+        return arguments if guided else self._unguided(arguments)
+
+    def require_known(self, columns: Mapping[str, Any], used: set[str]) -> None:
+        """Raise ValueError for a column that looks like a misspelt argument of the pipeline.
+
+        Args:
+            columns: the dataset's.
+            used: those that a reward asks for by name.
+        """
+        for name in columns.keys() - self._parameters.keys() - used:
+            if close := difflib.get_close_matches(name, self._parameters, 1, cutoff=0.85):
+                raise ValueError(
+                    f"column {name!r} is neither an argument of {self.pipeline} nor of a reward; rename it to {close[0]!r} if "
+                    f"that is meant, or remove it."
+                )
+
+    def _check(self, pipeline_kwargs: Mapping[str, Any], guidance_scale: float) -> None:
+        for name in pipeline_kwargs:
+            if name in _RESERVED or name == self._scale:
+                instead = _RESERVED.get(name, "use the option guidance_scale")
+                raise ValueError(f"pipeline_kwargs contains {name!r}, which is not set there; {instead}.")
+            if name == "prompt":
+                raise ValueError("pipeline_kwargs contains 'prompt'; pass prompts as the dataset's 'prompt' column.")
+            if name not in self._parameters:
+                close = difflib.get_close_matches(name, self._parameters, 1)
+                hint = f"take {close[0]!r} if that is meant." if close else "remove it."
+                raise ValueError(f"pipeline_kwargs contains {name!r}, which {self.pipeline} does not take; {hint}")
+        if guidance_scale != 1 and self._scale not in self._parameters:
+            raise ValueError(f"{self.pipeline} takes no guidance_scale, but {guidance_scale} was asked for; leave it at 1.")
+
+    def _check_column(self, name: str, values: list[Any], batch_size: int) -> None:
         if name in _RESERVED:
             raise ValueError(f"column {name!r} would set an argument that the replay sets itself; rename the column.")
+        if not self._per_sample(name):
+            raise ValueError(
+                f"column {name!r} would set an argument that {self.pipeline} takes once for all samples; put it into "
+                f"pipeline_kwargs, or remove or rename the column."
+            )
         if len(values) != batch_size:
             raise ValueError(f"column {name!r} has {len(values)} values for {batch_size} generators; pass one for each sample.")
-    return {**arguments, **taken}
+
+    def _check_complete(self, arguments: Mapping[str, Any], columns: Mapping[str, Any]) -> None:
+        if self.takes_prompt and not {"prompt", "prompt_embeds"} & arguments.keys():
+            raise ValueError(f"{self.pipeline} needs prompts, but the columns are {sorted(columns)}; add a 'prompt' column.")
+        for name, parameter in self._parameters.items():
+            required = parameter.default is parameter.empty and parameter.kind is parameter.POSITIONAL_OR_KEYWORD
+            if required and name not in arguments and name not in ("self", "prompt"):
+                raise ValueError(
+                    f"{self.pipeline} needs {name!r}, but the columns are {sorted(columns)}; add a column of that name."
+                )
+        negative = {"negative_prompt", "negative_prompt_embeds"} & self._parameters.keys()
+        if negative and arguments.get("true_cfg_scale", 1) > 1 and not negative & arguments.keys():
+            raise ValueError(
+                f"{self.pipeline} guides only against a negative prompt, and there is none; add a 'negative_prompt' column or "
+                f"pipeline_kwargs={{'negative_prompt': ' '}}, or set guidance to 1."
+            )
+
+    def _per_sample(self, name: str) -> bool:
+        parameter = self._parameters[name]
+        annotation = str(parameter.annotation).lower()
+        return parameter.annotation is parameter.empty or any(word in annotation for word in _PER_SAMPLE)
+
+    def _unguided(self, arguments: dict[str, Any]) -> dict[str, Any]:
+        off = {}
+        for name in self._guidance:
+            # A scale left at None follows another one.
+            if name in self._parameters and arguments.get(name, self._parameters[name].default) is not None:
+                off[name] = self._no_guidance
+        return {**arguments, **off}
 
 
-def unguided(parameters: Mapping[str, Any], arguments: dict[str, Any], *, guidance_embedded: bool) -> dict[str, Any]:
-    """`arguments` with every guidance scale at 1; one that is embedded as an input of the network stays."""
-    scales = _GUIDANCE_SCALES[1:] if guidance_embedded else _GUIDANCE_SCALES
-    return {**arguments, **{name: 1.0 for name in scales if name in parameters}}
+def _stacked(values: list[Any]) -> list[Any] | Tensor:
+    """Tensors (precomputed embeddings, images of one size) as one tensor, everything else as a list."""
+    return torch.stack(values) if all(isinstance(value, Tensor) for value in values) else values

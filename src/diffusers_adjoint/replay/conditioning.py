@@ -2,13 +2,46 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
-__all__ = ["Conditioning", "fresh", "in_order"]
+__all__ = ["Conditioning", "Preparations", "Recording", "Slot", "fresh", "in_order"]
+
+
+@dataclass(frozen=True)
+class Slot:
+    """Where the state lies in what `prepare_latents` returns, if it is a part of it (next to condition frames or channels)."""
+
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+    offset: int
+
+    def read(self, latents: Tensor) -> Tensor:
+        return latents.as_strided(self.shape, self.stride, latents.storage_offset() + self.offset)
+
+    def write(self, latents: Tensor, x: Tensor) -> Tensor:
+        """A copy of `latents` with x in the slot, differentiable in x."""
+        whole = latents.clone()
+        self.read(whole).copy_(x)
+        return whole
+
+
+@dataclass(frozen=True)
+class Recording:
+    """One dry run of the pipeline's call.
+
+    Args:
+        call_kwargs: arguments of the pipeline's `__call__`.
+        returns: name of a preparing method → what it returned, call by call.
+    """
+
+    call_kwargs: dict[str, Any]
+    returns: dict[str, tuple[Any, ...]]
 
 
 @dataclass(frozen=True)
@@ -16,38 +49,74 @@ class Conditioning:
     """Recorded by `PipelineReplay.prepare`. It belongs to one batch as a whole: rows cannot be taken out of it.
 
     Args:
-        call_kwargs: arguments of the pipeline's `__call__`.
-        encoded: what `encode_prompt` returned, call by call.
-        latents: what `prepare_latents` returned, call by call; the first tensor of the first call is x_0, in the pipeline's
-            dtype.
-        batch_size: B.
+        recordings: guided or not → what the pipeline's call prepared; both the same where no guidance acts.
+        source: what draws x_0, "prepare_latents" or "randn_tensor"; the first tensor it returned holds x_0, whatever it
+            returned beside it (image latents, masks) is condition.
+        slot: where x_0 lies in that tensor; `None` if it is x_0.
+        generators: of the samples, as they are when the loop starts.
     """
 
-    call_kwargs: dict[str, Any]
-    encoded: tuple[Any, ...]
-    latents: tuple[Any, ...]
-    batch_size: int
+    recordings: dict[bool, Recording]
+    source: str
+    slot: Slot | None
+    generators: tuple[torch.Generator, ...]
+
+    def recording(self, guided: bool) -> Recording:
+        if guided not in self.recordings:
+            raise ValueError(f"the conditioning was prepared without guided={guided}; ask prepare for it.")
+        return self.recordings[guided]
 
     @property
     def start(self) -> Tensor:
-        """x_0 in the pipeline's dtype, shape (B, …): the first tensor that `prepare_latents` returned.
+        """x_0 in the pipeline's dtype, shape (B, …)."""
+        latents = self._latents(next(iter(self.recordings.values())))
+        return latents if self.slot is None else self.slot.read(latents)
 
-        Whatever it returned beside it (image latents, masks) is condition.
-        """
-        first = self.latents[0]
-        return first[0] if isinstance(first, tuple) else first
-
-    def latents_with(self, x: Tensor) -> tuple[Any, ...]:
-        """`latents` with x in place of x_0, rounded to the pipeline's dtype (states are kept in float32).
+    def returns_with(self, x: Tensor, guided: bool) -> dict[str, tuple[Any, ...]]:
+        """The returns of the dry run with x in place of x_0, rounded to the pipeline's dtype (states are kept in float32).
 
         Raises:
             ValueError: if x has another shape than x_0.
         """
         if x.shape != self.start.shape:
             raise ValueError(f"x has shape {tuple(x.shape)}; it must be that of x_0, {tuple(self.start.shape)}.")
-        x = x.to(self.start.dtype)
-        first = self.latents[0]
-        return ((x, *first[1:]) if isinstance(first, tuple) else x, *self.latents[1:])
+        recording = self.recording(guided)
+        latents = self._latents(recording)
+        x = x.to(latents.dtype)
+        whole = x if self.slot is None else self.slot.write(latents, x)
+        first, *others = recording.returns[self.source]
+        return {**recording.returns, self.source: ((whole, *first[1:]) if isinstance(first, tuple) else whole, *others)}
+
+    def copied_generators(self) -> list[torch.Generator]:
+        return [torch.Generator(g.device).set_state(g.get_state()) for g in self.generators]
+
+    def _latents(self, recording: Recording) -> Tensor:
+        first = recording.returns[self.source][0]
+        return first[0] if isinstance(first, tuple) else first
+
+
+class Preparations:
+    """Records what the wrapped functions return to the pipeline's call; what they call among themselves is their own affair."""
+
+    def __init__(self) -> None:
+        self.returns: dict[str, list[Any]] = {}
+        self._depth = 0
+
+    def recording(self, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        """`function`, recorded under `name`."""
+
+        @functools.wraps(function)
+        def recorded(*args: Any, **kwargs: Any) -> Any:
+            self._depth += 1
+            try:
+                value = function(*args, **kwargs)
+            finally:
+                self._depth -= 1
+            if self._depth == 0:
+                self.returns.setdefault(name, []).append(value)
+            return fresh(value)
+
+        return recorded
 
 
 def fresh(value: Any) -> Any:

@@ -10,20 +10,30 @@ Nothing is written to the user's pipeline: each call runs on a shallow copy that
 from __future__ import annotations
 
 import copy
-import functools
-import inspect
-from collections.abc import Callable
-from contextlib import nullcontext
+import logging
+from contextlib import nullcontext, suppress
 from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 
-from .arguments import fixed_arguments, unguided, with_columns
-from .conditioning import Conditioning, fresh, in_order
-from .probe import ReplayStop, make_probe, probe_class, replayable_call
-from .view import called_in_place_of, denoiser_name, make_view, processors_restored, view_class
+from ..transition import Transition
+from .arguments import CallArguments
+from .conditioning import Conditioning, Preparations, Recording, Slot, fresh, in_order
+from .probe import RecordedStep, ReplayStop, make_probe, make_recorder, probe_class, replayable_call
+from .view import (
+    called_in_place_of,
+    counting_rows,
+    denoiser_names,
+    make_view,
+    no_guidance,
+    preparing_methods,
+    processors_restored,
+    quiet,
+    set_differentiable,
+    view_class,
+)
 
 __all__ = ["PipelineReplay"]
 
@@ -32,14 +42,17 @@ class PipelineReplay:
     """A pipeline's own code as prepare, predict and decode.
 
     Args:
-        pipeline: pipeline with a transformer or a UNet whose x_0 comes from `prepare_latents`; never written to.
+        pipeline: pipeline with a transformer or a UNet; never written to.
         scheduler: memoryless scheduler that the pipeline's code sees in place of its own; `prepare` sets its tables.
         num_inference_steps: K.
-        guidance_scale: as in the pipeline's `__call__`; 1 for none.
+        guidance_scale: classifier-free guidance, 1 for none, or the scale that a distilled network takes as an input.
         pipeline_kwargs: further arguments of every call (height, max_sequence_length, …).
+        component: name of the denoiser to train; `None` for the one that diffusers puts LoRA on.
 
     Attributes:
-        component: the denoiser's name in the pipeline, "transformer" or "unet".
+        component: the denoiser's name in the pipeline.
+        denoisers: names of all networks that may predict; a pipeline may have a second one for its later steps.
+        arguments: the arguments of the pipeline's `__call__`.
 
     Raises:
         TypeError: if `pipeline` is no diffusers pipeline.
@@ -54,17 +67,43 @@ class PipelineReplay:
         *,
         guidance_scale: float = 1.0,
         pipeline_kwargs: dict[str, Any] | None = None,
+        component: str | None = None,
     ) -> None:
-        self.component = denoiser_name(pipeline)
+        self.denoisers = denoiser_names(pipeline)
+        self.component = component or self.denoisers[0]
+        if self.component not in self.denoisers:
+            raise ValueError(
+                f"{type(pipeline).__name__} has no denoiser {component!r} to train; pass one of {', '.join(self.denoisers)}."
+            )
         self.pipeline = pipeline
         self.scheduler = scheduler
+        for name in self.denoisers:
+            set_differentiable(getattr(pipeline, name))
         self._call = replayable_call(type(pipeline))
         self._view_class = view_class(type(pipeline))
         self._probe_class = probe_class(type(scheduler))
+        self._logger = logging.getLogger(self._call.__module__)
+        # Where x_0 is drawn: pipelines without prepare_latents call randn_tensor themselves.
+        self._source = "prepare_latents" if hasattr(type(pipeline), "prepare_latents") else "randn_tensor"
+        self._randn_tensor = self._call.__globals__.get("randn_tensor")
+        if self._source == "randn_tensor" and self._randn_tensor is None:
+            raise ValueError(
+                f"{self.name} has no prepare_latents and calls no randn_tensor, where a state could be put in; pass a pipeline "
+                f"that has one of them."
+            )
         # Pipelines with perturbed attention exchange processors before the loop and put them back after it.
-        self._exchanges_processors = "attn_processors" in self._call.__code__.co_names
-        self._parameters = inspect.signature(self._call).parameters
-        self._fixed = fixed_arguments(self.name, self._parameters, num_inference_steps, guidance_scale, pipeline_kwargs or {})
+        self.exchanges_processors = "attn_processors" in self._call.__code__.co_names
+        self._slot: Slot | None = None
+        self._first = 0
+        self.arguments = CallArguments(
+            self.name,
+            self._call,
+            num_inference_steps,
+            guidance_scale,
+            pipeline_kwargs or {},
+            guidance_embedded=self.embeds_guidance,
+            no_guidance=no_guidance(pipeline),
+        )
 
     @property
     def name(self) -> str:
@@ -76,33 +115,63 @@ class PipelineReplay:
         """Whether the guidance scale is an input of the (distilled) network, a condition rather than guidance."""
         return bool(getattr(self.pipeline, self.component).config.get("guidance_embeds", False))
 
-    def prepare(self, columns: dict[str, list[Any]], generators: list[torch.Generator]) -> tuple[Tensor, Conditioning]:
+    # ------------------------------------------------------------------------------------------------- the grid in use
+
+    @property
+    def timesteps(self) -> Tensor:
+        """Of the steps that the pipeline takes, shape (K',): K' = K, or fewer where it starts below full noise."""
+        return self.scheduler.timesteps[self._first :]
+
+    @property
+    def stds(self) -> Tensor:
+        """s_k of these steps, shape (K',), float64, CPU."""
+        return self.scheduler.stds[self._first :]
+
+    @property
+    def starts_below_noise(self) -> bool:
+        """Whether the first steps are left out, as image-to-image pipelines do: x_0 then holds a part of the image."""
+        return self._first > 0
+
+    def transition(self, model_output: Tensor, x: Tensor, index: int) -> Transition:
+        """Law of the next state at step `index` of these."""
+        return self.scheduler.transition(model_output, x, self._first + index)
+
+    # --------------------------------------------------------------------------------------- prepare, predict, decode
+
+    def prepare(
+        self,
+        columns: dict[str, list[Any]],
+        generators: list[torch.Generator],
+        *,
+        guided: bool = True,
+        unguided: bool = True,
+    ) -> tuple[Tensor, Conditioning]:
         """Run the pipeline's call up to its loop: encode the prompts, draw x_0, set the scheduler's tables.
 
         Args:
             columns: a list of B values for each per-sample argument of the pipeline's `__call__`, "prompt" among them; other
                 columns are left alone.
             generators: B generators, one a sample, so that a sample's x_0 does not depend on the batch it is in.
+            guided, unguided: which of both `predict` is going to be asked for; each is one encoding of the prompts, where
+                guidance acts at all.
 
         Returns:
             x_0 of shape (B, …) in float32 (float64 for a float64 pipeline), and the conditioning for `predict` and `decode`.
+
+        Raises:
+            ValueError: if the columns do not fit the pipeline's call, or its loop cannot be followed.
         """
-        arguments = self.arguments(columns, len(generators))
-        probe = make_probe(self._probe_class, self.scheduler, visit=None)
-        view = make_view(self.pipeline, self._view_class, probe, self.pipeline._execution_device)
-        encoded: list[Any] = []
-        latents: list[Any] = []
-        view.__dict__["prepare_latents"] = _recording(view.prepare_latents, latents)
-        if callable(getattr(view, "encode_prompt", None)):  # class-conditional pipelines have none
-            view.__dict__["encode_prompt"] = _recording(view.encode_prompt, encoded)
-        with torch.no_grad():
-            out = self._run(view, {**arguments, "generator": list(generators)})
-        if out is not None or probe.captured is not None or not latents:
-            raise ValueError(
-                f"{self.name} does not loop over scheduler.timesteps in its own __call__ after prepare_latents, so its loop "
-                f"cannot be stopped before the first step; pass a pipeline that does."
-            )
-        conditioning = Conditioning(arguments, tuple(encoded), tuple(latents), len(generators))
+        # Some pipelines encode differently without guidance, so each is a dry run of its own, with the same random numbers.
+        states = [generator.get_state() for generator in generators]
+        recordings: dict[bool, Recording] = {}
+        for mode in [mode for mode, wanted in ((True, guided), (False, unguided)) if wanted]:
+            if recordings and not self.arguments.guides:
+                recordings[mode] = next(iter(recordings.values()))
+                continue
+            for generator, state in zip(generators, states, strict=True):
+                generator.set_state(state)
+            recordings[mode] = self._dry_run(columns, generators, guided=mode)
+        conditioning = Conditioning(recordings, self._source, self._slot, tuple(generators))
         x = conditioning.start
         return x.to(torch.promote_types(x.dtype, torch.float32)), conditioning
 
@@ -121,9 +190,9 @@ class PipelineReplay:
 
         Args:
             x: shape (B, …) as `prepare` gives it; rounded to the pipeline's own dtype on the way in.
-            index: step of the grid, 0 ≤ index < K.
+            index: step of the grid, 0 ≤ index < K'.
             conditioning: of the last `prepare` (the scheduler's tables are those of the last one).
-            guided: False sets the guidance scales to 1; the embedding of a distilled guidance stays.
+            guided: False sets the guidance scales to none; the embedding of a distilled guidance stays.
             denoiser: module to run in place of the pipeline's: a frozen copy, a wrapper around the pipeline's own, …
 
         Returns:
@@ -132,15 +201,16 @@ class PipelineReplay:
         Raises:
             ValueError: if the index is not on the grid or x has another shape than x_0.
         """
-        steps = len(self.scheduler.timesteps)
+        steps = len(self.timesteps)
         if not 0 <= index < steps:
             raise ValueError(f"index={index} is not on the grid; pass 0 to {steps - 1}.")
+        # Counted from the end: a pipeline that leaves out the first steps moves the index, but not the distance to the end.
         probe = make_probe(self._probe_class, self.scheduler, visit=(index - steps,))
-        arguments = conditioning.call_kwargs if guided else self._unguided(conditioning.call_kwargs)
-        self._run(self._replaying(probe, x, conditioning, denoiser), arguments)
+        with suppress(ReplayStop):
+            self._replay(probe, x, conditioning, guided, denoiser)
         if probe.captured is None:
             raise ValueError(f"{self.name} does not call scheduler.step at step {index}; it cannot be replayed.")
-        return probe.captured
+        return probe.captured[: len(x)]  # a pipeline that carries its batch doubled for guidance hands it over like that
 
     def decode(self, x: Tensor, conditioning: Conditioning) -> Tensor:
         """Images of final latents x by the pipeline's own unpacking, VAE and post-processing; no denoiser evaluation.
@@ -150,14 +220,17 @@ class PipelineReplay:
             conditioning: as for `predict`.
 
         Returns:
-            Images (B, 3, H, W) in [0, 1] in the pipeline's dtype, differentiable in x (the pipeline clamps them: a saturated
-            pixel has no gradient).
+            Images (B, 3, H, W) in [0, 1], videos (B, F, 3, H, W) or waveforms (B, …) in the pipeline's dtype, differentiable in
+            x (the pipeline clamps images: a saturated pixel has no gradient).
         """
         probe = make_probe(self._probe_class, self.scheduler, visit=())
-        out = self._run(self._replaying(probe, x, conditioning), conditioning.call_kwargs)
-        if out is None:
-            raise ValueError(f"{self.name} calls scheduler.step outside its loop over timesteps; it cannot be replayed.")
-        return out[0]
+        guided = True in conditioning.recordings
+        try:
+            return self._replay(probe, x, conditioning, guided, generator=conditioning.copied_generators())[0]
+        except ReplayStop:
+            raise ValueError(
+                f"{self.name} calls scheduler.step outside its loop over timesteps; it cannot be replayed."
+            ) from None
 
     def sample(self, columns: dict[str, list[Any]], generators: list[torch.Generator]) -> Tensor:
         """An ordinary call of the pipeline, its own scheduler, the same arguments: what a user of the pipeline sees.
@@ -166,50 +239,133 @@ class PipelineReplay:
             columns, generators: as for `prepare`; the generators also feed a stochastic scheduler.
 
         Returns:
-            Images (B, 3, H, W) in [0, 1], without graph.
+            Images (B, 3, H, W) in [0, 1] (videos, waveforms as `decode`), without graph.
         """
         scheduler = copy.deepcopy(self.pipeline.scheduler)
-        return self.ordinary_call(self.arguments(columns, len(generators)), generators, scheduler)[0]
+        arguments = self.arguments(columns, len(generators))
+        return self._ordinary_call(self._view(scheduler), arguments, generators)[0]
 
-    def arguments(self, columns: dict[str, list[Any]], batch_size: int, *, guided: bool = True) -> dict[str, Any]:
-        """All arguments of the pipeline's `__call__` but the generators."""
-        arguments = with_columns(self.name, self._parameters, self._fixed, columns, batch_size)
-        return arguments if guided else self._unguided(arguments)
+    def memoryless_sample(
+        self,
+        columns: dict[str, list[Any]],
+        generators: list[torch.Generator],
+        *,
+        guided: bool = True,
+        stop_after: int | None = None,
+        **arguments: Any,
+    ) -> tuple[Tensor | None, list[RecordedStep]]:
+        """The pipeline's own, undisturbed `__call__` on the memoryless scheduler: its images, and what passed `scheduler.step`.
 
-    def ordinary_call(self, arguments: dict[str, Any], generators: list[torch.Generator], scheduler: Any) -> Any:
-        """The pipeline's own, undisturbed `__call__` on `scheduler`: what it returns, or None if the scheduler stopped it."""
-        view = make_view(self.pipeline, self._view_class, scheduler, self.pipeline._execution_device)
-        call = type(self.pipeline).__call__
-        return self._run(view, {**arguments, "generator": list(generators)}, call)
+        Args:
+            stop_after: leave after so many steps, without images.
+            arguments: replace those of the call.
+        """
+        recorder = make_recorder(self.scheduler, len(generators), stop_after)
+        recorder.set_generator(list(generators))  # for pipelines that do not pass theirs on
+        view = self._view(recorder)
+        images = None
+        with suppress(ReplayStop):
+            call = {**self.arguments(columns, len(generators), guided=guided), **arguments}
+            images = self._ordinary_call(view, call, generators)[0]
+        return images, recorder.record
 
-    def _unguided(self, arguments: dict[str, Any]) -> dict[str, Any]:
-        return unguided(self._parameters, arguments, guidance_embedded=self.embeds_guidance)
+    # ------------------------------------------------------------------------------- which network acts, where x lies
 
-    def _replaying(
-        self, probe: Any, x: Tensor, conditioning: Conditioning, denoiser: nn.Module | None = None
-    ) -> DiffusionPipeline:
-        """A view that replays the recorded encodings and starts from x."""
-        view = make_view(self.pipeline, self._view_class, probe, x.device)
-        view.__dict__["encode_prompt"] = in_order("encode_prompt", conditioning.encoded)
-        view.__dict__["prepare_latents"] = in_order("prepare_latents", conditioning.latents_with(x))
+    def idle_steps(self, x: Tensor, conditioning: Conditioning, *, guided: bool) -> list[int]:
+        """Steps at which another network than the trained one predicts; one evaluation a step where there are several.
+
+        Args:
+            x: any state, shape (B, …).
+
+        Raises:
+            ValueError: if these are all steps.
+        """
+        idle = []
+        for index in range(len(self.timesteps)) if len(self.denoisers) > 1 else ():
+            with torch.no_grad(), counting_rows(getattr(self.pipeline, self.component)) as rows:
+                self.predict(x, index, conditioning, guided=guided)
+            if not rows:
+                idle.append(index)
+        if len(idle) == len(self.timesteps):
+            raise ValueError(
+                f"{self.name} does not use its {self.component} at any of {len(idle)} steps; take another trained_component, or "
+                f"more steps."
+            )
+        return idle
+
+    def find_state(self, columns: dict[str, list[Any]], generators: list[torch.Generator]) -> None:
+        """Find where the state lies in the prepared latents when it is a part of them; one step of the pipeline.
+
+        For pipelines that keep condition frames or channels in the same tensor. To be called before `prepare`.
+        """
+        if self._source == "randn_tensor":
+            return
+        recorder = make_recorder(self.scheduler, len(generators), stop_after=1)
+        recorder.set_generator(list(generators))
+        view, preparations = self._view(recorder), Preparations()
+        view.__dict__[self._source] = preparations.recording(self._source, view.prepare_latents)
+        with suppress(ReplayStop):
+            self._ordinary_call(view, self.arguments(columns, len(generators)), generators)
+        first = preparations.returns[self._source][0]
+        latents, x = first[0] if isinstance(first, tuple) else first, recorder.first_sample
+        if x.shape != latents.shape and x.untyped_storage().data_ptr() == latents.untyped_storage().data_ptr():
+            self._slot = Slot(x.shape, x.stride(), x.storage_offset() - latents.storage_offset())
+
+    # ------------------------------------------------------------------------------------------------ the calls it takes
+
+    def _dry_run(self, columns: dict[str, list[Any]], generators: list[torch.Generator], *, guided: bool) -> Recording:
+        """The call up to its loop, with what its preparing methods return."""
+        arguments = self.arguments(columns, len(generators), guided=guided)
+        view, preparations = self._view(make_probe(self._probe_class, self.scheduler, visit=None)), Preparations()
+        for name in preparing_methods(view):
+            view.__dict__[name] = preparations.recording(name, getattr(view, name))
+        randn_tensor = preparations.recording("randn_tensor", self._randn_tensor) if self._source == "randn_tensor" else None
+        kept = None
+        try:
+            with torch.no_grad():
+                self._run(view, {**arguments, "generator": list(generators)}, randn_tensor)
+        except ReplayStop as stop:
+            kept = stop.timesteps
+        if kept is None or self._source not in preparations.returns:
+            raise ValueError(
+                f"{self.name} does not loop over scheduler.timesteps in its own __call__ after {self._source}, so its loop "
+                f"cannot be stopped before the first step; pass a pipeline that does."
+            )
+        self._first = len(self.scheduler.timesteps) - len(kept)
+        if not torch.equal(kept, self.timesteps):
+            raise ValueError(
+                f"{self.name} stops its loop before the last step, where the latents are not data yet; leave out denoising_end, "
+                f"timesteps and whatever else cuts the grid."
+            )
+        return Recording(arguments, {name: tuple(values) for name, values in preparations.returns.items()})
+
+    def _replay(
+        self, probe: Any, x: Tensor, conditioning: Conditioning, guided: bool, denoiser: nn.Module | None = None, **arguments: Any
+    ) -> Any:
+        """The call on a view that replays the recorded preparations and starts from x."""
+        view = self._view(probe, x.device)
+        returns = conditioning.returns_with(x, guided)
+        replayed = {name: in_order(name, values) for name, values in returns.items()}
+        randn_tensor = replayed.pop("randn_tensor", None)
+        view.__dict__.update(replayed)
         if denoiser is not None:
             view.__dict__[self.component] = called_in_place_of(getattr(self.pipeline, self.component), denoiser)
-        return view
+        with quiet(self._logger):  # it would say the same at every evaluation
+            return self._run(view, {**conditioning.recording(guided).call_kwargs, **arguments}, randn_tensor)
 
-    def _run(self, view: DiffusionPipeline, arguments: dict[str, Any], call: Callable[..., Any] | None = None) -> Any:
-        """What the call returns, or None where the probe stopped it."""
-        denoiser = getattr(view, self.component)
-        with processors_restored(denoiser) if self._exchanges_processors else nullcontext():
-            try:
-                return (call or self._call)(view, **fresh(arguments))
-            except ReplayStop:
-                return None
+    def _run(self, view: DiffusionPipeline, arguments: dict[str, Any], randn_tensor: Any = None) -> Any:
+        """What the call returns; `ReplayStop` where the probe leaves it."""
+        if randn_tensor is not None:
+            self._call.__globals__["randn_tensor"] = randn_tensor  # a copy that belongs to this object
+        with self._processors_restored(view):
+            return self._call(view, **fresh(arguments))
 
+    def _ordinary_call(self, view: DiffusionPipeline, arguments: dict[str, Any], generators: list[torch.Generator]) -> Any:
+        with self._processors_restored(view):
+            return type(self.pipeline).__call__(view, **fresh({**arguments, "generator": list(generators)}))
 
-def _recording(method: Callable[..., Any], returns: list[Any]) -> Callable[..., Any]:
-    @functools.wraps(method)
-    def recorder(*args: Any, **kwargs: Any) -> Any:
-        returns.append(method(*args, **kwargs))
-        return fresh(returns[-1])
+    def _processors_restored(self, view: DiffusionPipeline) -> Any:
+        return processors_restored(getattr(view, self.component)) if self.exchanges_processors else nullcontext()
 
-    return recorder
+    def _view(self, scheduler: Any, device: torch.device | None = None) -> DiffusionPipeline:
+        return make_view(self.pipeline, self._view_class, scheduler, device or self.pipeline._execution_device)

@@ -12,19 +12,28 @@ import copy
 import functools
 import inspect
 import types
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline
+from diffusers.schedulers.scheduling_utils import SchedulerOutput
 from torch import Tensor
 
 __all__ = ["ReplayStop", "ReplayedTimesteps", "RecordedStep", "make_probe", "make_recorder", "probe_class", "replayable_call"]
 
 
 class ReplayStop(BaseException):
-    """Leaves the pipeline's call. A BaseException, so that no `except Exception` on the way swallows it."""
+    """Leaves the pipeline's call. A BaseException, so that no `except Exception` on the way swallows it.
+
+    Args:
+        timesteps: those that the pipeline was about to loop over, when it is left before its loop.
+    """
+
+    def __init__(self, timesteps: Tensor | None = None) -> None:
+        super().__init__()
+        self.timesteps = timesteps
 
 
 class ReplayedTimesteps(Tensor):
@@ -59,9 +68,9 @@ class ReplayedTimesteps(Tensor):
         Raises:
             ValueError: if a position lies before the first step that the pipeline kept.
         """
-        if self.visit is None:
-            raise ReplayStop
         timesteps = self.as_subclass(Tensor)
+        if self.visit is None:
+            raise ReplayStop(timesteps)
         steps = len(timesteps)
         if any(position < -steps for position in self.visit):
             raise ValueError(
@@ -80,13 +89,13 @@ def _enumerate(iterable: Iterable[Any], start: int = 0) -> Iterator[Any]:
     return builtins.enumerate(iterable, start)
 
 
-def replayable_call(pipeline_class: type[DiffusionPipeline]) -> Callable[..., Any]:
-    """The pipeline's own `__call__`, out of its `torch.no_grad` and with our `enumerate` among its globals."""
+def replayable_call(pipeline_class: type[DiffusionPipeline]) -> Any:
+    """The pipeline's own `__call__`, out of its `torch.no_grad` and with our `enumerate` among its globals, which are a copy."""
     call: Any = inspect.unwrap(pipeline_class.__call__)
     rebuilt = types.FunctionType(
         call.__code__, {**call.__globals__, "enumerate": _enumerate}, call.__name__, call.__defaults__, call.__closure__
     )
-    rebuilt.__kwdefaults__ = call.__kwdefaults__
+    rebuilt.__kwdefaults__, rebuilt.__annotations__ = call.__kwdefaults__, call.__annotations__
     return rebuilt
 
 
@@ -115,7 +124,13 @@ def probe_class(scheduler_class: type) -> type:
         self.captured = model_output
         raise ReplayStop
 
-    methods = {"set_timesteps": set_timesteps, "step": step, "__module__": __name__}
+    def deepcopy(self: Any, memo: dict[int, Any]) -> None:
+        raise ValueError(
+            "the pipeline copies its scheduler to step something beside its latents (audio, single frames), which has no place "
+            "in one trajectory; use a pipeline with one scheduler."
+        )
+
+    methods = {"set_timesteps": set_timesteps, "step": step, "__deepcopy__": deepcopy, "__module__": __name__}
     return type("Replayed" + scheduler_class.__name__, (_StandIn, scheduler_class), methods)
 
 
@@ -139,25 +154,33 @@ def make_probe(cls: Any, scheduler: Any, visit: tuple[int, ...] | None) -> Any:
 
 @dataclass(frozen=True)
 class RecordedStep:
-    """One call of `scheduler.step`, made by the pipeline itself."""
+    """One call of `scheduler.step`, made by the pipeline itself, for the B samples of the batch."""
 
     model_output: Tensor
     sample: Tensor
     prev_sample: Tensor
 
 
-def make_recorder(scheduler: Any, stop_after: int | None = None) -> Any:
-    """A copy of `scheduler` that does its work, keeps each step in `record`, and stops the call after `stop_after` steps."""
+def make_recorder(scheduler: Any, batch_size: int, stop_after: int | None = None) -> Any:
+    """A copy of `scheduler` that does its work, keeps each step in `record`, and stops the call after `stop_after` steps.
+
+    A pipeline that carries a batch doubled for guidance hands 2 B samples to `step`, of which the first B count. `first_sample`
+    is the tensor of its first call itself, a view into the pipeline's latents where it is one.
+    """
     scheduler_class = type(scheduler)
 
     @functools.wraps(scheduler_class.step)
     def step(self: Any, model_output: Tensor, timestep: Any, sample: Tensor, *args: Any, **kwargs: Any) -> Any:
-        before = model_output.clone(), sample.clone()  # the pipeline may go on to write into them
-        out = scheduler_class.step(self, model_output, timestep, sample, *args, **kwargs)
-        self.record.append(RecordedStep(*before, prev_sample=out[0].clone()))
+        if not self.record:
+            self.first_sample = sample
+        as_output, copies = kwargs.pop("return_dict", True), len(sample) // batch_size
+        before = model_output[:batch_size].clone(), sample[:batch_size].clone()  # the pipeline may go on to write into them
+        after = scheduler_class.step(self, before[0], timestep, before[1], *args, return_dict=False, **kwargs)[0]
+        self.record.append(RecordedStep(*before, prev_sample=after))
         if len(self.record) == stop_after:
             raise ReplayStop
-        return out
+        prev_sample = after.clone() if copies == 1 else torch.cat([after] * copies)
+        return SchedulerOutput(prev_sample=prev_sample) if as_output else (prev_sample,)
 
     recorder = copy.deepcopy(scheduler)
     recorder.__dict__.pop("init_noise_sigma", None)

@@ -7,15 +7,14 @@ on a small batch, with about 25 denoiser calls, so that a pipeline that breaks o
 from __future__ import annotations
 
 import statistics
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from .pipeline import PipelineReplay
-from .probe import RecordedStep, make_recorder
+from .probe import RecordedStep
+from .view import counting_rows
 
 __all__ = ["check_replay"]
 
@@ -64,6 +63,7 @@ class _Check:
         self.replay = replay
         self.columns = columns
         self.generators = generators
+        replay.find_state(columns, self._generators())
         self.x, self.conditioning = replay.prepare(columns, self._generators())
 
     def prediction_is_a_function(self) -> None:
@@ -91,28 +91,24 @@ class _Check:
                     "leave out callback_on_step_end, or use a pipeline without that feature",
                 )
 
-    def prediction_is_the_pipelines(self, steps: list[RecordedStep]) -> None:
+    def prediction_is_the_pipelines(self, steps: list[RecordedStep], guided: bool = True) -> None:
         for index, step in enumerate(steps):
-            if not _equal(self._predict(step.sample, index), step.model_output):
+            if not _equal(self._predict(step.sample, index, guided), step.model_output):
                 raise self._error(
                     f"hands another prediction to scheduler.step at step {index} than its replay",
                     "use a pipeline whose own __call__ loops over scheduler.timesteps",
                 )
 
     def guidance_can_be_switched_off(self) -> None:
-        """With every guidance scale at 1 the network sees the batch and nothing else, as in the pipeline's own unguided call."""
-        denoiser = getattr(self.replay.pipeline, self.replay.component)
-        with _counting_rows(denoiser) as rows:
-            prediction = self._predict(self.x, 0, guided=False)
+        """With every guidance scale at none the network sees the batch and nothing else, as in the pipeline's own call."""
+        with counting_rows(*(getattr(self.replay.pipeline, name) for name in self.replay.denoisers)) as rows:
+            self._predict(self.x, 0, guided=False)
         if sum(rows) != len(self.x):
             raise self._error(
-                f"evaluates {sum(rows)} rows for {len(self.x)} samples with every guidance scale at 1",
+                f"evaluates {sum(rows)} rows for {len(self.x)} samples without guidance",
                 "switch its guidance off through pipeline_kwargs, or train with cfg_mode='full'",
             )
-        if not _equal(prediction, self.own_steps(stop_after=1, guided=False)[0].model_output):
-            raise self._error(
-                "encodes its prompts differently without guidance", "train with guidance_scale=1 or cfg_mode='full'"
-            )
+        self.prediction_is_the_pipelines(self.own_steps(stop_after=1, guided=False), guided=False)
 
     def derivative_is_right(self, x: Tensor, index: int) -> None:
         """Autograd against finite differences: a network under no_grad still has a derivative, a wrong one."""
@@ -129,13 +125,11 @@ class _Check:
 
     def decoding_is_the_pipelines(self) -> None:
         """The same latents give the same images as at the end of the pipeline's own call, here of two steps, and a gradient."""
-        recorder = self._recorder()
-        arguments = {**self.replay.arguments(self.columns, len(self.x)), "num_inference_steps": 2}
-        images = self.replay.ordinary_call(arguments, self._generators(), recorder)[0]
-        latents = recorder.record[-1].prev_sample.to(self.x.dtype).requires_grad_()
+        images, steps = self.replay.memoryless_sample(self.columns, self._generators(), num_inference_steps=2)
+        latents = steps[-1].prev_sample.to(self.x.dtype).requires_grad_()
         with torch.enable_grad():
             decoded = self.replay.decode(latents, self.conditioning)
-        if not _equal(decoded.detach(), images):
+        if images is None or not _equal(decoded.detach(), images):
             raise self._error(
                 "decodes the same latents to other images than its replay", "use a pipeline whose decoder comes after its loop"
             )
@@ -144,10 +138,7 @@ class _Check:
 
     def own_steps(self, stop_after: int, guided: bool = True) -> list[RecordedStep]:
         """The first steps of the pipeline's own call on the memoryless scheduler."""
-        recorder = self._recorder(stop_after)
-        arguments = self.replay.arguments(self.columns, len(self.x), guided=guided)
-        self.replay.ordinary_call(arguments, self._generators(), recorder)
-        return recorder.record
+        return self.replay.memoryless_sample(self.columns, self._generators(), guided=guided, stop_after=stop_after)[1]
 
     def _derivative_error(self, x: Tensor, index: int, size: float) -> float:
         """Median over random directions u, ‖u‖ = `size`·‖x‖, of |⟨w, Ju⟩ − ⟨Jᵀw, u⟩| / |⟨w, Ju⟩|.
@@ -183,11 +174,6 @@ class _Check:
         dtypes = (self.conditioning.start.dtype, next(denoiser.parameters()).dtype)
         return max(dtypes, key=lambda dtype: torch.finfo(dtype).eps)
 
-    def _recorder(self, stop_after: int | None = None) -> Any:
-        recorder = make_recorder(self.replay.scheduler, stop_after)
-        recorder.set_generator(self._generators())  # for pipelines that do not pass theirs on
-        return recorder
-
     def _generators(self) -> list[torch.Generator]:
         return [torch.Generator(g.device).set_state(g.get_state()) for g in self.generators]
 
@@ -215,18 +201,3 @@ def _pullback(output: Tensor, leaf: Tensor, cotangent: Tensor) -> Tensor:
         return torch.zeros_like(leaf)
     gradient = torch.autograd.grad(output, leaf, cotangent, retain_graph=True, allow_unused=True)[0]
     return torch.zeros_like(leaf) if gradient is None else gradient
-
-
-@contextmanager
-def _counting_rows(denoiser: nn.Module) -> Iterator[list[int]]:
-    """The number of samples in each call of the denoiser: the length of its first argument."""
-    rows: list[int] = []
-
-    def count(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        rows.append(len([*args, *kwargs.values()][0]))
-
-    handle = denoiser.register_forward_pre_hook(count, with_kwargs=True)
-    try:
-        yield rows
-    finally:
-        handle.remove()

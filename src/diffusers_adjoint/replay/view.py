@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import copy
+import inspect
+import logging
+import types
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -13,28 +16,57 @@ from diffusers import DiffusionPipeline, SchedulerMixin
 from diffusers.models.cache_utils import CacheMixin
 from torch import nn
 
-__all__ = ["called_in_place_of", "denoiser_name", "make_view", "processors_restored", "view_class"]
+__all__ = ["called_in_place_of", "counting_rows", "denoiser_names", "make_view", "no_guidance", "preparing_methods"]
+__all__ += ["processors_restored", "quiet", "set_differentiable", "view_class"]
+
+DENOISERS = ("transformer", "unet", "transformer_2")
 
 
-def denoiser_name(pipeline: DiffusionPipeline) -> str:
-    """Name of the pipeline's denoiser, after a check that the pipeline can be replayed at all.
+def denoiser_names(pipeline: DiffusionPipeline) -> list[str]:
+    """Names of the networks that may predict for the pipeline, after a check that it can be replayed at all.
+
+    The first is the one that diffusers puts LoRA on. Pipelines exist with a second one for the later steps.
 
     Raises:
         TypeError: if it is no diffusers pipeline.
-        ValueError: if it has no scheduler, no denoiser, no `prepare_latents`, or a denoiser that is cached or offloaded.
+        ValueError: if it has no scheduler, no denoiser, or one that is cached or offloaded.
     """
     if not isinstance(pipeline, DiffusionPipeline):
         raise TypeError(f"the pipeline is a {type(pipeline).__name__}; pass a diffusers DiffusionPipeline.")
     kind = type(pipeline).__name__
     if not isinstance(getattr(pipeline, "scheduler", None), SchedulerMixin):
         raise ValueError(f"{kind} has no scheduler; pass a pipeline that samples by calling scheduler.step.")
-    names = [name for name in ("transformer", "unet") if isinstance(getattr(pipeline, name, None), nn.Module)]
+    names = [name for name in DENOISERS if isinstance(getattr(pipeline, name, None), nn.Module)]
     if not names:
         raise ValueError(f"{kind} has no transformer and no unet; pass a pipeline with one of them.")
-    if not callable(getattr(pipeline, "prepare_latents", None)):
-        raise ValueError(f"{kind} has no prepare_latents, where a state could be put in; pass a pipeline that has it.")
-    _require_resident(kind, names[0], getattr(pipeline, names[0]))
-    return names[0]
+    for name in names:
+        _require_resident(kind, name, getattr(pipeline, name))
+    return names
+
+
+def set_differentiable(network: nn.Module) -> None:
+    """Evaluation mode, but for modules that predict under `torch.no_grad` there, as a mixture of experts does: these train.
+
+    The output is the same; in evaluation mode a part of the gradient would be missing, silently.
+    """
+    network.eval()
+    without_gradient = {cls for cls in {type(module) for module in network.modules()} if _predicts_without_gradient(cls)}
+    for module in network.modules():
+        if type(module) in without_gradient:
+            module.training = True  # the module alone: its parts have no mode of their own to change
+
+
+def _predicts_without_gradient(cls: type) -> bool:
+    # Fusing projections rewrites weights, under no_grad for good reason; no prediction does it.
+    names = [name for name in dir(cls) if not name.startswith(("fuse_", "unfuse_"))]
+    return any(_is_without_gradient(inspect.getattr_static(cls, name)) for name in names)
+
+
+def _is_without_gradient(member: Any) -> bool:
+    if not isinstance(member, types.FunctionType) or not hasattr(member, "__wrapped__"):
+        return False
+    held = inspect.getclosurevars(member).nonlocals.values()
+    return any(isinstance(getattr(value, "__self__", None), torch.no_grad) for value in held)
 
 
 def _require_resident(kind: str, name: str, denoiser: nn.Module) -> None:
@@ -92,3 +124,47 @@ def processors_restored(denoiser: Any) -> Iterator[None]:
         yield
     finally:
         denoiser.set_attn_processor(before)
+
+
+def preparing_methods(view: DiffusionPipeline) -> list[str]:
+    """Names of the methods that encode or prepare something, as far as the pipeline has them."""
+    names = [name for name in dir(type(view)) if name.lstrip("_").startswith(("encode_", "prepare_"))]
+    return [name for name in names if callable(getattr(view, name, None))]
+
+
+def no_guidance(pipeline: DiffusionPipeline) -> float:
+    """The guidance scale that means none: 1, or 0 where the pipeline says that it still guides at 1."""
+    says = inspect.getattr_static(type(pipeline), "do_classifier_free_guidance", None)
+    if not isinstance(says, property) or says.fget is None:
+        return 1.0
+    view = copy.copy(pipeline)
+    guides = []
+    for scale in (0.0, 1.0):
+        view.__dict__.update(_guidance_scale=scale, _image_guidance_scale=1.0)
+        guides.append(bool(says.fget(view)))
+    return 0.0 if guides == [False, True] else 1.0
+
+
+@contextmanager
+def quiet(logger: logging.Logger) -> Iterator[None]:
+    before, logger.disabled = logger.disabled, True
+    try:
+        yield
+    finally:
+        logger.disabled = before
+
+
+@contextmanager
+def counting_rows(*denoisers: nn.Module) -> Iterator[list[int]]:
+    """The number of samples in each call of the denoisers: the length of the first argument."""
+    rows: list[int] = []
+
+    def count(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        rows.append(len([*args, *kwargs.values()][0]))
+
+    handles = [denoiser.register_forward_pre_hook(count, with_kwargs=True) for denoiser in denoisers]
+    try:
+        yield rows
+    finally:
+        for handle in handles:
+            handle.remove()

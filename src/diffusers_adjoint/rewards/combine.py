@@ -48,26 +48,34 @@ class WeightedReward:
             module.to(device)
         return self
 
-    def require_arguments(self, columns: dict[str, list[Any]]) -> None:
-        """Raise ValueError if a function cannot be called with images, prompts and these dataset columns."""
+    def require_arguments(self, columns: dict[str, list[Any]]) -> set[str]:
+        """The columns that a function asks for by name.
+
+        Raises:
+            ValueError: if a function cannot be called with images, prompts and what it takes of these dataset columns.
+        """
+        asked: set[str] = set()
         for name, function in zip(self.names, self.functions, strict=True):
+            signature = inspect.signature(function)
             try:
-                inspect.signature(function).bind(images=None, prompts=None, **columns)
+                signature.bind(images=None, prompts=None, **_taken(function, columns))
             except TypeError as error:
                 raise ValueError(
                     f"reward {name!r} cannot be called as f(images=, prompts=, **columns) with the columns {sorted(columns)} "
-                    f"({error}); add **columns to its arguments."
+                    f"({error}); give it these arguments, or the dataset the missing columns."
                 ) from None
+            asked |= signature.parameters.keys()
+        return asked
 
     def __call__(self, images: Tensor, prompts: list[str], **columns: list[Any]) -> dict[str, Tensor]:
-        """Each function's value, name → (B,) float32 or better.
+        """Each function's value, name → (B,) float32 or better. A function gets the columns that it has arguments for.
 
         Raises:
             TypeError: if a function does not return a tensor.
             ValueError: if it does not return one value for each image.
         """
         return {
-            name: _checked(function(images=images, prompts=prompts, **columns), name, len(images))
+            name: _checked(function(images=images, prompts=prompts, **_taken(function, columns)), name, len(images))
             for name, function in zip(self.names, self.functions, strict=True)
         }
 
@@ -128,6 +136,15 @@ def _checked(value: Tensor, name: str, batch: int) -> Tensor:
     if value.shape != (batch,):
         raise ValueError(f"reward {name!r} returned shape {tuple(value.shape)}; return one value per image, shape ({batch},).")
     return value if value.dtype == torch.float64 else value.float()
+
+
+def _taken(function: RewardFunction, columns: dict[str, list[Any]]) -> dict[str, list[Any]]:
+    """The columns that `function` has arguments for: all of them if it ends in **columns."""
+    parameters = inspect.signature(function).parameters.values()
+    if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
+        return columns
+    names = {parameter.name for parameter in parameters}
+    return {name: values for name, values in columns.items() if name in names}
 
 
 def _unique_names(functions: Sequence[RewardFunction]) -> list[str]:
