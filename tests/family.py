@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from diffusers import DiffusionPipeline
 
 __all__ = ["PROMPTS", "Family"]
@@ -22,10 +23,13 @@ class Family:
         build: makes the pipeline, with the same weights at every call.
         mechanism: what makes it different from the others, in a few words.
         guidance_scale: the trainer's option of this name.
+        scale: the argument of the pipeline's call that it becomes; `None` where there is none.
         kwargs: `pipeline_kwargs`.
         columns: dataset columns, two rows.
         lora: names of the modules that LoRA adapts; `None` where all weights are trained.
         component: `trained_component`; `None` for the default.
+        unreached: number of trained tensors that no gradient reaches, because the tiny network does not use them.
+        dtype: for finite differences; float32 where the network cannot run in double.
         fast: whether `make test` runs it; the others run in `make test-slow`.
     """
 
@@ -33,8 +37,11 @@ class Family:
     build: Callable[[], DiffusionPipeline]
     mechanism: str
     guidance_scale: float = 3.0
+    scale: str | None = "guidance_scale"
     kwargs: dict[str, Any] = field(default_factory=dict)
     columns: dict[str, list[Any]] = field(default_factory=lambda: {"prompt": list(PROMPTS)})
     lora: tuple[str, ...] | None = ("to_q", "to_k", "to_v", "to_out.0")
     component: str | None = None
+    unreached: int = 0
+    dtype: torch.dtype = torch.float64
     fast: bool = False

@@ -493,6 +493,96 @@ def test_a_loop_out_of_reach_is_refused():
         replay.prepare({}, generators())
 
 
+class KeepsSteps(Loop):
+    """Loops over a part of its grid."""
+
+    kept = slice(None)
+
+    def timesteps(self):
+        return self.scheduler.timesteps[self.kept]
+
+
+def test_a_grid_cut_at_its_start():
+    class StartsBelowNoise(KeepsSteps):
+        kept = slice(1, None)
+
+    replay = make_replay(StartsBelowNoise(**sd3().components), {}, guidance_scale=1.0)
+    x, conditioning = replay.prepare({}, generators())
+    assert replay.starts_below_noise
+    assert torch.equal(replay.timesteps, replay.scheduler.timesteps[1:])
+    assert torch.equal(replay.stds, replay.scheduler.stds[1:])
+    output = replay.predict(x, 0, conditioning)
+    assert torch.equal(output, replay.scheduler.timesteps[1] * x)
+    assert torch.equal(replay.transition(output, x, 0).mean, replay.scheduler.transition(output, x, 1).mean)
+    assert torch.equal(replay.decode(x, conditioning), x)
+    with pytest.raises(ValueError, match="pass 0 to 2"):
+        replay.predict(x, 3, conditioning)
+
+
+def test_a_grid_cut_at_its_end_is_refused():
+    class StopsBeforeData(KeepsSteps):
+        kept = slice(None, -1)
+
+    replay = make_replay(StopsBeforeData(**sd3().components), {}, guidance_scale=1.0)
+    with pytest.raises(ValueError, match="StopsBeforeData stops its loop before the last step"):
+        replay.prepare({}, generators())
+
+
+class ConditionBesideState(Loop):
+    """Two condition channels in the same tensor as the state, which is a view into it."""
+
+    def __call__(self, num_inference_steps=4, generator=None, output_type="pt", return_dict=True):
+        latents = self.prepare_latents(2, 6, 8, 8, torch.float32, "cpu", generator)
+        self.scheduler.set_timesteps(num_inference_steps)
+        for t in self.scheduler.timesteps:
+            output = latents[:, 1:5] * latents[:, 5:]
+            latents[:, 1:5] = self.scheduler.step(output, t, latents[:, 1:5], return_dict=False)[0]
+        return (latents[:, 1:5],)
+
+
+def test_a_state_inside_larger_latents():
+    replay = make_replay(ConditionBesideState(**sd3().components), {}, guidance_scale=1.0)
+    replay.find_state({}, generators())
+    x, conditioning = replay.prepare({}, generators())
+    whole = conditioning.recordings[True].returns["prepare_latents"][0]
+    assert torch.equal(x, whole[:, 1:5])
+    y = torch.randn_like(x).requires_grad_()
+    output = replay.predict(y, 1, conditioning)
+    assert torch.equal(output, y * whole[:, 5:])
+    assert torch.equal(torch.autograd.grad(output.sum(), y)[0], whole[:, 5:].expand_as(y))
+    assert torch.equal(replay.decode(y, conditioning), y)
+    assert torch.equal(x, whole[:, 1:5])  # the recording is as it was
+
+
+class StepsAudioToo(Loop):
+    def timesteps(self):
+        copy.deepcopy(self.scheduler)
+        return self.scheduler.timesteps
+
+
+def test_a_second_scheduler_is_refused():
+    replay = make_replay(StepsAudioToo(**sd3().components), {}, guidance_scale=1.0)
+    with pytest.raises(ValueError, match="StepsAudioToo copies its scheduler .*; use a pipeline with one scheduler"):
+        replay.prepare({}, generators())
+
+
+class DecodesWithNoise(Loop):
+    def __call__(self, num_inference_steps=4, generator=None, output_type="pt", return_dict=True):
+        (latents,) = super().__call__(num_inference_steps, generator, output_type, return_dict)
+        return (latents + torch.stack([torch.randn(latents.shape[1:], generator=g) for g in generator]),)
+
+
+def test_a_decoder_that_draws_noise_draws_the_same_each_time():
+    replay = make_replay(DecodesWithNoise(**sd3().components), {}, guidance_scale=1.0)
+    x, conditioning = replay.prepare({}, generators())
+    images = replay.decode(x, conditioning)
+    assert torch.equal(replay.decode(x, conditioning), images)
+    drawn = generators()
+    for generator in drawn:
+        torch.randn(x.shape[1:], generator=generator)  # x_0 came first
+    assert torch.equal(images, x + torch.stack([torch.randn(x.shape[1:], generator=g) for g in drawn]))
+
+
 class TwoScales(Loop):
     """m = guidance_scale · true_cfg_scale · x."""
 

@@ -572,3 +572,69 @@ def test_guidance_acts_where_cfg_mode_says(tmp_path, build, mode, rollout_rows, 
     trainer.train()
     assert rows[True] == {loss_rows}
     assert rollout_rows in rows[False] and rows[False] <= {rollout_rows, loss_rows}
+
+
+@pytest.mark.parametrize(
+    ("guidance_scale", "mode", "name"),
+    [(4.0, "rollout", "kl_unguided"), (4.0, "none", "kl"), (4.0, "full", "kl"), (1.0, "rollout", "kl")],
+)
+def test_the_kl_of_another_model_than_the_sampled_one_has_another_name(tmp_path, guidance_scale, mode, name):
+    trainer = make_trainer(tmp_path, max_steps=1, guidance_scale=guidance_scale, cfg_mode=mode)
+    trainer.train()
+    assert {"kl", "kl_unguided"} & trainer.state.log_history[0].keys() == {name}
+
+
+# ----------------------------------------------------------------------------------------------------- columns, text encoders
+
+
+def test_columns_reach_the_pipeline_and_the_rewards(tmp_path):
+    seen = []
+
+    def reward(images, prompts, negative_prompt):
+        seen.append((prompts, negative_prompt))
+        return brightness(images, prompts)
+
+    def train(folder, negative):
+        rows = Dataset.from_dict({"prompt": PROMPTS, "negative_prompt": [f"{negative} {i}" for i in range(4)], "id": [1, 2, 3, 4]})
+        trainer = AdjointMatchingTrainer(
+            sd3(), reward, config(folder, guidance_scale=4.0, cfg_mode="full"), rows, rows, peft_config=LoraConfig(r=2)
+        )
+        trainer.train()
+        return weights(trainer), trainer.evaluate()["eval_reward"]
+
+    dull, dull_evaluation = train(tmp_path / "a", "dull")
+    for prompts, negatives in seen[1:]:
+        assert [PROMPTS.index(prompt) for prompt in prompts] == [int(negative[-1]) for negative in negatives]
+    dark, dark_evaluation = train(tmp_path / "b", "dark")
+    assert difference(dull, dark) > 1e-6
+    assert dull_evaluation != dark_evaluation
+
+
+def test_text_encoders_are_on_the_device_while_they_encode(tmp_path, monkeypatch):
+    trainer = make_trainer(tmp_path, max_steps=2, offload_text_encoders=True)
+    plain = make_trainer(tmp_path, max_steps=2)
+    events = []
+    for part in ("text_encoder", "text_encoder_2", "text_encoder_3"):
+        encoder = getattr(trainer.pipeline, part)
+        encoder.register_forward_pre_hook(lambda *_: events.append("encode"))
+        move = encoder.to
+        monkeypatch.setattr(encoder, "to", lambda device, move=move: (events.append(str(device)), move(device))[1])
+    trainer.denoiser.network.register_forward_pre_hook(lambda *_: events.append("denoise"))
+    monkeypatch.setattr(trainer.args, "_setup_devices", torch.device("cpu", 0), raising=False)
+    trainer.train()
+    plain.train()
+    assert difference(weights(trainer), weights(plain)) == 0.0
+    away = True
+    for event in events:
+        if event in ("cpu:0", "cpu"):
+            away = event == "cpu"
+        assert not (event == "encode" and away)
+    assert away
+    assert events.count("cpu") == events.count("cpu:0") >= 3 * 3  # the check at the start, and each of two updates
+
+
+def test_a_distilled_guidance_of_one_is_told(tmp_path, caplog):
+    from tiny_recent_image_pipelines import flux
+
+    make_trainer(tmp_path, pipeline=flux(), pipeline_kwargs={"max_sequence_length": 8})
+    assert "takes the guidance scale as an input of its network" in caplog.text

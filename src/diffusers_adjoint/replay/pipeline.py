@@ -81,7 +81,7 @@ class PipelineReplay:
             set_differentiable(getattr(pipeline, name))
         self._call = replayable_call(type(pipeline))
         self._view_class = view_class(type(pipeline))
-        self._probe_class = probe_class(type(scheduler))
+        self._probe_class = probe_class(type(scheduler), self.name)
         self._logger = logging.getLogger(self._call.__module__)
         # Where x_0 is drawn: pipelines without prepare_latents call randn_tensor themselves.
         self._source = "prepare_latents" if hasattr(type(pipeline), "prepare_latents") else "randn_tensor"

@@ -109,8 +109,8 @@ class _StandIn:
         return sample
 
 
-def probe_class(scheduler_class: type) -> type:
-    """A subclass of the scheduler's class for `make_probe`."""
+def probe_class(scheduler_class: type, pipeline: str) -> type:
+    """A subclass of the scheduler's class for `make_probe`; `pipeline` is a name for its message."""
 
     # Pipelines read the signatures (`sigmas`, `mu`, `eta`, `generator`) before they call; `wraps` keeps the real ones.
     @functools.wraps(scheduler_class.set_timesteps)  # type: ignore[attr-defined]
@@ -126,8 +126,8 @@ def probe_class(scheduler_class: type) -> type:
 
     def deepcopy(self: Any, memo: dict[int, Any]) -> None:
         raise ValueError(
-            "the pipeline copies its scheduler to step something beside its latents (audio, single frames), which has no place "
-            "in one trajectory; use a pipeline with one scheduler."
+            f"{pipeline} copies its scheduler to step something beside its latents (audio, single frames), which has no place in "
+            f"one trajectory; use a pipeline with one scheduler."
         )
 
     methods = {"set_timesteps": set_timesteps, "step": step, "__deepcopy__": deepcopy, "__module__": __name__}

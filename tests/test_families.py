@@ -1,0 +1,246 @@
+"""Every family of pipelines, in tiny form: replayed to the bit, differentiated, trained, saved and loaded by plain diffusers.
+
+A row of `families.FAMILIES` is a test here and a line of docs/pipelines.md.
+"""
+
+import statistics
+from dataclasses import dataclass
+
+import pytest
+import torch
+from families import FAMILIES
+from peft import LoraConfig
+
+from diffusers_adjoint import AdjointMatchingConfig, AdjointMatchingTrainer, memoryless_scheduler
+from diffusers_adjoint.denoiser import PipelineDenoiser
+from diffusers_adjoint.lora import add_lora
+from diffusers_adjoint.replay import PipelineReplay
+
+STEPS = 4
+SEEDS = (1, 2)
+
+
+@pytest.fixture(params=[pytest.param(f, marks=() if f.fast else pytest.mark.slow, id=f.name) for f in FAMILIES])
+def family(request):
+    return request.param
+
+
+def generators():
+    return [torch.Generator().manual_seed(seed) for seed in SEEDS]
+
+
+def prepared(pipeline, family):
+    replay = PipelineReplay(
+        pipeline,
+        memoryless_scheduler(pipeline.scheduler),
+        STEPS,
+        guidance_scale=family.guidance_scale,
+        pipeline_kwargs=family.kwargs,
+        component=family.component,
+    )
+    replay.find_state(family.columns, generators())
+    return replay, *replay.prepare(family.columns, generators())
+
+
+def component_of(pipeline, family):
+    return family.component or ("transformer" if getattr(pipeline, "transformer", None) is not None else "unet")
+
+
+def denoisers(pipeline):
+    return [getattr(pipeline, name, None) for name in ("transformer", "transformer_2", "unet")]
+
+
+def modules(pipeline):
+    return {name: part for name, part in pipeline.components.items() if isinstance(part, torch.nn.Module)}
+
+
+def parameters(pipeline):
+    """Every parameter of every component, by component and name."""
+    return {f"{part}.{name}": p for part, module in modules(pipeline).items() for name, p in module.named_parameters()}
+
+
+@dataclass
+class Step:
+    model_output: torch.Tensor
+    sample: torch.Tensor
+    prev_sample: torch.Tensor
+    calls: int  # of the denoisers, since the step before
+
+
+def call_arguments(family, **changes):
+    columns = {
+        name: torch.stack(values) if isinstance(values[0], torch.Tensor) else list(values)
+        for name, values in family.columns.items()
+    }
+    scale = {} if family.scale is None else {family.scale: family.guidance_scale}
+    batch = {} if columns else {"batch_size": len(SEEDS)}
+    ours = {"num_inference_steps": STEPS, "generator": generators(), "output_type": "pt", "return_dict": False}
+    return {**family.kwargs, **columns, **scale, **batch, **ours, **changes}
+
+
+def count_calls(pipeline):
+    calls = []
+    for network in denoisers(pipeline):
+        if network is not None:
+            network.register_forward_pre_hook(lambda *_: calls.append(1))
+    return calls
+
+
+def ordinary(pipeline, family):
+    """The pipeline's public call on a memoryless scheduler: every step, and what it returns."""
+    scheduler = memoryless_scheduler(pipeline.scheduler)
+    scheduler.set_generator(generators())
+    own_step, steps, calls = scheduler.step, [], count_calls(pipeline)
+
+    def step(model_output, timestep, sample, generator=None, return_dict=True, **options):
+        # DiT hands its batch over twice, the copy for guidance below it.
+        given = model_output[: len(SEEDS)].clone(), sample[: len(SEEDS)].clone()
+        out = own_step(given[0], timestep, given[1], generator=generator, **options)
+        steps.append(Step(*given, out.prev_sample.clone(), len(calls)))
+        calls.clear()
+        out.prev_sample = torch.cat([out.prev_sample] * (len(sample) // len(SEEDS)))
+        return out if return_dict else (out.prev_sample,)
+
+    scheduler.step = step
+    pipeline.scheduler = scheduler
+    images = pipeline(**call_arguments(family))[0]
+    return steps, images
+
+
+def test_replay_is_the_pipelines_own_call_to_the_bit(family):
+    steps, images = ordinary(family.build(), family)
+    pipeline = family.build()
+    calls = count_calls(pipeline)
+    replay, x, conditioning = prepared(pipeline, family)
+    calls.clear()
+    assert torch.equal(x, steps[0].sample.to(x.dtype))
+    assert len(replay.timesteps) == len(steps)
+    for index, step in enumerate(steps):
+        with torch.no_grad():
+            assert torch.equal(replay.predict(step.sample, index, conditioning), step.model_output)
+        assert len(calls) == step.calls
+        calls.clear()
+    with torch.no_grad():
+        assert torch.equal(replay.decode(steps[-1].prev_sample, conditioning), images)
+    assert len(calls) == 0
+    assert images.isfinite().all()
+    assert images.std() > 0
+
+
+def test_every_column_acts(family):
+    replay, x, conditioning = prepared(family.build(), family)
+    with torch.no_grad():
+        output = replay.predict(x, 1, conditioning)
+        for name, values in family.columns.items():
+            y, other = replay.prepare({**family.columns, name: values[::-1]}, generators())
+            # Image to image: the image acts on the start alone.
+            change = (replay.predict(x, 1, other) - output).norm() / output.norm() + (y - x).norm() / x.norm()
+            assert change > 1e-4, name  # float32 rounding is below 1e-6
+
+
+def test_derivative_in_the_state(family):
+    replay, x, conditioning = prepared(family.build().to(family.dtype), family)
+    index = len(replay.timesteps) // 2
+    leaf = x.clone().requires_grad_()
+    output = replay.predict(leaf, index, conditioning)
+    errors = []
+    for seed in range(3):
+        generator = torch.Generator().manual_seed(seed)
+        u = torch.randn(x.shape, generator=generator).to(x) * x.norm() / x.numel() ** 0.5
+        w = torch.randn(output.shape, generator=generator).to(output)
+        size = 1e-4 if family.dtype == torch.float64 else 3e-2
+        with torch.no_grad():
+            ahead, back = (replay.predict(x + sign * size * u, index, conditioning) for sign in (1, -1))
+        expected = ((ahead - back).double() * w.double()).sum().item() / (2 * size)
+        derivative = (torch.autograd.grad(output, leaf, w, retain_graph=True)[0].double() * u.double()).sum().item()
+        errors.append(abs(derivative - expected) / abs(expected))
+    # In double, parts that networks compute in float32 all the same (rotary embeddings, norms) leave up to 1e-4 at this size; in
+    # float32 truncation and rounding leave up to 1e-2. A gradient that is missing a part is off by more.
+    assert statistics.median(errors) < (1e-3 if family.dtype == torch.float64 else 2e-2)
+
+
+def lora_config(family):
+    return None if family.lora is None else LoraConfig(r=2, lora_alpha=4, target_modules=list(family.lora))
+
+
+def test_gradients_reach_the_trained_parameters_and_no_other(family):
+    pipeline = family.build()
+    for part in modules(pipeline).values():
+        part.requires_grad_(False)
+    replay, x, conditioning = prepared(pipeline, family)
+    if family.lora is not None:
+        config = lora_config(family)
+        config.init_lora_weights = False  # at its usual zero, half of the adapter has no gradient yet
+        add_lora(pipeline, replay.component, config)
+    denoiser = PipelineDenoiser(replay, has_adapter=family.lora is not None)
+    idle = replay.idle_steps(x, conditioning, guided=True)
+    for index in set(range(len(replay.timesteps))) - set(idle):
+        denoiser(x, index, conditioning, guided=True).square().sum().backward()
+    trained = {name for name, p in parameters(pipeline).items() if p.requires_grad}
+    reached = {name for name, p in parameters(pipeline).items() if p.grad is not None and p.grad.abs().max() > 0}
+    assert reached <= trained
+    assert all(name.startswith(f"{replay.component}.") for name in trained)
+    assert len(trained - reached) <= family.unreached, sorted(trained - reached)
+    if idle:
+        with torch.no_grad():
+            mean = denoiser(x, idle[0], conditioning, guided=True)
+            with denoiser.base():
+                assert torch.equal(mean, denoiser(x, idle[0], conditioning, guided=True))
+
+
+def reward(images, prompts):
+    return images.flatten(1).mean(1)
+
+
+def make_trainer(family, folder):
+    rows = family.columns or {"prompt": [""] * len(SEEDS)}
+    args = AdjointMatchingConfig(
+        output_dir=str(folder),
+        num_inference_steps=STEPS,
+        num_loss_steps=1,
+        reward_scale=1e4,
+        guidance_scale=family.guidance_scale,
+        pipeline_kwargs=dict(family.kwargs),
+        trained_component=family.component,
+        max_steps=2,
+        per_device_train_batch_size=2,
+        learning_rate=1e-2,
+        save_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+        use_cpu=True,
+    )
+    dataset = [{name: values[i] for name, values in rows.items()} for i in range(len(SEEDS))]
+    return AdjointMatchingTrainer(family.build(), reward, args, dataset, peft_config=lora_config(family))
+
+
+def load(pipeline, family, folder):
+    """What a user does with the saved folder, without this package."""
+    component = component_of(pipeline, family)
+    if family.lora is None:
+        network = getattr(pipeline, component)
+        pipeline.register_modules(**{component: type(network).from_pretrained(folder / component).eval()})
+    elif component == "transformer_2":
+        pipeline.load_lora_weights(folder, load_into_transformer_2=True)
+    else:
+        pipeline.load_lora_weights(folder)
+    return pipeline
+
+
+def test_trained_weights_move_alone_and_load_without_this_package(family, tmp_path):
+    trainer = make_trainer(family, tmp_path)
+    before = {name: p.detach().clone() for name, p in parameters(trainer.pipeline).items()}
+    trainer.train()
+    after = parameters(trainer.pipeline)
+    moved = {name for name, p in after.items() if not torch.equal(p.detach(), before[name])}
+    trained = {name for name, p in after.items() if p.requires_grad}
+    assert moved
+    assert moved <= trained
+    trainer.save_model(tmp_path)
+
+    with torch.no_grad():
+        tuned = trainer.pipeline(**call_arguments(family))[0]
+        loaded = load(family.build(), family, tmp_path)(**call_arguments(family))[0]
+        base = family.build()(**call_arguments(family))[0]
+    torch.testing.assert_close(loaded, tuned, rtol=1e-5, atol=1e-6)  # the adapter may be applied in another order of sums
+    assert (tuned - base).abs().max() > 1e-4
