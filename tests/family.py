@@ -30,6 +30,7 @@ class Family:
         component: `trained_component`; `None` for the default.
         unreached: number of trained tensors that no gradient reaches, because the tiny network does not use them.
         dtype: for finite differences; float32 where the network cannot run in double.
+        step: of the finite differences, relative to the state.
         fast: whether `make test` runs it; the others run in `make test-slow`.
     """
 
@@ -44,4 +45,5 @@ class Family:
     component: str | None = None
     unreached: int = 0
     dtype: torch.dtype = torch.float64
+    step: float = 1e-3
     fast: bool = False

@@ -25,7 +25,8 @@ _RESERVED = {
     "output_type": "remove it, images are always tensors",
     "return_dict": "remove it, images are always tensors",
 }
-_PER_SAMPLE = ("list[", "tensor", "image")  # in the annotation of an argument that takes one value for each sample
+# In the annotation of an argument that takes one value for each sample. Texts may always be a list, whatever it says.
+_PER_SAMPLE = ("list[", "tensor", "image", "str")
 
 
 class CallArguments:
@@ -93,7 +94,7 @@ class CallArguments:
             self._check_column(name, values, batch_size)
         # One text for all samples, in the form that goes with a list of prompts.
         shared = {
-            name: [value] * batch_size if isinstance(value, str) and self._per_sample(name) else value
+            name: [value] * batch_size if isinstance(value, str) and "list[str]" in self._annotation(name) else value
             for name, value in self._shared.items()
         }
         arguments = {**shared, **self._ours, **{name: _stacked(values) for name, values in taken.items()}}
@@ -158,9 +159,14 @@ class CallArguments:
             )
 
     def _per_sample(self, name: str) -> bool:
+        annotation = self._annotation(name)
+        return not annotation or any(word in annotation for word in _PER_SAMPLE)
+
+    def _annotation(self, name: str) -> str:
         parameter = self._parameters[name]
-        annotation = str(parameter.annotation).lower()
-        return parameter.annotation is parameter.empty or any(word in annotation for word in _PER_SAMPLE)
+        if isinstance(parameter.annotation, type):
+            return parameter.annotation.__name__.lower() if parameter.annotation is not parameter.empty else ""
+        return str(parameter.annotation).lower()
 
     def _unguided(self, arguments: dict[str, Any]) -> dict[str, Any]:
         off = {}
