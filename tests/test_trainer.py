@@ -595,7 +595,9 @@ def test_columns_reach_the_pipeline_and_the_rewards(tmp_path):
         return brightness(images, prompts)
 
     def train(folder, negative):
-        rows = Dataset.from_dict({"prompt": PROMPTS, "negative_prompt": [f"{negative} {i}" for i in range(4)], "id": [1, 2, 3, 4]})
+        rows = Dataset.from_dict(
+            {"prompt": PROMPTS, "negative_prompt": [f"{negative} {i}" for i in range(4)], "id": [1, 2, 3, 4]}
+        )
         trainer = AdjointMatchingTrainer(
             sd3(), reward, config(folder, guidance_scale=4.0, cfg_mode="full"), rows, rows, peft_config=LoraConfig(r=2)
         )

@@ -541,8 +541,11 @@ def aura_flow(*, seed: int = 0) -> AuraFlowPipeline:
         caption_projection_dim=16,
         pos_embed_max_size=64,
     )
+    randomise(transformer.proj_out)
     return eval_mode(
-        AuraFlowPipeline(transformer=transformer, vae=vae(), scheduler=flow(shift=1.73), text_encoder=encoder, tokenizer=tokenizer)
+        AuraFlowPipeline(
+            transformer=transformer, vae=vae(), scheduler=flow(shift=1.73), text_encoder=encoder, tokenizer=tokenizer
+        )
     )
 
 
@@ -581,7 +584,7 @@ def cogview4(*, seed: int = 0) -> CogView4Pipeline:
 
 
 def hidream(*, seed: int = 0) -> HiDreamImagePipeline:
-    """Routed experts, which run without gradient in evaluation mode; here they carry much of the output."""
+    """Routed experts, which run without gradient in evaluation mode."""
     torch.manual_seed(seed)
     (encoder, tokenizer), (encoder_2, tokenizer_2), (encoder_3, tokenizer_3) = projected_clip(), projected_clip(), t5()
     tokenizer_4 = byte_tokenizer(16)
@@ -604,9 +607,6 @@ def hidream(*, seed: int = 0) -> HiDreamImagePipeline:
     for module in transformer.modules():
         if type(module).__name__ == "MoEGate":  # memory as it was found
             randomise(module, 0.02)
-        if type(module).__name__ == "MOEFeedForwardSwiGLU":
-            for weight in module.experts.parameters():
-                weight.data *= 2
     encoder_4 = LlamaForCausalLM(
         LlamaConfig(
             vocab_size=len(tokenizer_4),
@@ -651,9 +651,7 @@ def chroma(*, seed: int = 0) -> ChromaPipeline:
         approximator_num_channels=16,
     )
     return eval_mode(
-        ChromaPipeline(
-            transformer=transformer, scheduler=flow(), vae=vae(**SHIFTED), text_encoder=encoder, tokenizer=tokenizer
-        )
+        ChromaPipeline(transformer=transformer, scheduler=flow(), vae=vae(**SHIFTED), text_encoder=encoder, tokenizer=tokenizer)
     )
 
 
@@ -733,7 +731,13 @@ FAMILIES = [
     Family("FLUX.2", flux2, "latents packed before the loop", kwargs={**SMALL, **OUTPUTS, "max_sequence_length": 512}),
     Family("FLUX.2-klein", flux2_klein, "CFG with two text encodings", kwargs={**SMALL, **OUTPUTS, "max_sequence_length": 128}),
     Family(
-        "Qwen-Image", qwen_image, "true CFG, rescaled to the norm", scale="true_cfg_scale", kwargs=SMALL, columns=NEGATIVE, fast=True
+        "Qwen-Image",
+        qwen_image,
+        "true CFG, rescaled to the norm",
+        scale="true_cfg_scale",
+        kwargs=SMALL,
+        columns=NEGATIVE,
+        fast=True,
     ),
     Family(
         "Z-Image",
@@ -778,7 +782,7 @@ FAMILIES = [
         lora=None,
     ),
     Family("CogView4", cogview4, "linear time shift", kwargs={**SMALL, **TEXT_16}, columns=NEGATIVE),
-    Family("HiDream", hidream, "mixture of experts", kwargs={**SMALL, **TEXT_16}, columns=NEGATIVE, fast=True),
+    Family("HiDream", hidream, "mixture of experts", kwargs={**SMALL, **TEXT_16}, columns=NEGATIVE, step=1e-5, fast=True),
     Family("Kolors", kolors, "SDXL's UNet on a language model", kwargs={**SMALL, "max_sequence_length": 32}, columns=NEGATIVE),
     Family("Chroma", chroma, "attention mask on the text", kwargs={**SMALL, **TEXT_16}, columns=NEGATIVE),
     Family(
@@ -791,9 +795,7 @@ FAMILIES = [
         dtype=torch.float32,
         step=0.1,
     ),
-    Family(
-        "DiT", dit, "class labels, a doubled batch in the loop", columns={"class_labels": [3, 7]}, lora=None, fast=True
-    ),
+    Family("DiT", dit, "class labels, a doubled batch in the loop", columns={"class_labels": [3, 7]}, lora=None, fast=True),
     Family("DDPM", ddpm, "unconditional pixels", 1.0, scale=None, columns={}, lora=None, fast=True),
     Family("DDIM", ddim, "unconditional pixels", 1.0, scale=None, columns={}, lora=None),
 ]
