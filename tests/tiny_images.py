@@ -606,7 +606,10 @@ def hidream(*, seed: int = 0) -> HiDreamImagePipeline:
     )
     for module in transformer.modules():
         if type(module).__name__ == "MoEGate":  # memory as it was found
-            randomise(module, 0.02)
+            randomise(module, 1.0)
+        if type(module).__name__ == "MOEFeedForwardSwiGLU":  # at random they hardly carry any of the output
+            for weight in module.experts.parameters():
+                weight.data *= 2
     encoder_4 = LlamaForCausalLM(
         LlamaConfig(
             vocab_size=len(tokenizer_4),

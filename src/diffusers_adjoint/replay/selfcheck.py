@@ -20,8 +20,9 @@ __all__ = ["check_replay"]
 
 _DIRECTIONS = 3
 # Largest relative error of the derivative, and the sizes of the difference relative to x, of which one has to agree. Sound tiny
-# networks reach 1e-4 in float32 (9e-3 where attention rounds inside, which wants a large difference; routed experts, which switch,
-# want a small one) and 1e-1 in bfloat16, which rounds every activation: there only a gradient that is missing altogether is noticed.
+# networks reach 1e-4 in float32 (9e-3 where attention rounds inside, which wants a large difference; routed experts, which
+# switch, want a small one) and 1e-1 in bfloat16, which rounds every activation: there only a gradient that is missing
+# altogether is noticed.
 _FINE, _COARSE = (1e-2, (3e-2, 3e-3, 1e-1)), (1e-1, (1e-1, 3e-1))
 _DERIVATIVE = {torch.float64: _FINE, torch.float32: _FINE, torch.float16: _COARSE, torch.bfloat16: _COARSE}
 

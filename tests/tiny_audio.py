@@ -1,0 +1,9 @@
+"""Tiny audio pipelines."""
+
+from __future__ import annotations
+
+from family import Family
+
+__all__ = ["FAMILIES"]
+
+FAMILIES: list[Family] = []
