@@ -45,6 +45,7 @@ EXTRAS: dict[str, list[str]] = {
         "scipy>=1.15",
         "sentencepiece>=0.2",
         "tensorboard>=2.20",
+        "torchsde>=0.2.6",
         "tqdm>=4.67",
     ],
 }

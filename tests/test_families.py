@@ -245,5 +245,7 @@ def test_trained_weights_move_alone_and_load_without_this_package(family, tmp_pa
         tuned = trainer.pipeline(**call_arguments(family))[0]
         loaded = load(family.build(), family, tmp_path)(**call_arguments(family))[0]
         base = family.build()(**call_arguments(family))[0]
-    torch.testing.assert_close(loaded, tuned, rtol=1e-5, atol=1e-6)  # the adapter may be applied in another order of sums
-    assert (tuned - base).abs().max() > 1e-4
+    change = (tuned - base).abs().max()
+    assert change > 1e-4
+    # Rounding: sums run in another order where the adapter is applied otherwise, or where loaded weights lie otherwise in memory.
+    assert (loaded - tuned).abs().max() < 1e-2 * change

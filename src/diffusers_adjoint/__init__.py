@@ -3,7 +3,12 @@
 from .adjoint import AdjointPath, lean_adjoint
 from .config import AdjointMatchingConfig
 from .matching import LossSteps, choose_loss_steps, clip_loss, control, matching_loss, step_kl
-from .schedulers import MemorylessDDIMScheduler, MemorylessFlowMatchEulerDiscreteScheduler, memoryless_scheduler
+from .schedulers import (
+    MemorylessDDIMScheduler,
+    MemorylessEDMEulerScheduler,
+    MemorylessFlowMatchEulerDiscreteScheduler,
+    memoryless_scheduler,
+)
 from .trainer import AdjointMatchingTrainer
 from .trajectory import Trajectory, rollout
 from .transition import Transition
@@ -16,6 +21,7 @@ __all__ = [
     "AdjointPath",
     "LossSteps",
     "MemorylessDDIMScheduler",
+    "MemorylessEDMEulerScheduler",
     "MemorylessFlowMatchEulerDiscreteScheduler",
     "Trajectory",
     "Transition",

@@ -10,9 +10,18 @@ import diffusers
 import torch
 
 from .memoryless_ddim import MemorylessDDIMScheduler
+from .memoryless_edm_euler import MemorylessEDMEulerScheduler
 from .memoryless_flow_match_euler_discrete import MemorylessFlowMatchEulerDiscreteScheduler
 
-__all__ = ["MemorylessDDIMScheduler", "MemorylessFlowMatchEulerDiscreteScheduler", "memoryless_scheduler"]
+__all__ = [
+    "MemorylessDDIMScheduler",
+    "MemorylessEDMEulerScheduler",
+    "MemorylessFlowMatchEulerDiscreteScheduler",
+    "MemorylessScheduler",
+    "memoryless_scheduler",
+]
+
+MemorylessScheduler = MemorylessFlowMatchEulerDiscreteScheduler | MemorylessDDIMScheduler | MemorylessEDMEulerScheduler
 
 _FLOW = (diffusers.FlowMatchEulerDiscreteScheduler, diffusers.FlowMatchHeunDiscreteScheduler)
 # All sample x = √ᾱ X_1 + √(1 − ᾱ) X_0 from a table of ᾱ. Those that carry x/√ᾱ instead (Euler, Heun, LMS, …) scale it back
@@ -38,16 +47,21 @@ _BETA_SCHEDULE = (
     diffusers.SASolverScheduler,
     diffusers.UniPCMultistepScheduler,
 )
+# They carry x = X_1 + σ X_0 on a grid of σ.
+_EDM = (
+    diffusers.CosineDPMSolverMultistepScheduler,
+    diffusers.EDMDPMSolverMultistepScheduler,
+    diffusers.EDMEulerScheduler,
+)
 _GRID_OPTIONS = ("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas", "use_lu_lambdas")
 
 
-def memoryless_scheduler(
-    scheduler: Any, integrator: str | None = None
-) -> MemorylessFlowMatchEulerDiscreteScheduler | MemorylessDDIMScheduler:
+def memoryless_scheduler(scheduler: Any, integrator: str | None = None) -> MemorylessScheduler:
     """The memoryless scheduler for a pipeline's own one: the same noise levels, prediction type and spacing of timesteps.
 
-    Flow-match schedulers, and solvers with `use_flow_sigmas=True`, become a `MemorylessFlowMatchEulerDiscreteScheduler`; every
-    other sampler of a β-schedule becomes a `MemorylessDDIMScheduler`. Solver options (order, algorithm, …) have no meaning here.
+    Flow-match schedulers, and solvers with `use_flow_sigmas=True`, become a `MemorylessFlowMatchEulerDiscreteScheduler`; EDM
+    schedulers of v-prediction models a `MemorylessEDMEulerScheduler`; every other sampler of a β-schedule a
+    `MemorylessDDIMScheduler`. Solver options (order, algorithm, …) have no meaning here.
 
     Args:
         scheduler: the pipeline's scheduler; it is not changed.
@@ -55,8 +69,8 @@ def memoryless_scheduler(
             already.
 
     Raises:
-        ValueError: for a scheduler without a memoryless counterpart (distilled, consistency and EDM samplers), or an unknown
-            integrator.
+        ValueError: for a scheduler without a memoryless counterpart (distilled and consistency samplers, EDM with another
+            prediction type), or an unknown integrator.
     """
     chosen = {} if integrator is None else {"integrator": integrator}
     if isinstance(scheduler, _FLOW):
@@ -64,6 +78,8 @@ def memoryless_scheduler(
         if isinstance(scheduler, diffusers.FlowMatchEulerDiscreteScheduler):
             flow.set_shift(scheduler.shift)  # may have been set after construction
         return flow
+    if _is_edm(scheduler):
+        return _from_edm(scheduler, chosen)
     if not isinstance(scheduler, _BETA_SCHEDULE) or scheduler.config.get("timestep_type") == "continuous":
         raise ValueError(
             f"{type(scheduler).__name__} has no memoryless counterpart; use a model that is sampled with "
@@ -88,6 +104,20 @@ def _from_flow_solver(scheduler: Any, chosen: dict[str, Any]) -> MemorylessFlowM
         )
     shared = _shared(scheduler, MemorylessFlowMatchEulerDiscreteScheduler)
     return MemorylessFlowMatchEulerDiscreteScheduler(**shared | {"shift": config.flow_shift} | chosen)
+
+
+def _is_edm(scheduler: Any) -> bool:
+    """Whether the host runs from x = X_1 + σ X_0 to the data on a grid of σ, with the v-prediction of that path."""
+    config = scheduler.config
+    continuous = config.get("timestep_type") == "continuous" and config.use_karras_sigmas
+    unit = config.get("prediction_type") == "v_prediction" and config.get("sigma_data", 1.0) == 1.0
+    return (isinstance(scheduler, _EDM) or continuous) and unit and config.final_sigmas_type == "zero"
+
+
+def _from_edm(scheduler: Any, chosen: dict[str, Any]) -> MemorylessEDMEulerScheduler:
+    cosine = isinstance(scheduler, diffusers.CosineDPMSolverMultistepScheduler)
+    conditioning = {"noise_conditioning": "atan"} if cosine else {}
+    return MemorylessEDMEulerScheduler(**_shared(scheduler, MemorylessEDMEulerScheduler) | conditioning | chosen)
 
 
 def _from_beta_schedule(scheduler: Any, chosen: dict[str, Any]) -> MemorylessDDIMScheduler:

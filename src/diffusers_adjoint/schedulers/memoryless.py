@@ -1,4 +1,4 @@
-r"""What both memoryless schedulers share: the tables of one grid, and the step that reads them.
+r"""What the memoryless schedulers share: the tables of one grid, and the step that reads them.
 
 Every scheduler is brought to flow coordinates (see `integrators`) and back. With x = α X_1 + β X_0, t = α/(α + β), and a network
 whose output m gives the velocity v = p x + q m, step k from (α, β) to (α', β') is
@@ -97,7 +97,7 @@ def transition_table(alphas: Tensor, betas: Tensor, prediction_type: str, integr
 
 
 class MemorylessStep:
-    """Mixin of both schedulers: the pure transition, and the noise of the stateful `step`."""
+    """Mixin of all memoryless schedulers: the pure transition, and the noise of the stateful `step`."""
 
     timesteps: Tensor
     _table: TransitionTable | None = None
@@ -148,6 +148,13 @@ class MemorylessStep:
             )
         mean = float(table.state[index]) * sample.to(dtype) + float(table.output[index]) * model_output.to(dtype)
         return Transition(mean, float(table.std[index]))
+
+    def _index_of(self, timestep: float | Tensor) -> int:
+        """k of a timestep of the grid, for hosts whose timesteps are all different."""
+        found = (self.timesteps == timestep).nonzero()
+        if len(found) == 0:
+            raise ValueError(f"timestep={float(timestep):g} is not on the grid; pass one of scheduler.timesteps.")
+        return int(found[0])
 
     def _next_sample(
         self, model_output: Tensor, sample: Tensor, index: int, generator: torch.Generator | list[torch.Generator] | None

@@ -120,13 +120,16 @@ class MemorylessDDIMScheduler(DDIMScheduler, MemorylessStep):
         kept = torch.cat([self.alphas_cumprod[self.timesteps.cpu()].cpu(), self.final_alpha_cumprod.cpu().view(1)]).double()
         self._table = transition_table(kept.sqrt(), (1 - kept).sqrt(), self.config.prediction_type, self.config.integrator)
 
-    def step(  # `eta` and the clipping arguments belong to another sampler
+    def step(
         self,
         model_output: Tensor,
         timestep: int | Tensor,
         sample: Tensor,
         generator: torch.Generator | list[torch.Generator] | None = None,
         return_dict: bool = True,
+        *,
+        eta: float = 0.0,
+        use_clipped_model_output: bool | None = None,
     ) -> DDIMSchedulerOutput | tuple[Tensor, Tensor]:
         """Draw the next state; steps may be taken in any order.
 
@@ -136,17 +139,19 @@ class MemorylessDDIMScheduler(DDIMScheduler, MemorylessStep):
             sample: x_k, same shape; its dtype is kept, the arithmetic is at least float32.
             generator: noise source, one or one a sample; `None` for the one of `set_generator`.
             return_dict: an output object rather than a tuple.
+            eta, use_clipped_model_output: the parent's, which DDIMPipeline always passes; only their defaults have a meaning.
 
         Returns:
             x_{k+1}, or the mean alone at the last step, and the predicted data x̂_1.
 
         Raises:
-            ValueError: before `set_timesteps`, or for a timestep off the grid.
+            ValueError: before `set_timesteps`, for a timestep off the grid, or for another `eta`.
         """
-        found = (self.timesteps == timestep).nonzero()
-        if len(found) == 0:
-            raise ValueError(f"timestep={int(timestep)} is not on the grid; pass one of scheduler.timesteps.")
-        index = int(found[0])
+        if eta or use_clipped_model_output:
+            raise ValueError(
+                "eta and use_clipped_model_output choose another sampler's noise; leave them out, this one has its own noise."
+            )
+        index = self._index_of(timestep)
         prev_sample = self._next_sample(model_output, sample, index, generator)
         clean = self._predicted_data(model_output, sample, index)
         return DDIMSchedulerOutput(prev_sample=prev_sample, pred_original_sample=clean) if return_dict else (prev_sample, clean)

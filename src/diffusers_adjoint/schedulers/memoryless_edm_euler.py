@@ -1,0 +1,126 @@
+"""Memoryless sampling for EDM pipelines with v-prediction (Stable Audio, Stable Video Diffusion): diffusers' EDM Euler scheduler,
+made stochastic."""
+
+from __future__ import annotations
+
+import math
+from typing import Literal
+
+import torch
+from diffusers import EDMEulerScheduler, SchedulerMixin  # noqa: F401  SchedulerMixin: see below
+from diffusers.configuration_utils import register_to_config
+from diffusers.schedulers.scheduling_edm_euler import EDMEulerSchedulerOutput
+from torch import Tensor
+
+from .integrators import DEFAULT_INTEGRATOR
+from .memoryless import MemorylessStep, check_integrator, transition_table
+
+__all__ = ["MemorylessEDMEulerScheduler"]
+
+# A saved pipeline names this module, and diffusers then looks `SchedulerMixin` up in it before it loads the scheduler.
+
+
+class MemorylessEDMEulerScheduler(EDMEulerScheduler, MemorylessStep):
+    """x = (X_1 + σ X_0)/√(1 + σ²) with the memoryless noise σ² = 2η (2409.08861, Prop. 1) in place of the ODE.
+
+    The parent carries X_1 + σ X_0 and divides it for the network (2206.00364, table 1). Here the state is what the network sees:
+    α² + β² = 1 with α = 1/√(1 + σ²), and the network's output is the v-prediction of that path. So the start has unit variance
+    and nothing is scaled between steps; at σ = 0 both are the data. The grid of σ is the parent's.
+
+    Args:
+        noise_conditioning: what the network takes for σ: "log", ln(σ)/4 as in the parent, or "atan", 2/π · atan(σ) as in
+            `CosineDPMSolverMultistepScheduler`.
+        integrator: discretisation of the SDE, a key of `integrators.INTEGRATORS`. All others as the parent's.
+
+    Raises:
+        ValueError: for an unknown integrator or noise conditioning, or where the path above does not hold: another prediction
+            type, sigma_data other than 1, a grid that ends before the data.
+    """
+
+    _compatibles = ["EDMEulerScheduler", "EDMDPMSolverMultistepScheduler"]
+    order = 1
+    init_noise_sigma = 1.0
+
+    @register_to_config
+    def __init__(
+        self,
+        sigma_min: float = 0.002,
+        sigma_max: float = 80.0,
+        sigma_data: float = 1.0,
+        sigma_schedule: Literal["karras", "exponential"] = "karras",
+        num_train_timesteps: int = 1000,
+        prediction_type: Literal["v_prediction"] = "v_prediction",
+        rho: float = 7.0,
+        final_sigmas_type: Literal["zero"] = "zero",
+        noise_conditioning: Literal["log", "atan"] = "log",
+        integrator: str = DEFAULT_INTEGRATOR,
+    ) -> None:
+        check_integrator(integrator)
+        needed = {"prediction_type": "v_prediction", "sigma_data": 1.0, "final_sigmas_type": "zero"}
+        for name, value in needed.items():
+            if self.config[name] != value:
+                raise ValueError(f"{name}={self.config[name]!r} is not supported; pass {value!r}.")
+        if noise_conditioning not in ("log", "atan"):
+            raise ValueError(f"noise_conditioning={noise_conditioning!r} is unknown; pass 'log' or 'atan'.")
+        super().__init__(
+            sigma_min=sigma_min,
+            sigma_max=sigma_max,
+            sigma_data=sigma_data,
+            sigma_schedule=sigma_schedule,
+            num_train_timesteps=num_train_timesteps,
+            prediction_type=prediction_type,
+            rho=rho,
+            final_sigmas_type=final_sigmas_type,
+        )
+
+    def precondition_noise(self, sigma: float | Tensor) -> Tensor:
+        """What the network takes for σ."""
+        if self.config.noise_conditioning == "log":
+            return super().precondition_noise(sigma)
+        return torch.as_tensor(sigma).atan() / math.pi * 2
+
+    def scale_model_input(self, sample: Tensor, timestep: float | Tensor | None = None) -> Tensor:
+        """The state is scaled already."""
+        return sample
+
+    def set_timesteps(
+        self,
+        num_inference_steps: int | None = None,
+        device: str | torch.device | None = None,
+        sigmas: Tensor | list[float] | None = None,
+    ) -> None:
+        """The parent's grid (see there), and the transition of each of its steps."""
+        super().set_timesteps(num_inference_steps, device=device, sigmas=sigmas)
+        levels = self.sigmas.double()
+        alphas = (1 + levels**2).rsqrt()
+        self._table = transition_table(alphas, levels * alphas, self.config.prediction_type, self.config.integrator)
+
+    def step(  # the parent's churn arguments belong to another sampler
+        self,
+        model_output: Tensor,
+        timestep: float | Tensor,
+        sample: Tensor,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        return_dict: bool = True,
+    ) -> EDMEulerSchedulerOutput | tuple[Tensor, Tensor]:
+        """Draw the next state; steps may be taken in any order.
+
+        Args:
+            model_output: the network's prediction v = α X_0 − β X_1, shape (B, …).
+            timestep: one of `timesteps`.
+            sample: x_k, same shape; its dtype is kept, the arithmetic is at least float32.
+            generator: noise source, one or one a sample; `None` for the one of `set_generator`.
+            return_dict: an output object rather than a tuple.
+
+        Returns:
+            x_{k+1}, or the mean alone at the last step, and the predicted data x̂_1.
+
+        Raises:
+            ValueError: before `set_timesteps`, or for a timestep off the grid.
+        """
+        index = self._index_of(timestep)
+        prev_sample = self._next_sample(model_output, sample, index, generator)
+        clean = self._predicted_data(model_output, sample, index)
+        if not return_dict:
+            return prev_sample, clean
+        return EDMEulerSchedulerOutput(prev_sample=prev_sample, pred_original_sample=clean)
