@@ -35,6 +35,7 @@ EXTRAS: dict[str, list[str]] = {
     "metrics": [],
     "docs": [],
     "dev": [
+        "ftfy>=6.3",
         "matplotlib>=3.10",
         "mypy>=2.0",
         "pillow>=12.0",

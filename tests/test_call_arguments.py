@@ -61,6 +61,17 @@ def test_tensors_are_stacked():
     assert torch.equal(arguments["prompt_embeds"], torch.stack(embeds))
 
 
+def test_what_a_single_sample_has_is_passed_as_it_is():
+    """Some pipelines take one image and no list of one; others understand a list as several references."""
+    image, embeds = Image.new("RGB", (4, 4)), torch.zeros(3, 4)
+    arguments = make()({"prompt": ["a"], "image": [image], "prompt_embeds": [embeds]}, 1)
+    assert arguments["image"] is image
+    assert arguments["prompt_embeds"].shape == (1, 3, 4)
+    assert arguments["prompt"] == ["a"]
+    assert make()({"prompt": ["a"], "image": [[image, image]]}, 1)["image"] == [image, image]
+    assert make(class_conditional)({"class_labels": [3]}, 1)["class_labels"] == [3]
+
+
 def test_a_text_for_all_samples_goes_with_a_list_of_prompts():
     arguments = make(kwargs={"negative_prompt": "blurry", "height": 32})(TWO, 2)
     assert arguments["negative_prompt"] == ["blurry", "blurry"]
@@ -110,6 +121,15 @@ def test_guidance_on_and_off(settings, guided, unguided):
     assert {name: on.get(name) for name in guided} == guided
     assert {name: off.get(name) for name in unguided} == unguided
     assert arguments.guides == (on != off)
+
+
+def test_a_scale_that_is_none_by_default_does_not_guide():
+    """FLUX.1-dev: guidance_scale is an input of the network, true_cfg_scale is 1 unless set."""
+
+    def flux(self, prompt, true_cfg_scale: float = 1.0, guidance_scale: float = 3.5): ...
+
+    assert not make(flux, 3.5, embedded=True).guides
+    assert make(flux, 3.5, {"true_cfg_scale": 2.0}, embedded=True).guides
 
 
 @pytest.mark.parametrize(

@@ -620,6 +620,12 @@ def offloaded():
     return pipeline
 
 
+def group_offloaded():
+    pipeline = sd3()
+    pipeline.transformer.enable_group_offload(torch.device("cpu"), offload_type="leaf_level")
+    return pipeline
+
+
 def cached():
     pipeline = sd3()
     transformer = flux_transformer()
@@ -642,6 +648,7 @@ def without(name):
         (lambda: without("transformer"), {}, "StableDiffusion3Pipeline has no transformer and no unet"),
         (cached, {}, "reuses cached outputs"),
         (offloaded, {}, "offloaded to the CPU"),
+        (group_offloaded, {}, "offloaded to the CPU"),
         (lambda: Loop(**sd3().components), {"guidance_scale": 5.0}, "Loop takes no guidance_scale, but 5.0"),
         (sd3, {"pipeline_kwargs": {"hieght": 64}}, "'hieght', which StableDiffusion3Pipeline does not take"),
         (sd3, {"pipeline_kwargs": {"guidance_scale": 5.0}}, "'guidance_scale', which is not set there"),

@@ -4,7 +4,10 @@ import pytest
 import torch
 from diffusers import StableDiffusion3Pipeline
 from test_replay import BUILDERS, PROMPTS, SHORT, count_calls, denoiser, generators, make_replay, snapshot
+from tiny_conditioned import picture
+from tiny_images import flux2_klein
 from tiny_pipelines import sd3, sd15
+from tiny_videos import mochi
 
 from diffusers_adjoint.replay import check_replay
 
@@ -24,6 +27,18 @@ def test_sound_pipelines_pass(build, kwargs, dtype, guidance_scale):
     check(pipeline, kwargs, guidance_scale=guidance_scale)
     assert len(calls) <= 30
     assert snapshot(pipeline) == before
+
+
+def test_a_network_stored_in_eight_bits_passes():
+    pipeline = sd3()
+    pipeline.transformer.enable_layerwise_casting(torch.float8_e4m3fn, torch.float32)
+    check(pipeline)
+
+
+def test_states_rounded_between_steps_pass():
+    """Mochi hands float32 latents to `step` and rounds what it returns."""
+    size = {"height": 16, "width": 32, "num_frames": 7, "max_sequence_length": 16}
+    check(mochi().to(torch.bfloat16), size)
 
 
 def test_random_numbers_are_left_alone():
@@ -59,6 +74,22 @@ def test_a_prediction_that_is_not_finite():
     expect("predicts values that are not finite", hooked(lambda output: output / 0))
 
 
+KLEIN = {"height": 16, "width": 16, "text_encoder_out_layers": (1, 2, 3), "max_sequence_length": 128}
+
+
+@pytest.mark.parametrize("samples", [1, 2])
+def test_a_list_of_images_that_are_references_of_every_sample(samples):
+    """FLUX.2 shows every sample all images of the list; one sample may have several."""
+    replay = make_replay(flux2_klein(), KLEIN)
+    images = [[picture(1, 64), picture(2, 64)]] if samples == 1 else [picture(1, 64), picture(1, 64)]
+    columns = {"prompt": PROMPTS[:samples], "image": images}
+    if samples == 1:
+        check_replay(replay, columns, generators((1,)))
+    else:
+        with pytest.raises(ValueError, match="shows a sample the images of the others; use per_device_train_batch_size=1"):
+            check_replay(replay, columns, generators())
+
+
 def test_latents_changed_between_steps():
     def repaint(pipeline, index, timestep, tensors):
         return {"latents": tensors["latents"] + 1e-3}
@@ -83,6 +114,12 @@ def test_a_decoder_without_gradient():
     pipeline = sd15()
     pipeline.vae.decoder.register_forward_hook(lambda module, args, output: output.detach())
     expect("decodes without gradient", pipeline, {})
+
+
+def test_a_decoder_with_noise_of_its_own():
+    pipeline = sd15()
+    pipeline.vae.decoder.register_forward_hook(lambda module, args, output: output + torch.randn_like(output))
+    expect("decodes the same latents to other images each time", pipeline, {})
 
 
 class Delegates(StableDiffusion3Pipeline):

@@ -6,6 +6,8 @@ import pytest
 import torch
 from datasets import Dataset, IterableDataset
 from peft import LoraConfig
+from tiny_conditioned import picture, wan22_from_image
+from tiny_images import flux
 from tiny_pipelines import sd3, sd15
 
 import diffusers_adjoint.trainer
@@ -635,8 +637,29 @@ def test_text_encoders_are_on_the_device_while_they_encode(tmp_path, monkeypatch
     assert events.count("cpu") == events.count("cpu:0") >= 3 * 3  # the check at the start, and each of two updates
 
 
-def test_a_distilled_guidance_of_one_is_told(tmp_path, caplog):
-    from tiny_recent_image_pipelines import flux
+def test_a_pipeline_that_takes_one_image_trains_one_sample_at_a_time(tmp_path):
+    """The check at the start must not use more samples than training does."""
 
+    def middle(images, prompts, image):
+        assert images.shape[:3] == (1, 5, 3)  # a video
+        return images.mean((1, 2, 3, 4))
+
+    rows = [{"prompt": prompt, "image": picture(number)} for number, prompt in enumerate(PROMPTS)]
+    args = config(
+        tmp_path,
+        per_device_train_batch_size=1,
+        gradient_accumulation_steps=2,
+        num_loss_steps=1,
+        pipeline_kwargs={"height": 16, "width": 16, "num_frames": 5, "max_sequence_length": 16},
+        per_device_eval_batch_size=1,
+    )
+    trainer = AdjointMatchingTrainer(wan22_from_image(), middle, args, rows, rows[:2], peft_config=LoraConfig(r=2))
+    before = weights(trainer)
+    trainer.train()
+    assert difference(weights(trainer), before) > 0
+    assert 0 < trainer.evaluate()["eval_reward"] < 1
+
+
+def test_a_distilled_guidance_of_one_is_told(tmp_path, caplog):
     make_trainer(tmp_path, pipeline=flux(), pipeline_kwargs={"max_sequence_length": 8})
     assert "takes the guidance scale as an input of its network" in caplog.text

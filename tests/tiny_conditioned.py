@@ -21,7 +21,6 @@ from diffusers import (
     WanTransformer3DModel,
 )
 from diffusers.pipelines.qwenimage import pipeline_qwenimage_edit
-from diffusers.pipelines.wan import pipeline_wan_i2v
 from family import PROMPTS, Family
 from PIL import Image
 from tiny_images import flux, sdxl
@@ -170,8 +169,6 @@ def sdxl_controlnet(*, seed: int = 0) -> StableDiffusionXLControlNetPipeline:
 def wan22_from_image(*, seed: int = 0) -> WanImageToVideoPipeline:
     """Two transformers; the image and its mask are channels of their input."""
     torch.manual_seed(seed)
-    if not hasattr(pipeline_wan_i2v, "ftfy"):  # an optional package that it calls all the same
-        pipeline_wan_i2v.ftfy = type("ftfy", (), {"fix_text": staticmethod(str)})
     encoder, tokenizer = t5()
     first, second = (
         WanTransformer3DModel(

@@ -298,16 +298,21 @@ class AdjointMatchingTrainer(Trainer):
 
     def _check_first_row(self) -> None:
         row = first_row(self.train_dataset, needs_prompt=self.replay.arguments.takes_prompt)
-        columns = collate_columns([row, row])
+        rows = min(2, self._largest_batch())  # pipelines exist that take one sample only
+        columns = collate_columns([row] * rows)
         used = self.reward.require_arguments(without_prompt(columns))
         self.replay.arguments.require_known(columns, used)
-        generators = self._generators(range(2), Stream.START)
+        generators = self._generators(range(rows), Stream.START)
         with self._text_encoders():
             check_replay(self.replay, columns, generators, check_unguided=self.args.cfg_mode != "full")
         batch = self._prepare_batch({"columns": columns, "first_image": 0, "share": 1.0})
         self._idle_steps = self.replay.idle_steps(batch.start, batch.conditioning, guided=self._guided_loss)
         self._choose_steps()
         self._reward_gradient(batch.start, batch)
+
+    def _largest_batch(self) -> int:
+        evaluated = self.args.per_device_eval_batch_size if self.eval_dataset is not None else 1
+        return max(self.args.per_device_train_batch_size * self.args.num_generations, evaluated)
 
     # ------------------------------------------------------------------------------------------------ logging, evaluation
 

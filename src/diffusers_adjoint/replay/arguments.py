@@ -76,7 +76,7 @@ class CallArguments:
         if self._scale in self._parameters:
             self._ours[self._scale] = guidance_scale
         options = {**self._shared, **self._ours}
-        self.guides = self._unguided(options) != options
+        self.guides = any(self._scale_in(options, name) != none for name, none in self._off(options).items())
 
     def __call__(self, columns: Mapping[str, list[Any]], batch_size: int, *, guided: bool = True) -> dict[str, Any]:
         """All arguments of a call for B samples, but the generators.
@@ -89,7 +89,7 @@ class CallArguments:
             ValueError: if a needed column is missing or has another length, sets what the replay sets, or would need an
                 argument of one value for each sample where the pipeline takes one for all.
         """
-        taken = {name: values for name, values in columns.items() if name in self._parameters}
+        taken = self.taken(columns)
         for name, values in taken.items():
             self._check_column(name, values, batch_size)
         # One text for all samples, in the form that goes with a list of prompts.
@@ -102,6 +102,10 @@ class CallArguments:
         if "batch_size" in self._parameters and not self.takes_prompt:
             arguments["batch_size"] = batch_size
         return arguments if guided else self._unguided(arguments)
+
+    def taken(self, columns: Mapping[str, list[Any]]) -> dict[str, list[Any]]:
+        """The columns that the pipeline takes."""
+        return {name: values for name, values in columns.items() if name in self._parameters}
 
     def require_known(self, columns: Mapping[str, Any], used: set[str]) -> None:
         """Raise ValueError for a column that looks like a misspelt argument of the pipeline.
@@ -169,14 +173,22 @@ class CallArguments:
         return str(parameter.annotation).lower()
 
     def _unguided(self, arguments: dict[str, Any]) -> dict[str, Any]:
-        off = {}
-        for name in self._guidance:
-            # A scale left at None follows another one.
-            if name in self._parameters and arguments.get(name, self._parameters[name].default) is not None:
-                off[name] = self._no_guidance
-        return {**arguments, **off}
+        return {**arguments, **self._off(arguments)}
+
+    def _off(self, arguments: Mapping[str, Any]) -> dict[str, float]:
+        """The guidance scales of a call, set to none; one that is left at `None` follows another one."""
+        names = [name for name in self._guidance if name in self._parameters]
+        return {name: self._no_guidance for name in names if self._scale_in(arguments, name) is not None}
+
+    def _scale_in(self, arguments: Mapping[str, Any], name: str) -> Any:
+        return arguments.get(name, self._parameters[name].default)
 
 
-def _stacked(values: list[Any]) -> list[Any] | Tensor:
-    """Tensors (precomputed embeddings, images of one size) as one tensor, everything else as a list."""
-    return torch.stack(values) if all(isinstance(value, Tensor) for value in values) else values
+def _stacked(values: list[Any]) -> Any:
+    """Tensors (precomputed embeddings, images of one size) as one tensor, everything else as a list.
+
+    What a single sample has is passed as it is: pipelines exist that take no more than one image, or one list of images.
+    """
+    if all(isinstance(value, Tensor) for value in values):
+        return torch.stack(values)
+    return values[0] if len(values) == 1 and not isinstance(values[0], str | int | float) else values

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-__all__ = ["Conditioning", "Preparations", "Recording", "Slot", "fresh", "in_order"]
+__all__ = ["Conditioning", "Preparations", "Recording", "Slot", "copied", "fresh", "in_order"]
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ class Conditioning:
         source: what draws x_0, "prepare_latents" or "randn_tensor"; the first tensor it returned holds x_0, whatever it
             returned beside it (image latents, masks) is condition.
         slot: where x_0 lies in that tensor; `None` if it is x_0.
-        generators: of the samples, as they are when the loop starts.
+        generators: of the samples, copies, as they are when the loop starts.
     """
 
     recordings: dict[bool, Recording]
@@ -87,9 +87,6 @@ class Conditioning:
         first, *others = recording.returns[self.source]
         return {**recording.returns, self.source: ((whole, *first[1:]) if isinstance(first, tuple) else whole, *others)}
 
-    def copied_generators(self) -> list[torch.Generator]:
-        return [torch.Generator(g.device).set_state(g.get_state()) for g in self.generators]
-
     def _latents(self, recording: Recording) -> Tensor:
         first = recording.returns[self.source][0]
         return first[0] if isinstance(first, tuple) else first
@@ -117,6 +114,11 @@ class Preparations:
             return fresh(value)
 
         return recorded
+
+
+def copied(generators: Iterable[torch.Generator]) -> list[torch.Generator]:
+    """Generators that go on as these would."""
+    return [torch.Generator(generator.device).set_state(generator.get_state()) for generator in generators]
 
 
 def fresh(value: Any) -> Any:

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from ..transition import Transition
 from .arguments import CallArguments
-from .conditioning import Conditioning, Preparations, Recording, Slot, fresh, in_order
+from .conditioning import Conditioning, Preparations, Recording, Slot, copied, fresh, in_order
 from .probe import RecordedStep, ReplayStop, make_probe, make_recorder, probe_class, replayable_call
 from .view import (
     called_in_place_of,
@@ -171,7 +171,7 @@ class PipelineReplay:
             for generator, state in zip(generators, states, strict=True):
                 generator.set_state(state)
             recordings[mode] = self._dry_run(columns, generators, guided=mode)
-        conditioning = Conditioning(recordings, self._source, self._slot, tuple(generators))
+        conditioning = Conditioning(recordings, self._source, self._slot, tuple(copied(generators)))
         x = conditioning.start
         return x.to(torch.promote_types(x.dtype, torch.float32)), conditioning
 
@@ -226,7 +226,7 @@ class PipelineReplay:
         probe = make_probe(self._probe_class, self.scheduler, visit=())
         guided = True in conditioning.recordings
         try:
-            return self._replay(probe, x, conditioning, guided, generator=conditioning.copied_generators())[0]
+            return self._replay(probe, x, conditioning, guided, generator=copied(conditioning.generators))[0]
         except ReplayStop:
             raise ValueError(
                 f"{self.name} calls scheduler.step outside its loop over timesteps; it cannot be replayed."
@@ -260,8 +260,7 @@ class PipelineReplay:
             stop_after: leave after so many steps, without images.
             arguments: replace those of the call.
         """
-        recorder = make_recorder(self.scheduler, len(generators), stop_after)
-        recorder.set_generator(list(generators))  # for pipelines that do not pass theirs on
+        recorder = make_recorder(self.scheduler, generators, stop_after)
         view = self._view(recorder)
         images = None
         with suppress(ReplayStop):
@@ -300,8 +299,7 @@ class PipelineReplay:
         """
         if self._source == "randn_tensor":
             return
-        recorder = make_recorder(self.scheduler, len(generators), stop_after=1)
-        recorder.set_generator(list(generators))
+        recorder = make_recorder(self.scheduler, generators, stop_after=1)
         view, preparations = self._view(recorder), Preparations()
         view.__dict__[self._source] = preparations.recording(self._source, view.prepare_latents)
         with suppress(ReplayStop):

@@ -21,6 +21,8 @@ from diffusers import DiffusionPipeline
 from diffusers.schedulers.scheduling_utils import SchedulerOutput
 from torch import Tensor
 
+from .conditioning import copied
+
 __all__ = ["ReplayStop", "ReplayedTimesteps", "RecordedStep", "make_probe", "make_recorder", "probe_class", "replayable_call"]
 
 
@@ -161,19 +163,23 @@ class RecordedStep:
     prev_sample: Tensor
 
 
-def make_recorder(scheduler: Any, batch_size: int, stop_after: int | None = None) -> Any:
+def make_recorder(scheduler: Any, generators: list[torch.Generator], stop_after: int | None = None) -> Any:
     """A copy of `scheduler` that does its work, keeps each step in `record`, and stops the call after `stop_after` steps.
+
+    Its noise comes from copies of the generators, whatever the pipeline passes: whether the call's own ones move on during the
+    loop would differ from pipeline to pipeline, and with it what its decoder draws.
 
     A pipeline that carries a batch doubled for guidance hands 2 B samples to `step`, of which the first B count. `first_sample`
     is the tensor of its first call itself, a view into the pipeline's latents where it is one.
     """
-    scheduler_class = type(scheduler)
+    scheduler_class, batch_size, noise = type(scheduler), len(generators), copied(generators)
 
     @functools.wraps(scheduler_class.step)
     def step(self: Any, model_output: Tensor, timestep: Any, sample: Tensor, *args: Any, **kwargs: Any) -> Any:
         if not self.record:
             self.first_sample = sample
         as_output, copies = kwargs.pop("return_dict", True), len(sample) // batch_size
+        kwargs["generator"] = noise
         before = model_output[:batch_size].clone(), sample[:batch_size].clone()  # the pipeline may go on to write into them
         after = scheduler_class.step(self, before[0], timestep, before[1], *args, return_dict=False, **kwargs)[0]
         self.record.append(RecordedStep(*before, prev_sample=after))

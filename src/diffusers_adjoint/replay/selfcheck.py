@@ -10,8 +10,10 @@ import statistics
 from typing import Any
 
 import torch
+from PIL import Image, ImageOps
 from torch import Tensor
 
+from .conditioning import copied
 from .pipeline import PipelineReplay
 from .probe import RecordedStep
 from .view import counting_rows
@@ -24,7 +26,6 @@ _DIRECTIONS = 3
 # switch, want a small one) and 1e-1 in bfloat16, which rounds every activation: there only a gradient that is missing
 # altogether is noticed.
 _FINE, _COARSE = (1e-2, (3e-2, 3e-3, 1e-1)), (1e-1, (1e-1, 3e-1))
-_DERIVATIVE = {torch.float64: _FINE, torch.float32: _FINE, torch.float16: _COARSE, torch.bfloat16: _COARSE}
 
 
 def check_replay(
@@ -47,6 +48,7 @@ def check_replay(
     check = _Check(replay, columns, generators)
     with torch.no_grad():
         check.prediction_is_a_function()
+        check.samples_are_apart()
         steps = check.own_steps(stop_after=2)
         check.loop_starts_from_prepared_latents(steps[0])
         check.latents_are_the_schedulers(steps)
@@ -77,6 +79,21 @@ class _Check:
                 "switch off what is random or remembers (dropout, a guider's momentum)",
             )
 
+    def samples_are_apart(self) -> None:
+        """Another image in the last row changes nothing for the first: a list may mean several references of every sample."""
+        taken = self.replay.arguments.taken(self.columns)
+        others = {name: other for name, values in taken.items() if (other := _another(values[-1])) is not None}
+        if len(self.x) == 1 or not others:
+            return
+        changed = {name: [*taken[name][:-1], other] for name, other in others.items()}
+        start, conditioning = self.replay.prepare({**self.columns, **changed}, self._generators())
+        prediction = self.replay.predict(self.x, 0, conditioning)
+        if not (_equal(start[0], self.x[0]) and _equal(prediction[0], self._predict(self.x, 0)[0])):
+            raise self._error(
+                "shows a sample the images of the others",
+                "use per_device_train_batch_size=1, per_device_eval_batch_size=1 and num_generations=1",
+            )
+
     def loop_starts_from_prepared_latents(self, first: RecordedStep) -> None:
         if not _equal(self.conditioning.start, first.sample):
             raise self._error(
@@ -85,8 +102,9 @@ class _Check:
             )
 
     def latents_are_the_schedulers(self, steps: list[RecordedStep]) -> None:
+        dtype = self.conditioning.start.dtype  # of the latents between steps; `step` may get them in a finer one
         for now, after in zip(steps, steps[1:], strict=False):
-            if not _equal(now.prev_sample.to(after.sample.dtype), after.sample):
+            if not _equal(now.prev_sample.to(dtype).to(after.sample.dtype), after.sample):
                 raise self._error(
                     "changes the latents between two steps (as inpainting does)",
                     "leave out callback_on_step_end, or use a pipeline without that feature",
@@ -113,7 +131,7 @@ class _Check:
 
     def derivative_is_right(self, x: Tensor, index: int) -> None:
         """Autograd against finite differences: a network under no_grad still has a derivative, a wrong one."""
-        tolerance, sizes = _DERIVATIVE[self._precision()]
+        tolerance, sizes = _FINE if self._precision() in (torch.float32, torch.float64) else _COARSE
         errors = []
         for size in sizes:
             errors.append(self._derivative_error(x.to(self.x.dtype), index, size))
@@ -130,6 +148,11 @@ class _Check:
         latents = steps[-1].prev_sample.to(self.x.dtype).requires_grad_()
         with torch.enable_grad():
             decoded = self.replay.decode(latents, self.conditioning)
+        if not _equal(decoded, self.replay.decode(latents, self.conditioning)):
+            raise self._error(
+                "decodes the same latents to other images each time",
+                "switch off the noise that its decoder draws, unless it draws it from the call's generators",
+            )
         if images is None or not _equal(decoded.detach(), images):
             raise self._error(
                 "decodes the same latents to other images than its replay", "use a pipeline whose decoder comes after its loop"
@@ -176,10 +199,22 @@ class _Check:
         return max(dtypes, key=lambda dtype: torch.finfo(dtype).eps)
 
     def _generators(self) -> list[torch.Generator]:
-        return [torch.Generator(g.device).set_state(g.get_state()) for g in self.generators]
+        return copied(self.generators)
 
     def _error(self, broken: str, way_out: str) -> ValueError:
         return ValueError(f"{self.replay.name} cannot be trained, because it {broken}; {way_out}.")
+
+
+def _another(value: Any) -> Any:
+    """A different image or embedding (or list of them); `None` for anything else."""
+    if isinstance(value, Image.Image):
+        return ImageOps.invert(value.convert("RGB"))
+    if isinstance(value, Tensor) and value.is_floating_point():
+        return value.flip(-1)
+    if isinstance(value, list):
+        others = [_another(item) for item in value]
+        return None if any(other is None for other in others) else others
+    return None
 
 
 def _equal(a: Tensor, b: Tensor) -> bool:

@@ -74,10 +74,12 @@ def _require_resident(kind: str, name: str, denoiser: nn.Module) -> None:
     if isinstance(denoiser, CacheMixin) and denoiser.is_cache_enabled:
         raise ValueError(f"the {name} of {kind} reuses cached outputs, which have no gradient; call {name}.disable_cache().")
     hooks = [module.__dict__["_hf_hook"] for module in denoiser.modules() if "_hf_hook" in module.__dict__]
-    if any(isinstance(hook, CpuOffload) or (isinstance(hook, AlignDevicesHook) and hook.offload) for hook in hooks):
+    offloaded = any(isinstance(hook, CpuOffload) or (isinstance(hook, AlignDevicesHook) and hook.offload) for hook in hooks)
+    registries = [module.__dict__["_diffusers_hook"] for module in denoiser.modules() if "_diffusers_hook" in module.__dict__]
+    if offloaded or any(registry.get_hook("group_offloading") is not None for registry in registries):
         raise ValueError(
             f"the {name} of {kind} is offloaded to the CPU between calls, where its backward pass would miss it; load the "
-            f"pipeline without enable_model_cpu_offload() or enable_sequential_cpu_offload()."
+            f"pipeline without enable_model_cpu_offload(), enable_sequential_cpu_offload() or enable_group_offload()."
         )
 
 
