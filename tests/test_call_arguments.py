@@ -37,6 +37,9 @@ def true_cfg(
 def class_conditional(self, class_labels: list[int], guidance_scale: float = 4.0): ...
 
 
+def guided_by_frame(self, image: Image.Image, min_guidance_scale: float = 1.0, max_guidance_scale: float = 3.0): ...
+
+
 def unconditional(self, batch_size: int = 1): ...
 
 
@@ -112,11 +115,13 @@ def test_the_batch_is_told_to_pipelines_that_have_nothing_to_count():
             {"guidance_scale": 3.0, "true_cfg_scale": 1.0},
         ),
         ({"call": class_conditional, "guidance_scale": 3.0}, {"guidance_scale": 3.0}, {"guidance_scale": 1.0}),
+        ({"call": guided_by_frame, "guidance_scale": 2.0}, {"max_guidance_scale": 2.0}, {"max_guidance_scale": 1.0}),
+        ({"call": guided_by_frame}, {"max_guidance_scale": 1.0}, {"max_guidance_scale": 1.0}),
     ],
 )
 def test_guidance_on_and_off(settings, guided, unguided):
     arguments = make(**settings)
-    columns = {"class_labels": [1, 2]} if settings.get("call") is class_conditional else TWO
+    columns = {class_conditional: {"class_labels": [1, 2]}, guided_by_frame: {"image": [1, 2]}}.get(settings.get("call"), TWO)
     on, off = arguments(columns, 2), arguments(columns, 2, guided=False)
     assert {name: on.get(name) for name in guided} == guided
     assert {name: off.get(name) for name in unguided} == unguided

@@ -8,6 +8,7 @@ import torch
 from diffusers import DiffusionPipeline
 from problems import AffineChain, mixture_1d, model_output
 from scheduler_problems import batch, normal
+from tiny_conditioned import stable_video_scheduler
 from tiny_pipelines import sd15
 
 from diffusers_adjoint.schedulers import MemorylessEDMEulerScheduler, memoryless_scheduler
@@ -22,23 +23,6 @@ HOSTS = {
 }
 
 
-def stable_video():
-    """The published configuration of Stable Video Diffusion."""
-    return diffusers.EulerDiscreteScheduler(
-        beta_start=0.00085,
-        beta_end=0.012,
-        beta_schedule="scaled_linear",
-        interpolation_type="linear",
-        prediction_type="v_prediction",
-        use_karras_sigmas=True,
-        sigma_min=0.002,
-        sigma_max=700.0,
-        timestep_spacing="leading",
-        timestep_type="continuous",
-        steps_offset=1,
-    )
-
-
 def ready(steps=8, **config):
     scheduler = MemorylessEDMEulerScheduler(**config)
     scheduler.set_timesteps(steps)
@@ -50,7 +34,7 @@ def noise_levels(scheduler):
     return alphas, scheduler.sigmas.double() * alphas
 
 
-@pytest.mark.parametrize("host", [*HOSTS.values(), stable_video], ids=[*HOSTS, "Stable Video"])
+@pytest.mark.parametrize("host", [*HOSTS.values(), stable_video_scheduler], ids=[*HOSTS, "Stable Video"])
 def test_hosts_keep_their_grid_and_what_their_network_takes_for_it(host):
     host = host()
     ours = memoryless_scheduler(host, "ancestral")
@@ -81,7 +65,7 @@ def test_the_predicted_data_is_the_hosts(host):
 
 
 def test_stable_videos_predicted_data_is_the_hosts():
-    host = stable_video()
+    host = stable_video_scheduler()
     ours = memoryless_scheduler(host)
     for scheduler in (host, ours):
         scheduler.set_timesteps(5)

@@ -5,8 +5,10 @@ from __future__ import annotations
 import torch
 from diffusers import (
     AutoencoderKLQwenImage,
+    AutoencoderKLTemporalDecoder,
     AutoencoderKLWan,
     ControlNetModel,
+    EulerDiscreteScheduler,
     FluxImg2ImgPipeline,
     FluxKontextPipeline,
     QwenImageEditPipeline,
@@ -16,7 +18,9 @@ from diffusers import (
     StableDiffusionImg2ImgPipeline,
     StableDiffusionInstructPix2PixPipeline,
     StableDiffusionXLControlNetPipeline,
+    StableVideoDiffusionPipeline,
     UNet2DConditionModel,
+    UNetSpatioTemporalConditionModel,
     WanImageToVideoPipeline,
     WanTransformer3DModel,
 )
@@ -26,7 +30,13 @@ from PIL import Image
 from tiny_images import flux, sdxl
 from tiny_parts import flow, qwen_vl, randomise, t5
 from tiny_pipelines import eval_mode, sd3, sd15
-from transformers import Qwen2Tokenizer, Qwen2VLImageProcessor
+from transformers import (
+    CLIPImageProcessor,
+    CLIPVisionConfig,
+    CLIPVisionModelWithProjection,
+    Qwen2Tokenizer,
+    Qwen2VLImageProcessor,
+)
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 __all__ = ["FAMILIES"]
@@ -210,6 +220,63 @@ def wan22_from_image(*, seed: int = 0) -> WanImageToVideoPipeline:
     )
 
 
+def stable_video_scheduler() -> EulerDiscreteScheduler:
+    """As published."""
+    return EulerDiscreteScheduler(
+        beta_start=0.00085,
+        beta_end=0.012,
+        beta_schedule="scaled_linear",
+        interpolation_type="linear",
+        prediction_type="v_prediction",
+        use_karras_sigmas=True,
+        sigma_min=0.002,
+        sigma_max=700.0,
+        timestep_spacing="leading",
+        timestep_type="continuous",
+        steps_offset=1,
+    )
+
+
+def stable_video(*, seed: int = 0) -> StableVideoDiffusionPipeline:
+    torch.manual_seed(seed)
+    unet = UNetSpatioTemporalConditionModel(
+        sample_size=8,
+        in_channels=8,
+        out_channels=4,
+        block_out_channels=(32, 64),
+        layers_per_block=1,
+        down_block_types=("CrossAttnDownBlockSpatioTemporal", "DownBlockSpatioTemporal"),
+        up_block_types=("UpBlockSpatioTemporal", "CrossAttnUpBlockSpatioTemporal"),
+        cross_attention_dim=32,
+        num_attention_heads=2,
+        projection_class_embeddings_input_dim=96,
+        addition_time_embed_dim=32,
+    )
+    autoencoder = AutoencoderKLTemporalDecoder(
+        block_out_channels=(32,), down_block_types=["DownEncoderBlock2D"], latent_channels=4
+    )
+    encoder = CLIPVisionModelWithProjection(
+        CLIPVisionConfig(
+            image_size=224,  # a number in the pipeline's code
+            patch_size=56,
+            hidden_size=32,
+            projection_dim=32,
+            intermediate_size=32,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+        )
+    )
+    return eval_mode(
+        StableVideoDiffusionPipeline(
+            unet=unet,
+            vae=autoencoder,
+            scheduler=stable_video_scheduler(),
+            image_encoder=encoder,
+            feature_extractor=CLIPImageProcessor(crop_size=32, size=32),
+        )
+    )
+
+
 # ------------------------------------------------------------------------------------------------------------------------ rows
 
 IMAGES = {"prompt": PROMPTS, "image": [picture(1), picture(2)]}
@@ -284,5 +351,14 @@ FAMILIES = [
         "two transformers; one image for all samples",
         kwargs={**SMALL, **TEXT_16, "num_frames": 5, "guidance_scale_2": 2.0, "image": picture(1)},
         columns={"prompt": PROMPTS, "negative_prompt": ["blurry", "dark"]},
+    ),
+    Family(
+        "Stable Video Diffusion",
+        stable_video,
+        "no prompt, an EDM schedule, guidance by frame",
+        scale="max_guidance_scale",
+        kwargs={**SMALL, "num_frames": 2, "decode_chunk_size": 2},
+        columns={"image": IMAGES["image"]},
+        lora=None,
     ),
 ]

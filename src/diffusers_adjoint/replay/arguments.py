@@ -63,11 +63,14 @@ class CallArguments:
         self._no_guidance = no_guidance
         self.takes_prompt = "prompt" in self._parameters
         true_cfg = "true_cfg_scale" in self._parameters
-        self._scale = "true_cfg_scale" if true_cfg and not guidance_embedded else "guidance_scale"
+        if true_cfg and not guidance_embedded:
+            self._scale = "true_cfg_scale"
+        else:  # per-frame guidance rises to a maximum, and has no other scale
+            self._scale = "max_guidance_scale" if "max_guidance_scale" in self._parameters else "guidance_scale"
         if true_cfg:  # beside it, guidance_scale is never more than an embedding
             self._guidance = ["true_cfg_scale", "guidance_scale_2"]
         else:
-            self._guidance = ["guidance_scale_2"] if guidance_embedded else ["guidance_scale", "guidance_scale_2"]
+            self._guidance = ["guidance_scale_2"] if guidance_embedded else [self._scale, "guidance_scale_2"]
         self._check(pipeline_kwargs, guidance_scale)
         if guidance_scale == 1 and not (guidance_embedded and self._scale == "guidance_scale"):
             guidance_scale = no_guidance
