@@ -28,6 +28,7 @@ REQUIREMENTS = [
     "datasets>=5.0",
     "safetensors>=0.8",
     "numpy>=2.2",
+    "pillow>=12.0",
 ]
 EXTRAS: dict[str, list[str]] = {
     # Rewards, metrics and docs need nothing more so far; the names exist so that install commands stay valid.
@@ -38,7 +39,6 @@ EXTRAS: dict[str, list[str]] = {
         "ftfy>=6.3",
         "matplotlib>=3.10",
         "mypy>=2.0",
-        "pillow>=12.0",
         "pre-commit>=4.0",
         "pytest>=9.0",
         "ruff>=0.17",

@@ -13,11 +13,12 @@ from diffusers import DiffusionPipeline
 from torch import nn
 from transformers.utils import logging
 
+from .config import AdjointMatchingConfig
 from .replay import PipelineReplay
 from .replay.view import denoiser_names
 
 __all__ = ["collate_columns", "first_row", "load_pipeline", "prompts_of", "repeat_rows", "require_prompts"]
-__all__ += ["require_writable", "rows_of", "text_encoders_on", "warn_of_given_start", "warn_of_guidance"]
+__all__ += ["require_writable", "rows_of", "rows_to_check", "text_encoders_on", "warn_of_given_start", "warn_of_guidance"]
 __all__ += ["without_prompt"]
 
 logger = logging.get_logger(__name__)
@@ -105,6 +106,12 @@ def rows_of(columns: dict[str, list[Any]]) -> int:
 def prompts_of(columns: dict[str, list[Any]]) -> list[str]:
     """The prompts as the rewards see them; empty where the pipeline is not conditioned on text."""
     return columns.get("prompt") or [""] * rows_of(columns)
+
+
+def rows_to_check(args: AdjointMatchingConfig, eval_dataset: Any) -> int:
+    """Two, for what samples may do to each other; one where no more come together: pipelines exist that take one only."""
+    evaluated = args.per_device_eval_batch_size if eval_dataset is not None else 1
+    return min(2, max(args.per_device_train_batch_size * args.num_generations, evaluated))
 
 
 def repeat_rows(columns: dict[str, list[Any]], times: int) -> dict[str, list[Any]]:

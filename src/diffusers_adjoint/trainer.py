@@ -28,6 +28,7 @@ from .inputs import (
     require_prompts,
     require_writable,
     rows_of,
+    rows_to_check,
     text_encoders_on,
     warn_of_given_start,
     warn_of_guidance,
@@ -298,21 +299,16 @@ class AdjointMatchingTrainer(Trainer):
 
     def _check_first_row(self) -> None:
         row = first_row(self.train_dataset, needs_prompt=self.replay.arguments.takes_prompt)
-        rows = min(2, self._largest_batch())  # pipelines exist that take one sample only
-        columns = collate_columns([row] * rows)
+        columns = collate_columns([row] * rows_to_check(self.args, self.eval_dataset))
         used = self.reward.require_arguments(without_prompt(columns))
         self.replay.arguments.require_known(columns, used)
-        generators = self._generators(range(rows), Stream.START)
+        generators = self._generators(range(rows_of(columns)), Stream.START)
         with self._text_encoders():
             check_replay(self.replay, columns, generators, check_unguided=self.args.cfg_mode != "full")
         batch = self._prepare_batch({"columns": columns, "first_image": 0, "share": 1.0})
         self._idle_steps = self.replay.idle_steps(batch.start, batch.conditioning, guided=self._guided_loss)
         self._choose_steps()
         self._reward_gradient(batch.start, batch)
-
-    def _largest_batch(self) -> int:
-        evaluated = self.args.per_device_eval_batch_size if self.eval_dataset is not None else 1
-        return max(self.args.per_device_train_batch_size * self.args.num_generations, evaluated)
 
     # ------------------------------------------------------------------------------------------------ logging, evaluation
 
@@ -321,10 +317,8 @@ class AdjointMatchingTrainer(Trainer):
         for name, values in reward.values.items():
             self._samples.add(f"rewards/{name}", values)
         # Guided trajectories are not those of the model whose KL the unguided loss measures.
-        unguided = self.replay.arguments.guides and self.args.cfg_mode == "rollout"
-        self._samples.add(
-            "kl_unguided" if unguided else "kl", torch.where(keep, kl, torch.nan)
-        )  # an image left out has no control; the mean skips NaN
+        name = "kl_unguided" if self.replay.arguments.guides and self.args.cfg_mode == "rollout" else "kl"
+        self._samples.add(name, torch.where(keep, kl, torch.nan))  # an image left out has no control; the mean skips NaN
         self._samples.add("adjoint_norm", adjoint.flatten(1).norm(dim=1))
         self._samples.add("skipped", (~keep).float())
 
@@ -336,7 +330,8 @@ class AdjointMatchingTrainer(Trainer):
             announce_tilt(self.args.reward_scale * rewards[rewards.isfinite()])
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Adds reward, reward_std, rewards/<name>/mean and /std, kl (nats), adjoint_norm, skipped, evaluations_per_second."""
+        """Adds reward, reward_std, rewards/<name>/mean and /std, kl or kl_unguided (nats), adjoint_norm, skipped,
+        evaluations_per_second."""
         if "loss" in logs:
             logs |= summarise(self._samples.drain(self.accelerator.gather)) | {"evaluations_per_second": self._rate()}
         super().log(logs, start_time)
