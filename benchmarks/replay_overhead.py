@@ -2,7 +2,7 @@
 
     python benchmarks/replay_overhead.py [name …]
 
-For each family of `tests/families.py`, `predict` at one state is timed in turns with the bare denoiser calls it makes (the same
+For each family of `tests/families.py`, `predict` at one state is timed in turns with the bare network calls it makes (the same
 modules with the arguments recorded from it, without gradient), after warm-up. Python's share is the difference of the medians;
 on a real model it is the same number of milliseconds against tens or hundreds of them. It contains what the pipeline itself does
 around the network (guidance arithmetic, concatenation, checks of its arguments).
@@ -50,10 +50,8 @@ def measure(family: Family) -> tuple[float, float]:
     replay.find_state(family.columns, generators)
     x, conditioning = replay.prepare(family.columns, generators)
     calls: list[tuple[torch.nn.Module, tuple[object, ...], dict[str, object]]] = []
-    handles = [
-        getattr(pipeline, name).register_forward_pre_hook(lambda *call: calls.append(call), with_kwargs=True)
-        for name in replay.denoisers
-    ]
+    networks = [part for part in pipeline.components.values() if isinstance(part, torch.nn.Module)]  # ControlNets too
+    handles = [part.register_forward_pre_hook(lambda *call: calls.append(call), with_kwargs=True) for part in networks]
     replay.predict(x, 1, conditioning)
     for handle in handles:
         handle.remove()

@@ -14,8 +14,10 @@ from diffusers import (
     StableDiffusion3Pipeline,
     StableDiffusionPAGPipeline,
 )
+from diffusers.image_processor import VaeImageProcessor
 from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionSafetyChecker
 from peft import LoraConfig
+from tiny_conditioned import flux_kontext, picture
 from tiny_pipelines import sd3, sd15
 from torch import nn
 from transformers import CLIPConfig, CLIPImageProcessorPil
@@ -249,6 +251,24 @@ def test_nothing_is_evaluated_twice(build, kwargs):
     assert (len(network_calls), len(text_calls), len(decoder_calls)) == (2, 3, 0)
     replay.decode(x, conditioning)
     assert (len(network_calls), len(text_calls), len(decoder_calls)) == (2, 3, 1)
+
+
+def test_condition_images_are_resized_and_encoded_once(monkeypatch):
+    pipeline = flux_kontext()
+    encodings = count_calls(pipeline.vae.encoder)
+    resizings, resize = [], VaeImageProcessor.resize
+    monkeypatch.setattr(VaeImageProcessor, "resize", lambda *args, **kwargs: resizings.append(1) or resize(*args, **kwargs))
+    size = {"height": 16, "width": 16, "max_area": 256, "_auto_resize": False, "max_sequence_length": 16}
+    replay = make_replay(pipeline, size, guidance_scale=3.5)
+    x, conditioning = replay.prepare({"prompt": PROMPTS, "image": [picture(1), picture(2)]}, generators())
+    assert encodings
+    assert resizings
+    encodings.clear(), resizings.clear()
+    replay.predict(x, 1, conditioning)
+    replay.decode(x, conditioning)
+    assert not encodings
+    assert not resizings
+    assert not {"resize", "preprocess"} & vars(pipeline.image_processor).keys()
 
 
 @pytest.mark.parametrize(

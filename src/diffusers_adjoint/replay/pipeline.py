@@ -12,6 +12,7 @@ from __future__ import annotations
 import copy
 import logging
 from contextlib import nullcontext, suppress
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -32,6 +33,7 @@ from .view import (
     processors_restored,
     quiet,
     set_differentiable,
+    set_method,
     view_class,
 )
 
@@ -316,7 +318,7 @@ class PipelineReplay:
         arguments = self.arguments(columns, len(generators), guided=guided)
         view, preparations = self._view(make_probe(self._probe_class, self.scheduler, visit=None)), Preparations()
         for name in preparing_methods(view):
-            view.__dict__[name] = preparations.recording(name, getattr(view, name))
+            set_method(view, name, preparations.recording(name, attrgetter(name)(view)))
         randn_tensor = preparations.recording("randn_tensor", self._randn_tensor) if self._source == "randn_tensor" else None
         kept = None
         try:
@@ -342,10 +344,10 @@ class PipelineReplay:
     ) -> Any:
         """The call on a view that replays the recorded preparations and starts from x."""
         view = self._view(probe, x.device)
-        returns = conditioning.returns_with(x, guided)
-        replayed = {name: in_order(name, values) for name, values in returns.items()}
+        replayed = {name: in_order(name, values) for name, values in conditioning.returns_with(x, guided).items()}
         randn_tensor = replayed.pop("randn_tensor", None)
-        view.__dict__.update(replayed)
+        for name, function in replayed.items():
+            set_method(view, name, function)
         if denoiser is not None:
             view.__dict__[self.component] = called_in_place_of(getattr(self.pipeline, self.component), denoiser)
         with quiet(self._logger):  # it would say the same at every evaluation
