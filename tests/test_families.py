@@ -78,6 +78,13 @@ def call_arguments(family, **changes):
     return {**family.kwargs, **columns, **scale, **batch, **ours, **changes}
 
 
+def images_of(pipeline, family):
+    output = pipeline(**call_arguments(family))
+    images = output if isinstance(output, torch.Tensor) else output[0]  # Stable Video Diffusion forgets the tuple
+    assert len(images) == len(SEEDS)
+    return images
+
+
 def count_calls(pipeline):
     calls = []
     for network in denoisers(pipeline):
@@ -103,8 +110,7 @@ def ordinary(pipeline, family):
 
     scheduler.step = step
     pipeline.scheduler = scheduler
-    images = pipeline(**call_arguments(family))[0]
-    return steps, images
+    return steps, images_of(pipeline, family)
 
 
 def test_replay_is_the_pipelines_own_call_to_the_bit(family):
@@ -192,6 +198,7 @@ def test_gradients_reach_the_trained_parameters_and_no_other(family):
 
 
 def reward(images, prompts):
+    assert len(images) == len(SEEDS)
     return images.flatten(1).mean(1)
 
 
@@ -242,9 +249,9 @@ def test_trained_weights_move_alone_and_load_without_this_package(family, tmp_pa
     trainer.save_model(tmp_path)
 
     with torch.no_grad():
-        tuned = trainer.pipeline(**call_arguments(family))[0]
-        loaded = load(family.build(), family, tmp_path)(**call_arguments(family))[0]
-        base = family.build()(**call_arguments(family))[0]
+        tuned = images_of(trainer.pipeline, family)
+        loaded = images_of(load(family.build(), family, tmp_path), family)
+        base = images_of(family.build(), family)
     change = (tuned - base).abs().max()
     assert change > 1e-4
     # Rounding: sums run in another order where the adapter is applied otherwise, or where loaded weights lie otherwise in memory.

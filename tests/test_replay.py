@@ -24,6 +24,7 @@ from transformers import CLIPConfig, CLIPImageProcessorPil
 
 from diffusers_adjoint import memoryless_scheduler
 from diffusers_adjoint.replay import PipelineReplay
+from diffusers_adjoint.replay.conditioning import slot_of
 from diffusers_adjoint.replay.probe import ReplayedTimesteps, ReplayStop
 
 STEPS = 4
@@ -551,8 +552,8 @@ def test_a_grid_cut_at_its_end_is_refused():
 class ConditionBesideState(Loop):
     """Two condition channels in the same tensor as the state, which is a view into it."""
 
-    def __call__(self, num_inference_steps=4, generator=None, output_type="pt", return_dict=True):
-        latents = self.prepare_latents(2, 6, 8, 8, torch.float32, "cpu", generator)
+    def __call__(self, batch_size=1, num_inference_steps=4, generator=None, output_type="pt", return_dict=True):
+        latents = self.prepare_latents(batch_size, 6, 8, 8, torch.float32, "cpu", generator)
         self.scheduler.set_timesteps(num_inference_steps)
         for t in self.scheduler.timesteps:
             output = latents[:, 1:5] * latents[:, 5:]
@@ -560,10 +561,13 @@ class ConditionBesideState(Loop):
         return (latents[:, 1:5],)
 
 
-def test_a_state_inside_larger_latents():
+@pytest.mark.parametrize("seeds", [(1,), (1, 2), (1, 2, 3)])
+def test_a_state_inside_larger_latents(seeds):
+    """It is found once, with the samples of the check at the start, and holds for any number."""
     replay = make_replay(ConditionBesideState(**sd3().components), {}, guidance_scale=1.0)
-    replay.find_state({}, generators())
-    x, conditioning = replay.prepare({}, generators())
+    replay.find_state({}, generators((1, 2)))
+    x, conditioning = replay.prepare({}, generators(seeds))
+    assert len(x) == len(seeds)
     whole = conditioning.recordings[True].returns["prepare_latents"][0]
     assert torch.equal(x, whole[:, 1:5])
     y = torch.randn_like(x).requires_grad_()
@@ -572,6 +576,27 @@ def test_a_state_inside_larger_latents():
     assert torch.equal(torch.autograd.grad(output.sum(), y)[0], whole[:, 5:].expand_as(y))
     assert torch.equal(replay.decode(y, conditioning), y)
     assert torch.equal(x, whole[:, 1:5])  # the recording is as it was
+
+
+@pytest.mark.parametrize(
+    ("shape", "order", "part"),
+    [
+        ((2, 5, 4, 3), (0, 1, 2, 3), (slice(None), slice(1, 4))),
+        ((2, 5, 4, 3), (0, 1, 2, 3), (slice(None), slice(2, 5), slice(None), slice(0, 2))),
+        ((2, 5, 4, 3), (0, 2, 3, 1), (slice(None), slice(None), slice(None), slice(1, 2))),
+        ((1, 1, 4, 3), (0, 3, 2, 1), (slice(None), slice(1, 3))),
+    ],
+)
+def test_where_a_part_lies(shape, order, part):
+    latents = torch.randn(shape).permute(order)
+    assert torch.equal(latents[slot_of(latents[part], latents)], latents[part])
+
+
+def test_what_is_no_part_has_no_place():
+    latents = torch.randn(2, 4, 3)
+    assert slot_of(latents, latents) is None
+    assert slot_of(latents[:, 1:].clone(), latents) is None
+    assert slot_of(latents[:, ::2], latents) is None
 
 
 class StepsAudioToo(Loop):

@@ -7,7 +7,6 @@ from test_replay import BUILDERS, PROMPTS, SHORT, count_calls, denoiser, generat
 from tiny_conditioned import picture
 from tiny_images import flux2_klein
 from tiny_pipelines import sd3, sd15
-from tiny_videos import mochi
 
 from diffusers_adjoint.replay import check_replay
 
@@ -35,10 +34,20 @@ def test_a_network_stored_in_eight_bits_passes():
     check(pipeline)
 
 
+class RoundsBetweenSteps(StableDiffusion3Pipeline):
+    """As Mochi does: `step` gets float32 latents, and what it returns is rounded."""
+
+    def __call__(self, prompt, num_inference_steps, generator=None, output_type="pt", return_dict=True):
+        latents = self.prepare_latents(len(prompt), 4, 8, 8, self.transformer.dtype, "cpu", generator)
+        self.scheduler.set_timesteps(num_inference_steps)
+        for t in self.scheduler.timesteps:
+            output = latents.sin().float()
+            latents = self.scheduler.step(output, t, latents.float(), return_dict=False)[0].to(self.transformer.dtype)
+        return (latents,)
+
+
 def test_states_rounded_between_steps_pass():
-    """Mochi hands float32 latents to `step` and rounds what it returns."""
-    size = {"height": 16, "width": 32, "num_frames": 7, "max_sequence_length": 16}
-    check(mochi().to(torch.bfloat16), size)
+    check(RoundsBetweenSteps(**sd3().to(torch.bfloat16).components), {}, guidance_scale=1.0, check_unguided=False)
 
 
 def test_random_numbers_are_left_alone():
@@ -197,6 +206,20 @@ class EncodesByGuidance(StableDiffusion3Pipeline):
 
 def test_prompts_encoded_differently_without_guidance():
     check(EncodesByGuidance(**sd3().components))
+
+
+class ReturnsOneOfThem(StableDiffusion3Pipeline):
+    def __call__(self, prompt, num_inference_steps, generator=None, output_type="pt", return_dict=True):
+        latents = self.prepare_latents(len(prompt), 4, 8, 8, torch.float32, "cpu", generator)
+        self.scheduler.set_timesteps(num_inference_steps)
+        for t in self.scheduler.timesteps:
+            latents = self.scheduler.step(latents.sin(), t, latents, return_dict=False)[0]
+        return (latents[:1].clamp(0, 1),)
+
+
+def test_an_output_for_one_sample():
+    pipeline = ReturnsOneOfThem(**sd3().components)
+    expect("returns 1 images for 2 samples", pipeline, {}, guidance_scale=1.0, check_unguided=False)
 
 
 class DecodesAnotherStep(StableDiffusion3Pipeline):

@@ -10,25 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["Conditioning", "Preparations", "Recording", "Slot", "copied", "fresh", "in_order"]
-
-
-@dataclass(frozen=True)
-class Slot:
-    """Where the state lies in what `prepare_latents` returns, if it is a part of it (next to condition frames or channels)."""
-
-    shape: tuple[int, ...]
-    stride: tuple[int, ...]
-    offset: int
-
-    def read(self, latents: Tensor) -> Tensor:
-        return latents.as_strided(self.shape, self.stride, latents.storage_offset() + self.offset)
-
-    def write(self, latents: Tensor, x: Tensor) -> Tensor:
-        """A copy of `latents` with x in the slot, differentiable in x."""
-        whole = latents.clone()
-        self.read(whole).copy_(x)
-        return whole
+__all__ = ["Conditioning", "Preparations", "Recording", "copied", "fresh", "in_order", "slot_of"]
 
 
 @dataclass(frozen=True)
@@ -52,13 +34,13 @@ class Conditioning:
         recordings: guided or not → what the pipeline's call prepared; both the same where no guidance acts.
         source: what draws x_0, "prepare_latents" or "randn_tensor"; the first tensor it returned holds x_0, whatever it
             returned beside it (image latents, masks) is condition.
-        slot: where x_0 lies in that tensor; `None` if it is x_0.
+        slot: where x_0 lies in that tensor, beside condition frames or channels; `None` if it is x_0.
         generators: of the samples, copies, as they are when the loop starts.
     """
 
     recordings: dict[bool, Recording]
     source: str
-    slot: Slot | None
+    slot: tuple[slice, ...] | None
     generators: tuple[torch.Generator, ...]
 
     def recording(self, guided: bool) -> Recording:
@@ -70,7 +52,7 @@ class Conditioning:
     def start(self) -> Tensor:
         """x_0 in the pipeline's dtype, shape (B, …)."""
         latents = self._latents(next(iter(self.recordings.values())))
-        return latents if self.slot is None else self.slot.read(latents)
+        return latents if self.slot is None else latents[self.slot]
 
     def returns_with(self, x: Tensor, guided: bool) -> dict[str, tuple[Any, ...]]:
         """The returns of the dry run with x in place of x_0, rounded to the pipeline's dtype (states are kept in float32).
@@ -82,8 +64,10 @@ class Conditioning:
             raise ValueError(f"x has shape {tuple(x.shape)}; it must be that of x_0, {tuple(self.start.shape)}.")
         recording = self.recording(guided)
         latents = self._latents(recording)
-        x = x.to(latents.dtype)
-        whole = x if self.slot is None else self.slot.write(latents, x)
+        whole = x.to(latents.dtype)
+        if self.slot is not None:
+            whole = latents.clone()
+            whole[self.slot] = x.to(latents.dtype)
         first, *others = recording.returns[self.source]
         return {**recording.returns, self.source: ((whole, *first[1:]) if isinstance(first, tuple) else whole, *others)}
 
@@ -114,6 +98,22 @@ class Preparations:
             return fresh(value)
 
         return recorded
+
+
+def slot_of(x: Tensor, latents: Tensor) -> tuple[slice, ...] | None:
+    """The index by which x is a part of `latents`, sharing its memory; `None` if it is not, or is all of it.
+
+    It holds for other batch sizes too: a dimension that is not cut is taken whole, whatever its size.
+    """
+    shared = x.untyped_storage().data_ptr() == latents.untyped_storage().data_ptr()
+    if not shared or x.shape == latents.shape or x.stride() != latents.stride():
+        return None
+    slot, offset = [slice(None)] * x.ndim, int(x.storage_offset() - latents.storage_offset())
+    cut = [dim for dim in range(x.ndim) if x.shape[dim] != latents.shape[dim]]
+    for dim in sorted(cut, key=latents.stride, reverse=True):
+        start, offset = divmod(offset, latents.stride(dim))
+        slot[dim] = slice(start, start + x.shape[dim])
+    return tuple(slot)
 
 
 def copied(generators: Iterable[torch.Generator]) -> list[torch.Generator]:

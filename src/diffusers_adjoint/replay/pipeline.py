@@ -3,16 +3,12 @@
 Every pipeline hands its guided prediction to `scheduler.step`. With a scheduler that catches it (`probe.py`), the pipeline's
 call, taken out of `torch.no_grad`, is the differentiable function that Adjoint Matching needs, whatever the network, its
 guidance and its latents look like. Text encodings and starting latents are recorded once and replayed.
-
-Nothing is written to the user's pipeline: each call runs on a shallow copy that shares the networks.
 """
 
 from __future__ import annotations
 
 import copy
-import logging
-from contextlib import nullcontext, suppress
-from operator import attrgetter
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -21,21 +17,10 @@ from torch import Tensor, nn
 
 from ..transition import Transition
 from .arguments import CallArguments
-from .conditioning import Conditioning, Preparations, Recording, Slot, copied, fresh, in_order
-from .probe import RecordedStep, ReplayStop, make_probe, make_recorder, probe_class, replayable_call
-from .view import (
-    called_in_place_of,
-    counting_rows,
-    denoiser_names,
-    make_view,
-    no_guidance,
-    preparing_methods,
-    processors_restored,
-    quiet,
-    set_differentiable,
-    set_method,
-    view_class,
-)
+from .calls import PipelineCalls
+from .conditioning import Conditioning, Preparations, Recording, copied, slot_of
+from .probe import RecordedStep, ReplayStop, make_probe, make_recorder, probe_class
+from .view import counting_rows, denoiser_names, no_guidance, set_differentiable
 
 __all__ = ["PipelineReplay"]
 
@@ -81,25 +66,13 @@ class PipelineReplay:
         self.scheduler = scheduler
         for name in self.denoisers:
             set_differentiable(getattr(pipeline, name))
-        self._call = replayable_call(type(pipeline))
-        self._view_class = view_class(type(pipeline))
+        self._calls = PipelineCalls(pipeline, self.component)
         self._probe_class = probe_class(type(scheduler), self.name)
-        self._logger = logging.getLogger(self._call.__module__)
-        # Where x_0 is drawn: pipelines without prepare_latents call randn_tensor themselves.
-        self._source = "prepare_latents" if hasattr(type(pipeline), "prepare_latents") else "randn_tensor"
-        self._randn_tensor = self._call.__globals__.get("randn_tensor")
-        if self._source == "randn_tensor" and self._randn_tensor is None:
-            raise ValueError(
-                f"{self.name} has no prepare_latents and calls no randn_tensor, where a state could be put in; pass a pipeline "
-                f"that has one of them."
-            )
-        # Pipelines with perturbed attention exchange processors before the loop and put them back after it.
-        self.exchanges_processors = "attn_processors" in self._call.__code__.co_names
-        self._slot: Slot | None = None
+        self._slot: tuple[slice, ...] | None = None
         self._first = 0
         self.arguments = CallArguments(
             self.name,
-            self._call,
+            self._calls.function,
             num_inference_steps,
             guidance_scale,
             pipeline_kwargs or {},
@@ -111,6 +84,11 @@ class PipelineReplay:
     def name(self) -> str:
         """The pipeline's class name, for messages."""
         return type(self.pipeline).__name__
+
+    @property
+    def exchanges_processors(self) -> bool:
+        """Whether the attention processors of the loop are not those of the network."""
+        return self._calls.exchanges_processors
 
     @property
     def embeds_guidance(self) -> bool:
@@ -173,7 +151,7 @@ class PipelineReplay:
             for generator, state in zip(generators, states, strict=True):
                 generator.set_state(state)
             recordings[mode] = self._dry_run(columns, generators, guided=mode)
-        conditioning = Conditioning(recordings, self._source, self._slot, tuple(copied(generators)))
+        conditioning = Conditioning(recordings, self._calls.source, self._slot, tuple(copied(generators)))
         x = conditioning.start
         return x.to(torch.promote_types(x.dtype, torch.float32)), conditioning
 
@@ -208,8 +186,9 @@ class PipelineReplay:
             raise ValueError(f"index={index} is not on the grid; pass 0 to {steps - 1}.")
         # Counted from the end: a pipeline that leaves out the first steps moves the index, but not the distance to the end.
         probe = make_probe(self._probe_class, self.scheduler, visit=(index - steps,))
+        recording, returns = conditioning.recording(guided), conditioning.returns_with(x, guided)
         with suppress(ReplayStop):
-            self._replay(probe, x, conditioning, guided, denoiser)
+            self._calls.replayed(probe, recording.call_kwargs, returns, x.device, denoiser)
         if probe.captured is None:
             raise ValueError(f"{self.name} does not call scheduler.step at step {index}; it cannot be replayed.")
         return probe.captured[: len(x)]  # a pipeline that carries its batch doubled for guidance hands it over like that
@@ -227,8 +206,9 @@ class PipelineReplay:
         """
         probe = make_probe(self._probe_class, self.scheduler, visit=())
         guided = True in conditioning.recordings
+        arguments = {**conditioning.recording(guided).call_kwargs, "generator": copied(conditioning.generators)}
         try:
-            return self._replay(probe, x, conditioning, guided, generator=copied(conditioning.generators))[0]
+            return self._calls.replayed(probe, arguments, conditioning.returns_with(x, guided), x.device)
         except ReplayStop:
             raise ValueError(
                 f"{self.name} calls scheduler.step outside its loop over timesteps; it cannot be replayed."
@@ -244,8 +224,7 @@ class PipelineReplay:
             Images (B, 3, H, W) in [0, 1] (videos, waveforms as `decode`), without graph.
         """
         scheduler = copy.deepcopy(self.pipeline.scheduler)
-        arguments = self.arguments(columns, len(generators))
-        return self._ordinary_call(self._view(scheduler), arguments, generators)[0]
+        return self._calls.ordinary(scheduler, self.arguments(columns, len(generators)), generators)
 
     def memoryless_sample(
         self,
@@ -263,11 +242,9 @@ class PipelineReplay:
             arguments: replace those of the call.
         """
         recorder = make_recorder(self.scheduler, generators, stop_after)
-        view = self._view(recorder)
-        images = None
+        images, call = None, {**self.arguments(columns, len(generators), guided=guided), **arguments}
         with suppress(ReplayStop):
-            call = {**self.arguments(columns, len(generators), guided=guided), **arguments}
-            images = self._ordinary_call(view, call, generators)[0]
+            images = self._calls.ordinary(recorder, call, generators)
         return images, recorder.record
 
     # ------------------------------------------------------------------------------- which network acts, where x lies
@@ -299,36 +276,22 @@ class PipelineReplay:
 
         For pipelines that keep condition frames or channels in the same tensor. To be called before `prepare`.
         """
-        if self._source == "randn_tensor":
+        if self._calls.source == "randn_tensor":
             return
-        recorder = make_recorder(self.scheduler, generators, stop_after=1)
-        view, preparations = self._view(recorder), Preparations()
-        view.__dict__[self._source] = preparations.recording(self._source, view.prepare_latents)
+        recorder, preparations = make_recorder(self.scheduler, generators, stop_after=1), Preparations()
         with suppress(ReplayStop):
-            self._ordinary_call(view, self.arguments(columns, len(generators)), generators)
-        first = preparations.returns[self._source][0]
-        latents, x = first[0] if isinstance(first, tuple) else first, recorder.first_sample
-        if x.shape != latents.shape and x.untyped_storage().data_ptr() == latents.untyped_storage().data_ptr():
-            self._slot = Slot(x.shape, x.stride(), x.storage_offset() - latents.storage_offset())
-
-    # ------------------------------------------------------------------------------------------------ the calls it takes
+            self._calls.ordinary(recorder, self.arguments(columns, len(generators)), generators, preparations)
+        first = preparations.returns["prepare_latents"][0]
+        self._slot = slot_of(recorder.first_sample, first[0] if isinstance(first, tuple) else first)
 
     def _dry_run(self, columns: dict[str, list[Any]], generators: list[torch.Generator], *, guided: bool) -> Recording:
         """The call up to its loop, with what its preparing methods return."""
         arguments = self.arguments(columns, len(generators), guided=guided)
-        view, preparations = self._view(make_probe(self._probe_class, self.scheduler, visit=None)), Preparations()
-        for name in preparing_methods(view):
-            set_method(view, name, preparations.recording(name, attrgetter(name)(view)))
-        randn_tensor = preparations.recording("randn_tensor", self._randn_tensor) if self._source == "randn_tensor" else None
-        kept = None
-        try:
-            with torch.no_grad():
-                self._run(view, {**arguments, "generator": list(generators)}, randn_tensor)
-        except ReplayStop as stop:
-            kept = stop.timesteps
-        if kept is None or self._source not in preparations.returns:
+        probe = make_probe(self._probe_class, self.scheduler, visit=None)
+        kept, returns = self._calls.up_to_loop(probe, arguments, generators)
+        if kept is None or self._calls.source not in returns:
             raise ValueError(
-                f"{self.name} does not loop over scheduler.timesteps in its own __call__ after {self._source}, so its loop "
+                f"{self.name} does not loop over scheduler.timesteps in its own __call__ after {self._calls.source}, so its loop "
                 f"cannot be stopped before the first step; pass a pipeline that does."
             )
         self._first = len(self.scheduler.timesteps) - len(kept)
@@ -337,35 +300,4 @@ class PipelineReplay:
                 f"{self.name} stops its loop before the last step, where the latents are not data yet; leave out denoising_end, "
                 f"timesteps and whatever else cuts the grid."
             )
-        return Recording(arguments, {name: tuple(values) for name, values in preparations.returns.items()})
-
-    def _replay(
-        self, probe: Any, x: Tensor, conditioning: Conditioning, guided: bool, denoiser: nn.Module | None = None, **arguments: Any
-    ) -> Any:
-        """The call on a view that replays the recorded preparations and starts from x."""
-        view = self._view(probe, x.device)
-        replayed = {name: in_order(name, values) for name, values in conditioning.returns_with(x, guided).items()}
-        randn_tensor = replayed.pop("randn_tensor", None)
-        for name, function in replayed.items():
-            set_method(view, name, function)
-        if denoiser is not None:
-            view.__dict__[self.component] = called_in_place_of(getattr(self.pipeline, self.component), denoiser)
-        with quiet(self._logger):  # it would say the same at every evaluation
-            return self._run(view, {**conditioning.recording(guided).call_kwargs, **arguments}, randn_tensor)
-
-    def _run(self, view: DiffusionPipeline, arguments: dict[str, Any], randn_tensor: Any = None) -> Any:
-        """What the call returns; `ReplayStop` where the probe leaves it."""
-        if randn_tensor is not None:
-            self._call.__globals__["randn_tensor"] = randn_tensor  # a copy that belongs to this object
-        with self._processors_restored(view):
-            return self._call(view, **fresh(arguments))
-
-    def _ordinary_call(self, view: DiffusionPipeline, arguments: dict[str, Any], generators: list[torch.Generator]) -> Any:
-        with self._processors_restored(view):
-            return type(self.pipeline).__call__(view, **fresh({**arguments, "generator": list(generators)}))
-
-    def _processors_restored(self, view: DiffusionPipeline) -> Any:
-        return processors_restored(getattr(view, self.component)) if self.exchanges_processors else nullcontext()
-
-    def _view(self, scheduler: Any, device: torch.device | None = None) -> DiffusionPipeline:
-        return make_view(self.pipeline, self._view_class, scheduler, device or self.pipeline._execution_device)
+        return Recording(arguments, returns)

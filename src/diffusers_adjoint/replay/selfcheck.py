@@ -145,6 +145,9 @@ class _Check:
     def decoding_is_the_pipelines(self) -> None:
         """The same latents give the same images as at the end of the pipeline's own call, here of two steps, and a gradient."""
         images, steps = self.replay.memoryless_sample(self.columns, self._generators(), num_inference_steps=2)
+        if not isinstance(images, Tensor) or len(images) != len(self.x):
+            found = f"{len(images)} images" if isinstance(images, Tensor) else f"a {type(images).__name__}"
+            raise self._error(f"returns {found} for {len(self.x)} samples", "use a pipeline whose first output is their tensor")
         latents = steps[-1].prev_sample.to(self.x.dtype).requires_grad_()
         with torch.enable_grad():
             decoded = self.replay.decode(latents, self.conditioning)
@@ -153,7 +156,7 @@ class _Check:
                 "decodes the same latents to other images each time",
                 "switch off the noise that its decoder draws, unless it draws it from the call's generators",
             )
-        if images is None or not _equal(decoded.detach(), images):
+        if not _equal(decoded.detach(), images):
             raise self._error(
                 "decodes the same latents to other images than its replay", "use a pipeline whose decoder comes after its loop"
             )

@@ -1,0 +1,127 @@
+"""The three ways to run a pipeline's `__call__`: undisturbed, up to its loop, and again with what it prepared then.
+
+Nothing is written to the user's pipeline: each call runs on a shallow copy that shares the networks.
+"""
+
+from __future__ import annotations
+
+import logging
+from contextlib import nullcontext
+from operator import attrgetter
+from typing import Any
+
+import torch
+from diffusers import DiffusionPipeline
+from torch import Tensor, nn
+
+from .conditioning import Preparations, fresh, in_order
+from .probe import ReplayStop, replayable_call
+from .view import (
+    called_in_place_of,
+    make_view,
+    preparing_methods,
+    processors_restored,
+    quiet,
+    set_method,
+    view_class,
+)
+
+__all__ = ["PipelineCalls"]
+
+
+class PipelineCalls:
+    """Runs of a pipeline's `__call__` with a scheduler of ours.
+
+    Args:
+        pipeline: never written to.
+        component: name of its trained denoiser.
+
+    Attributes:
+        function: the `__call__`, out of its `torch.no_grad`.
+        source: what draws x_0, "prepare_latents" or, in pipelines that have none, "randn_tensor".
+        exchanges_processors: whether it puts other attention processors in before its loop, and the old ones back after it, as
+            pipelines with perturbed attention do.
+
+    Raises:
+        ValueError: if there is no place where a state could be put in.
+    """
+
+    def __init__(self, pipeline: DiffusionPipeline, component: str) -> None:
+        self.function = replayable_call(type(pipeline))
+        self.source = "prepare_latents" if hasattr(type(pipeline), "prepare_latents") else "randn_tensor"
+        self.exchanges_processors = "attn_processors" in self.function.__code__.co_names
+        self._pipeline, self._component = pipeline, component
+        self._view_class = view_class(type(pipeline))
+        self._logger = logging.getLogger(self.function.__module__)
+        self._randn_tensor = self.function.__globals__.get("randn_tensor")
+        if self.source == "randn_tensor" and self._randn_tensor is None:
+            raise ValueError(
+                f"{type(pipeline).__name__} has no prepare_latents and calls no randn_tensor, where a state could be put in; "
+                f"pass a pipeline that has one of them."
+            )
+
+    def ordinary(
+        self, scheduler: Any, arguments: dict[str, Any], generators: list[torch.Generator], latents: Preparations | None = None
+    ) -> Any:
+        """The images of the undisturbed call; `latents` records what its prepare_latents returns."""
+        view = self._view(scheduler)
+        if latents is not None:
+            set_method(view, "prepare_latents", latents.recording("prepare_latents", view.prepare_latents))
+        with self._processors_restored(view):
+            return _images(type(self._pipeline).__call__(view, **fresh({**arguments, "generator": list(generators)})))
+
+    def up_to_loop(
+        self, probe: Any, arguments: dict[str, Any], generators: list[torch.Generator]
+    ) -> tuple[Tensor | None, dict[str, tuple[Any, ...]]]:
+        """The call until the probe stops it before its loop.
+
+        Returns:
+            The timesteps that it was about to loop over, `None` if it was not; and what its preparing methods returned.
+        """
+        view, preparations = self._view(probe), Preparations()
+        for name in preparing_methods(view):
+            set_method(view, name, preparations.recording(name, attrgetter(name)(view)))
+        draw = preparations.recording("randn_tensor", self._randn_tensor) if self.source == "randn_tensor" else None
+        timesteps = None
+        try:
+            with torch.no_grad():
+                self._run(view, {**arguments, "generator": list(generators)}, draw)
+        except ReplayStop as stop:
+            timesteps = stop.timesteps
+        return timesteps, {name: tuple(values) for name, values in preparations.returns.items()}
+
+    def replayed(
+        self,
+        probe: Any,
+        arguments: dict[str, Any],
+        returns: dict[str, tuple[Any, ...]],
+        device: torch.device,
+        denoiser: nn.Module | None = None,
+    ) -> Any:
+        """The images of the call, or `ReplayStop` where the probe leaves it; its preparing methods return `returns`."""
+        view = self._view(probe, device)
+        replayed = {name: in_order(name, values) for name, values in returns.items()}
+        draw = replayed.pop("randn_tensor", None)
+        for name, function in replayed.items():
+            set_method(view, name, function)
+        if denoiser is not None:
+            view.__dict__[self._component] = called_in_place_of(getattr(self._pipeline, self._component), denoiser)
+        with quiet(self._logger):  # it would say the same at every evaluation
+            return self._run(view, arguments, draw)
+
+    def _run(self, view: DiffusionPipeline, arguments: dict[str, Any], randn_tensor: Any) -> Any:
+        if randn_tensor is not None:
+            self.function.__globals__["randn_tensor"] = randn_tensor  # a copy that belongs to this object
+        with self._processors_restored(view):
+            return _images(self.function(view, **fresh(arguments)))
+
+    def _processors_restored(self, view: DiffusionPipeline) -> Any:
+        return processors_restored(getattr(view, self._component)) if self.exchanges_processors else nullcontext()
+
+    def _view(self, scheduler: Any, device: torch.device | None = None) -> DiffusionPipeline:
+        return make_view(self._pipeline, self._view_class, scheduler, device or self._pipeline._execution_device)
+
+
+def _images(output: Any) -> Any:
+    """The first output of a call with `return_dict=False`: a tuple, but from Stable Video Diffusion, which returns its frames."""
+    return output if isinstance(output, Tensor) else output[0]
