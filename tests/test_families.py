@@ -3,13 +3,16 @@
 A row of `families.FAMILIES` is a test here and a line of docs/pipelines.md.
 """
 
+import importlib.util
 import statistics
 from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 import torch
 from families import FAMILIES
 from peft import LoraConfig
+from transformers import TrainerCallback
 
 from diffusers_adjoint import AdjointMatchingConfig, AdjointMatchingTrainer, memoryless_scheduler
 from diffusers_adjoint.denoiser import PipelineDenoiser
@@ -202,24 +205,25 @@ def reward(images, prompts):
     return images.flatten(1).mean(1)
 
 
-def make_trainer(family, folder):
+def make_trainer(family, folder, **changes):
     rows = family.columns or {"prompt": [""] * len(SEEDS)}
-    args = AdjointMatchingConfig(
-        output_dir=str(folder),
-        num_inference_steps=STEPS,
-        num_loss_steps=1,
-        reward_scale=1e4,
-        guidance_scale=family.guidance_scale,
-        pipeline_kwargs=dict(family.kwargs),
-        trained_component=family.component,
-        max_steps=2,
-        per_device_train_batch_size=2,
-        learning_rate=5e-2,
-        save_strategy="no",
-        report_to="none",
-        disable_tqdm=True,
-        use_cpu=True,
-    )
+    settings = {
+        "output_dir": str(folder),
+        "num_inference_steps": STEPS,
+        "num_loss_steps": 1,
+        "reward_scale": 1e4,
+        "guidance_scale": family.guidance_scale,
+        "pipeline_kwargs": dict(family.kwargs),
+        "trained_component": family.component,
+        "max_steps": 2,
+        "per_device_train_batch_size": 2,
+        "learning_rate": 5e-2,
+        "save_strategy": "no",
+        "report_to": "none",
+        "disable_tqdm": True,
+        "use_cpu": True,
+    }
+    args = AdjointMatchingConfig(**settings | changes)
     dataset = [{name: values[i] for name, values in rows.items()} for i in range(len(SEEDS))]
     return AdjointMatchingTrainer(family.build(), reward, args, dataset, peft_config=lora_config(family))
 
@@ -256,3 +260,43 @@ def test_trained_weights_move_alone_and_load_without_this_package(family, tmp_pa
     assert change > 1e-4
     # Rounding: sums run in another order where the adapter is applied otherwise, or where loaded weights lie otherwise in memory.
     assert (loaded - tuned).abs().max() < 1e-2 * change
+
+
+class CountRows(TrainerCallback):
+    """Rows of every denoiser call, in training proper."""
+
+    def __init__(self, trainer):
+        self.rows = []
+        for network in denoisers(trainer.pipeline):
+            if network is not None:
+                network.register_forward_pre_hook(self.count, with_kwargs=True)
+
+    def count(self, module, args, kwargs):
+        self.rows.append(len([*args, *kwargs.values()][0]))
+
+    def on_step_begin(self, *args, **kwargs):
+        self.rows.clear()  # those of the check at the start
+
+
+def test_guidance_nowhere_and_everywhere(family, tmp_path):
+    counts = {}
+    for cfg_mode in ("none", "full"):
+        trainer = make_trainer(family, tmp_path, cfg_mode=cfg_mode, max_steps=1, logging_steps=1)
+        if not trainer.replay.arguments.guides:
+            pytest.skip("takes no guidance")
+        counter = CountRows(trainer)
+        trainer.add_callback(counter)
+        trainer.train()
+        counts[cfg_mode] = counter.rows
+        assert "kl" in trainer.state.log_history[0]
+    assert set(counts["none"]) == {len(SEEDS)}
+    assert sum(counts["full"]) > 1.3 * sum(counts["none"])  # twice at the steps that are guided, half of them in Lumina 2
+
+
+@pytest.mark.slow
+def test_the_table_in_the_docs_is_that_of_the_families():
+    source = Path(__file__).parents[1] / "docs" / "pipelines_table.py"
+    spec = importlib.util.spec_from_file_location("pipelines_table", source)
+    page = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(page)
+    assert page.BEGIN + page.table() + page.END in page.PAGE.read_text(encoding="utf-8")
