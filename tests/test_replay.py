@@ -245,13 +245,13 @@ def test_nothing_is_evaluated_twice(build, kwargs):
     text_calls = count_calls(pipeline.text_encoder)
     decoder_calls = count_calls(pipeline.vae.decoder)
     replay, x, conditioning = prepared(pipeline, kwargs)
-    # The prompts and "" for guidance, and the prompts as the unguided call encodes them.
-    assert (len(network_calls), len(text_calls), len(decoder_calls)) == (0, 3, 0)
+    # The prompts, which guided and unguided calls share, and "" for guidance.
+    assert (len(network_calls), len(text_calls), len(decoder_calls)) == (0, 2, 0)
     replay.predict(x, 0, conditioning)
     replay.predict(x, STEPS - 1, conditioning, guided=False)
-    assert (len(network_calls), len(text_calls), len(decoder_calls)) == (2, 3, 0)
+    assert (len(network_calls), len(text_calls), len(decoder_calls)) == (2, 2, 0)
     replay.decode(x, conditioning)
-    assert (len(network_calls), len(text_calls), len(decoder_calls)) == (2, 3, 1)
+    assert (len(network_calls), len(text_calls), len(decoder_calls)) == (2, 2, 1)
 
 
 def test_condition_images_are_resized_and_encoded_once(monkeypatch):
@@ -274,8 +274,8 @@ def test_condition_images_are_resized_and_encoded_once(monkeypatch):
 
 @pytest.mark.parametrize(
     ("guidance_scale", "modes", "encodings"),
-    [(3.0, {"unguided": False}, 2), (3.0, {"guided": False}, 1), (1.0, {}, 1)],
-    ids=["guided only", "unguided only", "no guidance"],
+    [(3.0, {}, 2), (3.0, {"unguided": False}, 2), (3.0, {"guided": False}, 1), (1.0, {}, 1)],
+    ids=["both", "guided only", "unguided only", "no guidance"],
 )
 def test_prompts_are_encoded_as_often_as_needed(guidance_scale, modes, encodings):
     pipeline = sd15()

@@ -10,12 +10,11 @@ from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline
-from torch import nn
 from transformers.utils import logging
 
 from .config import AdjointMatchingConfig
 from .replay import PipelineReplay
-from .replay.view import denoiser_names
+from .replay.view import denoiser_names, text_encoders
 
 __all__ = ["collate_columns", "first_row", "load_pipeline", "prompts_of", "repeat_rows", "require_prompts"]
 __all__ += ["require_writable", "rows_of", "rows_to_check", "text_encoders_on", "warn_of_given_start", "warn_of_guidance"]
@@ -127,11 +126,7 @@ def without_prompt(columns: dict[str, list[Any]]) -> dict[str, list[Any]]:
 @contextmanager
 def text_encoders_on(pipeline: DiffusionPipeline, device: torch.device) -> Iterator[None]:
     """The pipeline's text encoders on `device` within this context, on the CPU after it."""
-    encoders = [
-        module
-        for name, module in pipeline.components.items()
-        if name.startswith("text_encoder") and isinstance(module, nn.Module)
-    ]
+    encoders = text_encoders(pipeline).values()
     for encoder in encoders:
         encoder.to(device)
     try:

@@ -14,7 +14,7 @@ import torch
 from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 
-from .conditioning import Preparations, fresh, in_order
+from .conditioning import Preparations, fresh, in_order, remembering
 from .probe import ReplayStop, replayable_call
 from .view import (
     called_in_place_of,
@@ -23,6 +23,7 @@ from .view import (
     processors_restored,
     quiet,
     set_method,
+    text_encoders,
     view_class,
 )
 
@@ -71,14 +72,20 @@ class PipelineCalls:
             return _images(type(self._pipeline).__call__(view, **fresh({**arguments, "generator": list(generators)})))
 
     def up_to_loop(
-        self, probe: Any, arguments: dict[str, Any], generators: list[torch.Generator]
+        self, probe: Any, arguments: dict[str, Any], generators: list[torch.Generator], texts: dict[str, list[Any]]
     ) -> tuple[Tensor | None, dict[str, tuple[Any, ...]]]:
         """The call until the probe stops it before its loop.
+
+        Args:
+            texts: memory of the text encoders, by name: what one call has encoded, the next one need not encode again.
 
         Returns:
             The timesteps that it was about to loop over, `None` if it was not; and what its preparing methods returned.
         """
         view, preparations = self._view(probe), Preparations()
+        for name, encoder in text_encoders(self._pipeline).items():
+            remembered = remembering(encoder, texts.setdefault(name, []))
+            view.__dict__[name] = called_in_place_of(encoder, remembered)
         for name in preparing_methods(view):
             set_method(view, name, preparations.recording(name, attrgetter(name)(view)))
         draw = preparations.recording("randn_tensor", self._randn_tensor) if self.source == "randn_tensor" else None

@@ -132,8 +132,7 @@ class PipelineReplay:
             columns: a list of B values for each per-sample argument of the pipeline's `__call__`, "prompt" among them; other
                 columns are left alone.
             generators: B generators, one a sample, so that a sample's x_0 does not depend on the batch it is in.
-            guided, unguided: which of both `predict` is going to be asked for; each is one encoding of the prompts, where
-                guidance acts at all.
+            guided, unguided: which of both `predict` is going to be asked for. A text is encoded once for both.
 
         Returns:
             x_0 of shape (B, …) in float32 (float64 for a float64 pipeline), and the conditioning for `predict` and `decode`.
@@ -141,7 +140,8 @@ class PipelineReplay:
         Raises:
             ValueError: if the columns do not fit the pipeline's call, or its loop cannot be followed.
         """
-        # Some pipelines encode differently without guidance, so each is a dry run of its own, with the same random numbers.
+        # Some pipelines prepare differently without guidance, so each is a dry run of its own, with the same random numbers.
+        texts: dict[str, list[Any]] = {}
         states = [generator.get_state() for generator in generators]
         recordings: dict[bool, Recording] = {}
         for mode in [mode for mode, wanted in ((True, guided), (False, unguided)) if wanted]:
@@ -150,7 +150,7 @@ class PipelineReplay:
                 continue
             for generator, state in zip(generators, states, strict=True):
                 generator.set_state(state)
-            recordings[mode] = self._dry_run(columns, generators, guided=mode)
+            recordings[mode] = self._dry_run(columns, generators, texts, guided=mode)
         conditioning = Conditioning(recordings, self._calls.source, self._slot, tuple(copied(generators)))
         x = conditioning.start
         return x.to(torch.promote_types(x.dtype, torch.float32)), conditioning
@@ -284,11 +284,13 @@ class PipelineReplay:
         first = preparations.returns["prepare_latents"][0]
         self._slot = slot_of(recorder.first_sample, first[0] if isinstance(first, tuple) else first)
 
-    def _dry_run(self, columns: dict[str, list[Any]], generators: list[torch.Generator], *, guided: bool) -> Recording:
+    def _dry_run(
+        self, columns: dict[str, list[Any]], generators: list[torch.Generator], texts: dict[str, list[Any]], *, guided: bool
+    ) -> Recording:
         """The call up to its loop, with what its preparing methods return."""
         arguments = self.arguments(columns, len(generators), guided=guided)
         probe = make_probe(self._probe_class, self.scheduler, visit=None)
-        kept, returns = self._calls.up_to_loop(probe, arguments, generators)
+        kept, returns = self._calls.up_to_loop(probe, arguments, generators, texts)
         if kept is None or self._calls.source not in returns:
             raise ValueError(
                 f"{self.name} does not loop over scheduler.timesteps in its own __call__ after {self._calls.source}, so its loop "

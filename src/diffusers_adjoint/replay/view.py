@@ -18,7 +18,7 @@ from diffusers.models.cache_utils import CacheMixin
 from torch import nn
 
 __all__ = ["called_in_place_of", "counting_rows", "denoiser_names", "make_view", "no_guidance", "preparing_methods"]
-__all__ += ["processors_restored", "quiet", "set_differentiable", "set_method", "view_class"]
+__all__ += ["processors_restored", "quiet", "set_differentiable", "set_method", "text_encoders", "view_class"]
 
 DENOISERS = ("transformer", "unet", "transformer_2")
 
@@ -102,17 +102,23 @@ def make_view(
     return view
 
 
-def called_in_place_of(component: nn.Module, denoiser: nn.Module) -> nn.Module:
-    """What the pipeline's code shall see as its denoiser when `denoiser` is the module to call.
+def text_encoders(pipeline: DiffusionPipeline) -> dict[str, nn.Module]:
+    """The pipeline's text encoders by name."""
+    parts = {name: part for name, part in pipeline.components.items() if name.startswith("text_encoder")}
+    return {name: part for name, part in parts.items() if isinstance(part, nn.Module)}
+
+
+def called_in_place_of(component: nn.Module, function: Callable[..., Any]) -> nn.Module:
+    """What the pipeline's code shall see as its component when `function` is to be called instead.
 
     A module of the component's class is taken as it is. A wrapper of the component (DDP, compiled, …) lacks the attributes that
     pipelines read (config, dtype, …): they see the component, and calling it calls the wrapper.
     """
-    if isinstance(denoiser, type(component)):
-        return denoiser
+    if isinstance(function, type(component)):
+        return function
 
     def call(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        return denoiser(*args, **kwargs)
+        return function(*args, **kwargs)
 
     stand_in = copy.copy(component)  # shares the weights, owns its class
     stand_in.__class__ = type(type(component).__name__, (type(component),), {"__call__": call})
