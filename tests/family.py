@@ -28,7 +28,6 @@ class Family:
         columns: dataset columns, two rows.
         lora: names of the modules that LoRA adapts; `None` where all weights are trained.
         component: `trained_component`; `None` for the default.
-        unreached: number of trained tensors that no gradient reaches, because the tiny network does not use them.
         dtype: for finite differences; float32 where the network cannot run in double.
         step: of the finite differences, relative to the state.
         fast: whether `make test` runs it; the others run in `make test-slow`.
@@ -43,7 +42,6 @@ class Family:
     columns: dict[str, list[Any]] = field(default_factory=lambda: {"prompt": list(PROMPTS)})
     lora: tuple[str, ...] | None = ("to_q", "to_k", "to_v", "to_out.0")
     component: str | None = None
-    unreached: int = 0
     dtype: torch.dtype = torch.float64
     step: float = 1e-3
     fast: bool = False

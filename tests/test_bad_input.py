@@ -167,6 +167,25 @@ CASES = {
         "rename",
         trainer={"train_dataset": Dataset.from_dict({"prompt": ["a"], "num_inference_steps": [5]})},
     ),
+    "no prompt in the evaluation": Case(
+        "rows of the eval_dataset have columns ['caption']",
+        "'prompt' column",
+        trainer={"eval_dataset": streamed_rows([{"caption": "a"}])},
+    ),
+    "evaluation without a column": Case(
+        "eval_dataset has no column 'negative_prompt'",
+        "add it",
+        trainer={
+            "train_dataset": Dataset.from_dict({"prompt": ["a"], "negative_prompt": ["b"]}),
+            "eval_dataset": Dataset.from_dict({"prompt": ["a"]}),
+        },
+    ),
+    "misspelt column of the evaluation": Case(
+        "'negativ_prompt'",
+        "'negative_prompt'",
+        trainer={"eval_dataset": Dataset.from_dict({"prompt": ["a"], "negativ_prompt": ["b"]})},
+    ),
+    "callback": Case("'callback_on_step_end'", "remove it", {"pipeline_kwargs": {"callback_on_step_end": print}}),
     "adapter there already": Case("already carries an adapter", "fuse_lora", trainer={"model": sd3_with_adapter}),
     "LoRA on biases": Case("bias='all'", "bias='none'", trainer={"peft_config": lora(bias="all")}),
     "LoRA and saved modules": Case(

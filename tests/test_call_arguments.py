@@ -1,5 +1,8 @@
 """Options, `pipeline_kwargs` and dataset columns become the arguments of a pipeline's call; what does not fit is refused."""
 
+from collections.abc import Callable
+from typing import Any
+
 import pytest
 import torch
 from PIL import Image
@@ -16,6 +19,9 @@ def text_to_image(
     num_inference_steps: int = 50,
     guidance_scale: float = 7.5,
     guidance_scale_2: float | None = None,
+    sigmas: list[float] | None = None,
+    attention_kwargs: dict[str, Any] | None = None,
+    callback_on_step_end: Callable[..., Any] | None = None,
     generator: torch.Generator | None = None,
     latents: torch.Tensor | None = None,
     prompt_embeds: torch.Tensor | None = None,
@@ -67,12 +73,18 @@ def test_tensors_are_stacked():
 def test_what_a_single_sample_has_is_passed_as_it_is():
     """Some pipelines take one image and no list of one; others understand a list as several references."""
     image, embeds = Image.new("RGB", (4, 4)), torch.zeros(3, 4)
-    arguments = make()({"prompt": ["a"], "image": [image], "prompt_embeds": [embeds]}, 1)
+    arguments = make()({"prompt": ["a"], "image": [image]}, 1)
     assert arguments["image"] is image
-    assert arguments["prompt_embeds"].shape == (1, 3, 4)
     assert arguments["prompt"] == ["a"]
+    assert make()({"prompt_embeds": [embeds]}, 1)["prompt_embeds"].shape == (1, 3, 4)
     assert make()({"prompt": ["a"], "image": [[image, image]]}, 1)["image"] == [image, image]
     assert make(class_conditional)({"class_labels": [3]}, 1)["class_labels"] == [3]
+
+
+def test_a_text_beside_its_embeddings_is_for_the_rewards_alone():
+    arguments = make()({**TWO, "prompt_embeds": [torch.zeros(3, 4), torch.ones(3, 4)]}, 2)
+    assert "prompt" not in arguments
+    assert arguments["prompt_embeds"].shape == (2, 3, 4)
 
 
 def test_a_text_for_all_samples_goes_with_a_list_of_prompts():
@@ -144,6 +156,8 @@ def test_a_scale_that_is_none_by_default_does_not_guide():
         ({}, {**TWO, "image": [1]}, "column 'image' has 1 values for 2 generators"),
         ({}, {**TWO, "latents": [1, 2]}, "column 'latents' would set an argument that the replay sets itself"),
         ({}, {**TWO, "height": [16, 32]}, "column 'height' would set an argument that Pipe takes once for all samples"),
+        ({}, {**TWO, "sigmas": [1.0, 0.5]}, "column 'sigmas' would set an argument that Pipe takes once for all samples"),
+        ({}, {**TWO, "attention_kwargs": [{}, {}]}, "column 'attention_kwargs' would set an argument that Pipe takes once"),
         ({"call": class_conditional}, {"label": [1, 2]}, r"Pipe needs 'class_labels', but the columns are \['label'\]"),
         ({"call": true_cfg, "guidance_scale": 3.0}, TWO, "Pipe guides only against a negative prompt, and there is none"),
     ],
@@ -158,6 +172,7 @@ def test_columns_that_do_not_fit_are_refused(settings, columns, message):
     [
         ({"kwargs": {"hight": 32}}, "'hight', which Pipe does not take; take 'height' if that is meant"),
         ({"kwargs": {"colour": 32}}, "'colour', which Pipe does not take; remove it"),
+        ({"kwargs": {"callback_on_step_end": print}}, "'callback_on_step_end', which is not set there; remove it, no callback"),
         ({"kwargs": {"generator": 1}}, "'generator', which is not set there; use the option seed"),
         ({"call": true_cfg, "kwargs": {"true_cfg_scale": 2.0}}, "'true_cfg_scale', which is not set there; use the option guid"),
         ({"kwargs": {"prompt": "a"}}, "pass prompts as the dataset's 'prompt' column"),

@@ -137,6 +137,14 @@ def test_saved_with_a_pipeline_and_loaded(tmp_path):
         (lambda: MemorylessEDMEulerScheduler(noise_conditioning="cos"), "noise_conditioning='cos' is unknown; pass 'log'"),
         (lambda: MemorylessEDMEulerScheduler(integrator="heun"), "integrator='heun' is unknown"),
         (lambda: ready().step(torch.zeros(1), 0.123, torch.zeros(1)), "timestep=0.123 is not on the grid"),
+        (
+            lambda: memoryless_scheduler(
+                diffusers.EulerDiscreteScheduler(
+                    timestep_type="continuous", use_karras_sigmas=True, prediction_type="v_prediction"
+                )
+            ),
+            "no memoryless counterpart",
+        ),
         (lambda: memoryless_scheduler(diffusers.EDMEulerScheduler(prediction_type="v_prediction")), "no memoryless counterpart"),
     ],
 )

@@ -477,7 +477,7 @@ def test_timesteps_look_whole_but_visit_what_is_asked():
     assert list(ReplayedTimesteps.of(grid, ())) == []
     with pytest.raises(ReplayStop):
         iter(ReplayedTimesteps.of(grid, None))
-    with pytest.raises(ValueError, match="last 1 steps"):
+    with pytest.raises(ValueError, match="loops over 1 steps of its grid only.*; leave out denoising_end"):
         list(steps[3:])
 
 

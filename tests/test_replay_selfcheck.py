@@ -2,13 +2,16 @@
 
 import pytest
 import torch
-from diffusers import StableDiffusion3Pipeline
-from test_replay import BUILDERS, PROMPTS, SHORT, count_calls, denoiser, generators, make_replay, snapshot
+from diffusers import StableDiffusion3Pipeline, StableDiffusionImg2ImgPipeline, StableDiffusionInpaintPipeline
+from PIL import Image
+from test_replay import BUILDERS, PROMPTS, SHORT, STEPS, count_calls, denoiser, generators, make_replay, snapshot
 from tiny_conditioned import picture
-from tiny_images import flux2_klein
+from tiny_images import chroma, flux2_klein
 from tiny_pipelines import sd3, sd15
+from tiny_videos import wan22
 
-from diffusers_adjoint.replay import check_replay
+from diffusers_adjoint import memoryless_scheduler
+from diffusers_adjoint.replay import PipelineReplay, check_replay
 
 
 def check(pipeline, kwargs=SHORT, *, guidance_scale=3.0, **settings):
@@ -100,10 +103,49 @@ def test_a_list_of_images_that_are_references_of_every_sample(samples):
 
 
 def test_latents_changed_between_steps():
-    def repaint(pipeline, index, timestep, tensors):
-        return {"latents": tensors["latents"] + 1e-3}
+    """Inpainting with an ordinary UNet: what is known is put back after every step."""
+    pipeline = StableDiffusionInpaintPipeline(**sd15().components, requires_safety_checker=False)
+    mask = Image.new("L", (16, 16))
+    mask.paste(255, (0, 0, 8, 16))
+    replay = make_replay(pipeline, {"height": 16, "width": 16, "strength": 1.0})
+    with pytest.raises(ValueError, match="because it changes the latents between two steps .as inpainting does."):
+        check_replay(replay, {"prompt": PROMPTS, "image": [picture(1)] * 2, "mask_image": [mask] * 2}, generators())
 
-    expect("changes the latents between two steps", sd3(), {**SHORT, "callback_on_step_end": repaint})
+
+def test_a_start_shortly_before_the_end_passes():
+    """K·strength rounds down to the steps that are taken; a call of two steps would take none."""
+    pipeline = StableDiffusionImg2ImgPipeline(**sd15().components, requires_safety_checker=False)
+    replay = make_replay(pipeline, {"strength": 0.3}, steps=10)
+    check_replay(replay, {"prompt": PROMPTS, "image": [picture(1), picture(2)]}, generators())
+    assert len(replay.timesteps) == 3
+
+
+def test_a_network_that_is_another_with_gradient_checkpointing():
+    """Chroma's single blocks lose their attention mask."""
+    pipeline = chroma()
+    size = {"height": 16, "width": 16, "max_sequence_length": 16}
+    check(pipeline, size)
+    pipeline.transformer.enable_gradient_checkpointing()
+    expect("predicts something else, by [0-9.]+%, when gradients are recorded; pass gradient_checkpointing=False", pipeline, size)
+
+
+def test_gradient_checkpointing_passes():
+    pipeline = sd3()
+    pipeline.transformer.enable_gradient_checkpointing()
+    check(pipeline)
+
+
+def test_the_network_that_is_trained_is_the_one_differentiated():
+    """The second transformer predicts at the last steps only."""
+    pipeline = wan22()
+    size = {"height": 16, "width": 32, "num_frames": 5, "max_sequence_length": 16}
+    pipeline.transformer_2.register_forward_hook(lambda module, args, output: (output[0].detach(),))
+    columns = {"prompt": PROMPTS}
+    scheduler = memoryless_scheduler(pipeline.scheduler)
+    check_replay(PipelineReplay(pipeline, scheduler, STEPS, pipeline_kwargs=size), columns, generators())
+    replay = PipelineReplay(pipeline, scheduler, STEPS, pipeline_kwargs=size, component="transformer_2")
+    with pytest.raises(ValueError, match="differs from finite differences by 100.0%"):
+        check_replay(replay, columns, generators())
 
 
 def test_a_denoiser_without_gradient():

@@ -120,6 +120,11 @@ def test_solvers_of_flow_models_become_the_flow_scheduler(host):
     solver = getattr(diffusers, host)
     ours = memoryless_scheduler(solver(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0))
     assert (type(ours), ours.shift) == (BOTH[0], 3.0)
+    host = solver(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0)
+    for scheduler in (host, ours):
+        scheduler.set_timesteps(20)
+        # At a timestep both have the same noise; these solvers round their timesteps to integers.
+        torch.testing.assert_close(scheduler.sigmas[:-1], scheduler.timesteps / 1000, atol=1e-3, rtol=0, check_dtype=False)
     with pytest.raises(ValueError, match="prediction_type='epsilon'; only 'flow_prediction'"):
         memoryless_scheduler(solver(prediction_type="epsilon", use_flow_sigmas=True))
 
@@ -270,6 +275,7 @@ BAD = {
     "no grid": (lambda: BOTH[0]().stds, "no grid yet; call set_timesteps"),
     "no grid, DDIM": (lambda: BOTH[1]().step(torch.zeros(1), 999, torch.zeros(1)), "no grid yet; call set_timesteps"),
     "growing noise": (lambda: BOTH[0]().set_timesteps(sigmas=[1.0, 0.2, 0.5]), "the noise grows along the grid at step 1"),
+    "noise beyond one": (lambda: BOTH[0]().set_timesteps(sigmas=[80.0, 1.0, 0.5]), "starts at σ = 80, but flow matching"),
     "beyond the table": (lambda: ready(BOTH[1], 1000, steps_offset=1), "reach timestep 1000, but the model knows 1000"),
     "integer timestep": (misuse(BOTH[0], lambda s, x: s.step(x, 3, x)), "timestep=3 is an integer"),
     "off the grid": (misuse(BOTH[1], lambda s, x: s.step(x, 3, x)), "timestep=3 is not on the grid"),

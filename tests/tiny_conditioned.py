@@ -18,6 +18,7 @@ from diffusers import (
     StableDiffusionImg2ImgPipeline,
     StableDiffusionInstructPix2PixPipeline,
     StableDiffusionXLControlNetPipeline,
+    StableDiffusionXLImg2ImgPipeline,
     StableVideoDiffusionPipeline,
     UNet2DConditionModel,
     UNetSpatioTemporalConditionModel,
@@ -137,6 +138,11 @@ def instruct_pix2pix(*, seed: int = 0) -> StableDiffusionInstructPix2PixPipeline
 
 def sd15_from_image(*, seed: int = 0) -> StableDiffusionImg2ImgPipeline:
     return eval_mode(StableDiffusionImg2ImgPipeline(**components_of(sd15(seed=seed)), requires_safety_checker=False))
+
+
+def sdxl_from_image(*, seed: int = 0) -> StableDiffusionXLImg2ImgPipeline:
+    """What the refiner is."""
+    return eval_mode(StableDiffusionXLImg2ImgPipeline(**components_of(sdxl(seed=seed)), add_watermarker=False))
 
 
 def sd3_from_image(*, seed: int = 0) -> StableDiffusion3Img2ImgPipeline:
@@ -315,6 +321,13 @@ FAMILIES = [
         kwargs={"strength": 0.8},
         columns=NEGATIVE,
         fast=True,
+    ),
+    Family(
+        "SDXL, image to image",
+        sdxl_from_image,
+        "starts below noise, as the refiner does",
+        kwargs={"denoising_start": 0.5},
+        columns=NEGATIVE,
     ),
     Family(
         "Stable Diffusion 3, image to image",

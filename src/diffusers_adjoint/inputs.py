@@ -14,10 +14,12 @@ from transformers.utils import logging
 
 from .config import AdjointMatchingConfig
 from .replay import PipelineReplay
+from .replay.arguments import CallArguments
 from .replay.view import denoiser_names, text_encoders
+from .rewards import WeightedReward
 
-__all__ = ["collate_columns", "first_row", "load_pipeline", "prompts_of", "repeat_rows", "require_prompts"]
-__all__ += ["require_writable", "rows_of", "rows_to_check", "text_encoders_on", "warn_of_given_start", "warn_of_guidance"]
+__all__ = ["collate_columns", "columns_to_check", "load_pipeline", "prompts_of", "repeat_rows", "require_prompts"]
+__all__ += ["require_writable", "rows_of", "text_encoders_on", "warn_of_given_start", "warn_of_guidance"]
 __all__ += ["without_prompt"]
 
 logger = logging.get_logger(__name__)
@@ -52,20 +54,46 @@ def require_writable(folder: str) -> None:
         raise ValueError(f"output_dir={folder!r} cannot be written ({error.strerror}); pass a folder you may write to.") from None
 
 
-def first_row(dataset: Any, *, needs_prompt: bool) -> dict[str, Any]:
-    """The first row of the training data, or a ValueError that says what it lacks."""
+def columns_to_check(
+    train_dataset: Any, eval_dataset: Any, args: AdjointMatchingConfig, arguments: CallArguments, reward: WeightedReward
+) -> dict[str, list[Any]]:
+    """The first row, as often as the check at the start of training needs it, when its columns fit pipeline and rewards.
+
+    Two rows, for what samples may do to each other; one where no more come together: pipelines exist that take one only.
+
+    Raises:
+        ValueError: for rows that lack something, have a column too many or misspelt, in either dataset.
+    """
+    evaluates = eval_dataset is not None and not isinstance(eval_dataset, dict)
+    largest = max(args.per_device_train_batch_size * args.num_generations, args.per_device_eval_batch_size if evaluates else 1)
+    columns = collate_columns([_first_row(train_dataset, "train_dataset", arguments.takes_prompt)] * min(2, largest))
+    _require_fitting(columns, arguments, reward)
+    if evaluates:
+        evaluated = collate_columns([_first_row(eval_dataset, "eval_dataset", arguments.takes_prompt)])
+        if missing := arguments.taken(columns).keys() - arguments.taken(evaluated).keys():
+            raise ValueError(f"the eval_dataset has no column {min(missing)!r}, but the train_dataset has; add it.")
+        _require_fitting(evaluated, arguments, reward)
+    return columns
+
+
+def _require_fitting(columns: dict[str, list[Any]], arguments: CallArguments, reward: WeightedReward) -> None:
+    arguments.require_known(columns, reward.require_arguments(without_prompt(columns)))
+    arguments(columns, rows_of(columns))
+
+
+def _first_row(dataset: Any, name: str, needs_prompt: bool) -> dict[str, Any]:
     if dataset is None:
-        raise ValueError("train_dataset is missing; pass a dataset with a row for each prompt.")
+        raise ValueError(f"{name} is missing; pass a dataset with a row for each prompt.")
     row = next(iter(dataset), None)
     if row is None:
-        raise ValueError("the train_dataset has no row; pass at least one prompt.")
+        raise ValueError(f"the {name} has no row; pass at least one prompt.")
     if needs_prompt and not PROMPTS & row.keys():
-        raise ValueError(f"the rows of the dataset have columns {sorted(row)}; add a 'prompt' column of strings.")
+        raise ValueError(f"the rows of the {name} have columns {sorted(row)}; add a 'prompt' column of strings.")
     if not isinstance(row.get("prompt", ""), str):
-        raise ValueError(f"the first prompt is of type {type(row['prompt']).__name__}; pass a string in each row.")
+        raise ValueError(f"the first prompt of the {name} is of type {type(row['prompt']).__name__}; pass a string in each row.")
     taken = {"images", "prompts"} & row.keys()
     if taken:
-        raise ValueError(f"the dataset's column {min(taken)!r} is an argument of every reward function; rename the column.")
+        raise ValueError(f"column {min(taken)!r} of the {name} is an argument of every reward function; rename the column.")
     return row
 
 
@@ -105,12 +133,6 @@ def rows_of(columns: dict[str, list[Any]]) -> int:
 def prompts_of(columns: dict[str, list[Any]]) -> list[str]:
     """The prompts as the rewards see them; empty where the pipeline is not conditioned on text."""
     return columns.get("prompt") or [""] * rows_of(columns)
-
-
-def rows_to_check(args: AdjointMatchingConfig, eval_dataset: Any) -> int:
-    """Two, for what samples may do to each other; one where no more come together: pipelines exist that take one only."""
-    evaluated = args.per_device_eval_batch_size if eval_dataset is not None else 1
-    return min(2, max(args.per_device_train_batch_size * args.num_generations, evaluated))
 
 
 def repeat_rows(columns: dict[str, list[Any]], times: int) -> dict[str, list[Any]]:

@@ -21,14 +21,13 @@ from .config import AdjointMatchingConfig
 from .denoiser import PipelineDenoiser
 from .inputs import (
     collate_columns,
-    first_row,
+    columns_to_check,
     load_pipeline,
     prompts_of,
     repeat_rows,
     require_prompts,
     require_writable,
     rows_of,
-    rows_to_check,
     text_encoders_on,
     warn_of_given_start,
     warn_of_guidance,
@@ -298,10 +297,7 @@ class AdjointMatchingTrainer(Trainer):
         return super().train(*args, **kwargs)
 
     def _check_first_row(self) -> None:
-        row = first_row(self.train_dataset, needs_prompt=self.replay.arguments.takes_prompt)
-        columns = collate_columns([row] * rows_to_check(self.args, self.eval_dataset))
-        used = self.reward.require_arguments(without_prompt(columns))
-        self.replay.arguments.require_known(columns, used)
+        columns = columns_to_check(self.train_dataset, self.eval_dataset, self.args, self.replay.arguments, self.reward)
         generators = self._generators(range(rows_of(columns)), Stream.START)
         with self._text_encoders():
             check_replay(self.replay, columns, generators, check_unguided=self.args.cfg_mode != "full")

@@ -22,9 +22,14 @@ _RESERVED = {
     "batch_size": "use the option per_device_train_batch_size",
     "generator": "use the option seed",
     "latents": "use the option seed",
+    "initial_audio_waveforms": "remove it, the start is noise",
+    "callback": "remove it, no callback runs within a prediction",
+    "callback_on_step_end": "remove it, no callback runs within a prediction",
     "output_type": "remove it, images are always tensors",
     "return_dict": "remove it, images are always tensors",
 }
+# Lists that are one value for all samples, whatever the annotation says.
+_GRID = ("sigmas", "timesteps")
 # In the annotation of an argument that takes one value for each sample. Texts may always be a list, whatever it says.
 _PER_SAMPLE = ("list[", "tensor", "image", "str")
 
@@ -107,8 +112,9 @@ class CallArguments:
         return arguments if guided else self._unguided(arguments)
 
     def taken(self, columns: Mapping[str, list[Any]]) -> dict[str, list[Any]]:
-        """The columns that the pipeline takes."""
-        return {name: values for name, values in columns.items() if name in self._parameters}
+        """The columns that the pipeline takes; a text whose embeddings are there too is for the rewards alone."""
+        names = [name for name in columns if name in self._parameters and f"{name}_embeds" not in columns]
+        return {name: columns[name] for name in names}
 
     def require_known(self, columns: Mapping[str, Any], used: set[str]) -> None:
         """Raise ValueError for a column that looks like a misspelt argument of the pipeline.
@@ -167,6 +173,8 @@ class CallArguments:
 
     def _per_sample(self, name: str) -> bool:
         annotation = self._annotation(name)
+        if name in _GRID or "dict[" in annotation:
+            return False
         return not annotation or any(word in annotation for word in _PER_SAMPLE)
 
     def _annotation(self, name: str) -> str:

@@ -122,7 +122,10 @@ def copied(generators: Iterable[torch.Generator]) -> list[torch.Generator]:
 
 
 def remembering(function: Callable[..., Any], calls: list[tuple[Any, Any]]) -> Callable[..., Any]:
-    """`function`, evaluated once for the same arguments; `calls` is its memory of (arguments, output)."""
+    """`function`, evaluated once for the same arguments; `calls` is its memory of (arguments, output).
+
+    The output itself is given out again: pipelines leave what an encoder returned as it is.
+    """
 
     def remembered(*args: Any, **kwargs: Any) -> Any:
         for arguments, output in calls:

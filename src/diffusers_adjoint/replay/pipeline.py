@@ -29,7 +29,7 @@ class PipelineReplay:
     """A pipeline's own code as prepare, predict and decode.
 
     Args:
-        pipeline: pipeline with a transformer or a UNet; never written to.
+        pipeline: pipeline with a transformer or a UNet; of its state only the modes of its denoisers are set (no dropout).
         scheduler: memoryless scheduler that the pipeline's code sees in place of its own; `prepare` sets its tables.
         num_inference_steps: K.
         guidance_scale: classifier-free guidance, 1 for none, or the scale that a distilled network takes as an input.

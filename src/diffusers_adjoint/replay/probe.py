@@ -68,7 +68,7 @@ class ReplayedTimesteps(Tensor):
         """(index, timestep) for each position to visit.
 
         Raises:
-            ValueError: if a position lies before the first step that the pipeline kept.
+            ValueError: if a position is not among the steps that the pipeline kept.
         """
         timesteps = self.as_subclass(Tensor)
         if self.visit is None:
@@ -76,8 +76,8 @@ class ReplayedTimesteps(Tensor):
         steps = len(timesteps)
         if any(position < -steps for position in self.visit):
             raise ValueError(
-                f"step {min(self.visit)}, counted from the end, is not among the last {steps} steps that the pipeline keeps; "
-                f"ask for one of those."
+                f"the pipeline loops over {steps} steps of its grid only, and the one asked for is not among them; leave out "
+                f"denoising_end, timesteps and whatever else cuts the grid."
             )
         return [(steps + position, timesteps[position]) for position in self.visit]
 

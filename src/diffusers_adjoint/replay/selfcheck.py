@@ -1,11 +1,12 @@
 """A check at the start of training that the replayed pipeline is the function it is taken for.
 
 Replay rests on conventions that nearly all pipelines keep and none promises. Each is tried here against the pipeline's own call
-on a small batch, with about 25 denoiser calls, so that a pipeline that breaks one is refused instead of trained wrongly.
+on a small batch, with about 25 predictions, so that a pipeline that breaks one is refused instead of trained wrongly.
 """
 
 from __future__ import annotations
 
+import math
 import statistics
 from typing import Any
 
@@ -26,6 +27,8 @@ _DIRECTIONS = 3
 # switch, want a small one) and 1e-1 in bfloat16, which rounds every activation: there only a gradient that is missing
 # altogether is noticed.
 _FINE, _COARSE = (1e-2, (3e-2, 3e-3, 1e-1)), (1e-1, (1e-1, 3e-1))
+# A prediction may use another attention kernel when gradients are recorded, but must be the same to rounding.
+_SAME_FINE, _SAME_COARSE = 1e-4, 3e-2
 
 
 def check_replay(
@@ -45,7 +48,7 @@ def check_replay(
     Raises:
         ValueError: naming the pipeline, the convention that it breaks, and the way out.
     """
-    check = _Check(replay, columns, generators)
+    check = _Check(replay, columns, generators, check_unguided)
     with torch.no_grad():
         check.prediction_is_a_function()
         check.samples_are_apart()
@@ -55,19 +58,21 @@ def check_replay(
         check.prediction_is_the_pipelines(steps)
         if check_unguided:
             check.guidance_can_be_switched_off()
-        check.derivative_is_right(steps[-1].sample, len(steps) - 1)
+        check.derivative_is_right(steps[-1].sample)
         check.decoding_is_the_pipelines()
 
 
 class _Check:
     """One small batch, and a method for each convention."""
 
-    def __init__(self, replay: PipelineReplay, columns: dict[str, list[Any]], generators: list[torch.Generator]) -> None:
+    def __init__(
+        self, replay: PipelineReplay, columns: dict[str, list[Any]], generators: list[torch.Generator], unguided: bool
+    ) -> None:
         self.replay = replay
         self.columns = columns
         self.generators = generators
         replay.find_state(columns, self._generators())
-        self.x, self.conditioning = replay.prepare(columns, self._generators())
+        self.x, self.conditioning = replay.prepare(columns, self._generators(), unguided=unguided)
 
     def prediction_is_a_function(self) -> None:
         first, second = self._predict(self.x, 0), self._predict(self.x, 0)
@@ -86,7 +91,7 @@ class _Check:
         if len(self.x) == 1 or not others:
             return
         changed = {name: [*taken[name][:-1], other] for name, other in others.items()}
-        start, conditioning = self.replay.prepare({**self.columns, **changed}, self._generators())
+        start, conditioning = self.replay.prepare({**self.columns, **changed}, self._generators(), unguided=False)
         prediction = self.replay.predict(self.x, 0, conditioning)
         if not (_equal(start[0], self.x[0]) and _equal(prediction[0], self._predict(self.x, 0)[0])):
             raise self._error(
@@ -129,10 +134,10 @@ class _Check:
             )
         self.prediction_is_the_pipelines(self.own_steps(stop_after=1, guided=False), guided=False)
 
-    def derivative_is_right(self, x: Tensor, index: int) -> None:
+    def derivative_is_right(self, x: Tensor) -> None:
         """Autograd against finite differences: a network under no_grad still has a derivative, a wrong one."""
-        tolerance, sizes = _FINE if self._precision() in (torch.float32, torch.float64) else _COARSE
-        errors = []
+        tolerance, sizes = _FINE if self._is_fine else _COARSE
+        errors, index = [], self._step_of_the_trained_network()
         for size in sizes:
             errors.append(self._derivative_error(x.to(self.x.dtype), index, size))
             if errors[-1] <= tolerance:
@@ -144,7 +149,9 @@ class _Check:
 
     def decoding_is_the_pipelines(self) -> None:
         """The same latents give the same images as at the end of the pipeline's own call, here of two steps, and a gradient."""
-        images, steps = self.replay.memoryless_sample(self.columns, self._generators(), num_inference_steps=2)
+        # Pipelines that start below noise keep a part of the steps.
+        few = math.ceil(2 * len(self.replay.scheduler.timesteps) / len(self.replay.timesteps))
+        images, steps = self.replay.memoryless_sample(self.columns, self._generators(), num_inference_steps=few)
         if not isinstance(images, Tensor) or len(images) != len(self.x):
             found = f"{len(images)} images" if isinstance(images, Tensor) else f"a {type(images).__name__}"
             raise self._error(f"returns {found} for {len(self.x)} samples", "use a pipeline whose first output is their tensor")
@@ -176,6 +183,11 @@ class _Check:
         leaf = x.clone().requires_grad_()
         with torch.enable_grad():
             output = self._predict(leaf, index)
+        change = (output.detach() - self._predict(x, index)).norm() / output.norm()
+        if change > (_SAME_FINE if self._is_fine else _SAME_COARSE):
+            raise self._error(
+                f"predicts something else, by {change:.1%}, when gradients are recorded", "pass gradient_checkpointing=False"
+            )
         generator, errors = torch.Generator().manual_seed(0), []
         for _ in range(_DIRECTIONS):
             noise = torch.randn(x.shape, generator=generator).to(x)
@@ -195,11 +207,22 @@ class _Check:
     def _predict(self, x: Tensor, index: int, guided: bool = True) -> Tensor:
         return self.replay.predict(x, index, self.conditioning, guided=guided)
 
-    def _precision(self) -> torch.dtype:
-        """The coarsest dtype that x goes through, of the latents and the network."""
-        denoiser = getattr(self.replay.pipeline, self.replay.component)
-        dtypes = (self.conditioning.start.dtype, next(denoiser.parameters()).dtype)
-        return max(dtypes, key=lambda dtype: torch.finfo(dtype).eps)
+    def _step_of_the_trained_network(self) -> int:
+        """The second step, or the last one where another network predicts at the second."""
+        second, last = (min(1, len(self.replay.timesteps) - 1), len(self.replay.timesteps) - 1)
+        with counting_rows(self._denoiser) as rows:
+            self._predict(self.x, second)
+        return second if rows else last
+
+    @property
+    def _denoiser(self) -> torch.nn.Module:
+        denoiser: torch.nn.Module = getattr(self.replay.pipeline, self.replay.component)
+        return denoiser
+
+    @property
+    def _is_fine(self) -> bool:
+        """Whether neither the latents nor the network round x to 16 bits or fewer."""
+        return {self.conditioning.start.dtype, next(self._denoiser.parameters()).dtype} <= {torch.float32, torch.float64}
 
     def _generators(self) -> list[torch.Generator]:
         return copied(self.generators)

@@ -96,9 +96,10 @@ def make_view(
     """`pipeline` as a `cls` (from `view_class`) with another scheduler."""
     view = copy.copy(pipeline)
     view.__class__ = cls
-    # Through __dict__, because setting a component the ordinary way rewrites the pipeline's config. The safety checker is left
-    # out: it needs numpy images and blackens what it dislikes, so it has no gradient.
-    view.__dict__.update(scheduler=scheduler, safety_checker=None, _progress_bar_config={"disable": True}, _replay_device=device)
+    # Through __dict__, because setting a component the ordinary way rewrites the pipeline's config. Safety checker and watermark
+    # are left out: they work on numpy images, so they have no gradient.
+    view.__dict__.update(scheduler=scheduler, _progress_bar_config={"disable": True}, _replay_device=device)
+    view.__dict__.update(safety_checker=None, watermark=None)
     return view
 
 

@@ -57,11 +57,12 @@ _GRID_OPTIONS = ("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas
 
 
 def memoryless_scheduler(scheduler: Any, integrator: str | None = None) -> MemorylessScheduler:
-    """The memoryless scheduler for a pipeline's own one: the same noise levels, prediction type and spacing of timesteps.
+    """The memoryless scheduler for a pipeline's own one: the same noise level at a timestep, the same prediction type.
 
-    Flow-match schedulers, and solvers with `use_flow_sigmas=True`, become a `MemorylessFlowMatchEulerDiscreteScheduler`; EDM
-    schedulers of v-prediction models a `MemorylessEDMEulerScheduler`; every other sampler of a β-schedule a
-    `MemorylessDDIMScheduler`. Solver options (order, algorithm, …) have no meaning here.
+    So is the spacing of the timesteps, but for solvers with `use_flow_sigmas=True`: they get that of flow-match schedulers with
+    their shift. Flow-match schedulers, and such solvers, become a `MemorylessFlowMatchEulerDiscreteScheduler`; EDM schedulers of
+    v-prediction models a `MemorylessEDMEulerScheduler`; every other sampler of a β-schedule a `MemorylessDDIMScheduler`. Solver
+    options (order, algorithm, …) have no meaning here.
 
     Args:
         scheduler: the pipeline's scheduler; it is not changed.
@@ -111,7 +112,8 @@ def _is_edm(scheduler: Any) -> bool:
     config = scheduler.config
     continuous = config.get("timestep_type") == "continuous" and config.use_karras_sigmas
     unit = config.get("prediction_type") == "v_prediction" and config.get("sigma_data", 1.0) == 1.0
-    return (isinstance(scheduler, _EDM) or continuous) and unit and config.final_sigmas_type == "zero"
+    known = config.get("sigma_min") is not None and config.get("final_sigmas_type") == "zero"
+    return (isinstance(scheduler, _EDM) or continuous) and unit and known
 
 
 def _from_edm(scheduler: Any, chosen: dict[str, Any]) -> MemorylessEDMEulerScheduler:

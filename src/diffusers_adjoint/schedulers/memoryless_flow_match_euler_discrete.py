@@ -88,9 +88,14 @@ class MemorylessFlowMatchEulerDiscreteScheduler(FlowMatchEulerDiscreteScheduler,
         """The parent's grid (see there), and the transition of each of its steps.
 
         Raises:
-            ValueError: if the noise grows along the grid.
+            ValueError: if the noise grows along the grid, or a σ is no share of noise.
         """
         super().set_timesteps(num_inference_steps, device=device, sigmas=sigmas, mu=mu, timesteps=timesteps)
+        if self.sigmas.max() > 1.001:
+            raise ValueError(
+                f"the grid starts at σ = {float(self.sigmas.max()):g}, but flow matching mixes (1 − σ) data and σ noise; pass "
+                f"sigmas from 1 to 0, or use a model that is trained on that path."
+            )
         share = self.sigmas.double().cpu().clamp(0, 1)  # some spacings start at 1 + rounding
         # Inverted σ counts the data instead of the noise, and the network then predicts X_1 − X_0.
         alphas, betas = (share, 1 - share) if self.config.invert_sigmas else (1 - share, share)
