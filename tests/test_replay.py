@@ -18,6 +18,7 @@ from diffusers.image_processor import VaeImageProcessor
 from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionSafetyChecker
 from peft import LoraConfig
 from tiny_conditioned import flux_kontext, picture
+from tiny_images import sdxl
 from tiny_pipelines import sd3, sd15
 from torch import nn
 from transformers import CLIPConfig, CLIPImageProcessorPil
@@ -297,7 +298,7 @@ def test_both_modes_start_from_the_same_noise():
     y, both = replay.prepare({"prompt": PROMPTS}, generators())
     _, _ = replay.prepare({"prompt": PROMPTS}, generators(), guided=False)
     assert torch.equal(x, y)
-    assert torch.equal(*(both.recordings[mode].returns["prepare_latents"][0] for mode in (True, False)))
+    assert torch.equal(*(both.recordings[mode].returns["prepare_latents"][0].value for mode in (True, False)))
 
 
 @BUILDERS
@@ -349,7 +350,7 @@ def test_columns_reach_the_call_and_others_do_not():
 
 
 def encoding(conditioning):
-    return conditioning.recordings[True].returns["encode_prompt"][0][0]
+    return conditioning.recordings[True].returns["encode_prompt"][0].value[0]
 
 
 def test_pipeline_kwargs_reach_every_call():
@@ -549,6 +550,23 @@ def test_a_grid_cut_at_its_end_is_refused():
         replay.prepare({}, generators())
 
 
+def test_sdxls_denoising_end_is_refused():
+    """It filters its timesteps before its loop."""
+    replay = make_replay(sdxl(), {"denoising_end": 0.5})
+    with pytest.raises(ValueError, match="StableDiffusionXLPipeline stops its loop before the last step"):
+        replay.prepare({"prompt": PROMPTS}, generators())
+
+
+class GuidedByAnotherScale(Loop):
+    @property
+    def do_classifier_free_guidance(self):
+        return self._audio_guidance_scale > 1
+
+
+def test_guidance_that_depends_on_more_than_the_guidance_scale():
+    make_replay(GuidedByAnotherScale(**sd3().components), {}, guidance_scale=1.0).prepare({}, generators())
+
+
 class ConditionBesideState(Loop):
     """Two condition channels in the same tensor as the state, which is a view into it."""
 
@@ -568,7 +586,7 @@ def test_a_state_inside_larger_latents(seeds):
     replay.find_state({}, generators((1, 2)))
     x, conditioning = replay.prepare({}, generators(seeds))
     assert len(x) == len(seeds)
-    whole = conditioning.recordings[True].returns["prepare_latents"][0]
+    whole = conditioning.recordings[True].returns["prepare_latents"][0].value
     assert torch.equal(x, whole[:, 1:5])
     y = torch.randn_like(x).requires_grad_()
     output = replay.predict(y, 1, conditioning)

@@ -9,6 +9,7 @@ from diffusers import (
     AutoencoderKLWan,
     ControlNetModel,
     EulerDiscreteScheduler,
+    FluxControlPipeline,
     FluxImg2ImgPipeline,
     FluxKontextPipeline,
     QwenImageEditPipeline,
@@ -28,7 +29,7 @@ from diffusers import (
 from diffusers.pipelines.qwenimage import pipeline_qwenimage_edit
 from family import PROMPTS, Family
 from PIL import Image
-from tiny_images import flux, sdxl
+from tiny_images import flux, flux_transformer, sdxl
 from tiny_parts import flow, qwen_vl, randomise, t5
 from tiny_pipelines import eval_mode, sd3, sd15
 from transformers import (
@@ -170,6 +171,13 @@ def sd15_controlnet(*, seed: int = 0) -> StableDiffusionControlNetPipeline:
             **components_of(base), controlnet=controlnet_of(base.unet), requires_safety_checker=False
         )
     )
+
+
+def flux_control(*, seed: int = 0) -> FluxControlPipeline:
+    """The control's latents are channels of the transformer's input; they are drawn in the call itself."""
+    torch.manual_seed(seed)
+    parts = components_of(flux(seed=seed), "transformer", "image_encoder", "feature_extractor")
+    return eval_mode(FluxControlPipeline(**parts, transformer=flux_transformer(in_channels=32)))
 
 
 def sdxl_controlnet(*, seed: int = 0) -> StableDiffusionXLControlNetPipeline:
@@ -325,8 +333,8 @@ FAMILIES = [
     Family(
         "SDXL, image to image",
         sdxl_from_image,
-        "starts below noise, as the refiner does",
-        kwargs={"denoising_start": 0.5},
+        "the pipeline of the refiner",
+        kwargs={"strength": 0.5},
         columns=NEGATIVE,
     ),
     Family(
@@ -349,6 +357,14 @@ FAMILIES = [
         "second network, at some of the steps",
         kwargs=WINDOW,
         columns=NEGATIVE,
+        fast=True,
+    ),
+    Family(
+        "FLUX.1 Control",
+        flux_control,
+        "control as channels, drawn from its distribution",
+        kwargs={**SMALL, **TEXT_16},
+        columns={"prompt": PROMPTS, "control_image": IMAGES["image"]},
         fast=True,
     ),
     Family(

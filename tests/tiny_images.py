@@ -277,10 +277,11 @@ def hunyuan_dit(*, seed: int = 0) -> HunyuanDiTPipeline:
 # ----------------------------------------------------------------------------------------------------------- flow transformers
 
 
-def flux_transformer(*, guidance_embeds: bool = True) -> FluxTransformer2DModel:
+def flux_transformer(*, guidance_embeds: bool = True, in_channels: int = 16) -> FluxTransformer2DModel:
     return FluxTransformer2DModel(
         patch_size=1,
-        in_channels=16,
+        in_channels=in_channels,
+        out_channels=16,
         num_layers=1,
         num_single_layers=1,
         attention_head_dim=16,

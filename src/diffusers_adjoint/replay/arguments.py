@@ -23,6 +23,7 @@ _RESERVED = {
     "generator": "use the option seed",
     "latents": "use the option seed",
     "initial_audio_waveforms": "remove it, the start is noise",
+    "denoising_start": "use strength, which starts from the image with noise of the right size",
     "callback": "remove it, no callback runs within a prediction",
     "callback_on_step_end": "remove it, no callback runs within a prediction",
     "output_type": "remove it, images are always tensors",

@@ -6,6 +6,7 @@ Nothing is written to the user's pipeline: each call runs on a shallow copy that
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterable
 from contextlib import nullcontext
 from operator import attrgetter
 from typing import Any
@@ -14,7 +15,7 @@ import torch
 from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 
-from .conditioning import Preparations, fresh, in_order, remembering
+from .conditioning import Preparations, Returned, copied, fresh, in_order, remembering
 from .probe import ReplayStop, replayable_call
 from .view import (
     called_in_place_of,
@@ -73,7 +74,7 @@ class PipelineCalls:
 
     def up_to_loop(
         self, probe: Any, arguments: dict[str, Any], generators: list[torch.Generator], texts: dict[str, list[Any]]
-    ) -> tuple[Tensor | None, dict[str, tuple[Any, ...]]]:
+    ) -> tuple[Tensor | None, dict[str, tuple[Returned, ...]]]:
         """The call until the probe stops it before its loop.
 
         Args:
@@ -82,7 +83,7 @@ class PipelineCalls:
         Returns:
             The timesteps that it was about to loop over, `None` if it was not; and what its preparing methods returned.
         """
-        view, preparations = self._view(probe), Preparations()
+        view, preparations = self._view(probe), Preparations(generators)
         for name, encoder in text_encoders(self._pipeline).items():
             remembered = remembering(encoder, texts.setdefault(name, []))
             view.__dict__[name] = called_in_place_of(encoder, remembered)
@@ -101,20 +102,21 @@ class PipelineCalls:
         self,
         probe: Any,
         arguments: dict[str, Any],
-        returns: dict[str, tuple[Any, ...]],
+        generators: Iterable[torch.Generator],
+        returns: dict[str, tuple[Returned, ...]],
         device: torch.device,
         denoiser: nn.Module | None = None,
     ) -> Any:
         """The images of the call, or `ReplayStop` where the probe leaves it; its preparing methods return `returns`."""
-        view = self._view(probe, device)
-        replayed = {name: in_order(name, values) for name, values in returns.items()}
+        view, generators = self._view(probe, device), copied(generators)
+        replayed = {name: in_order(name, values, generators) for name, values in returns.items()}
         draw = replayed.pop("randn_tensor", None)
         for name, function in replayed.items():
             set_method(view, name, function)
         if denoiser is not None:
             view.__dict__[self._component] = called_in_place_of(getattr(self._pipeline, self._component), denoiser)
         with quiet(self._logger):  # it would say the same at every evaluation
-            return self._run(view, arguments, draw)
+            return self._run(view, {**arguments, "generator": generators}, draw)
 
     def _run(self, view: DiffusionPipeline, arguments: dict[str, Any], randn_tensor: Any) -> Any:
         if randn_tensor is not None:

@@ -10,7 +10,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["Conditioning", "Preparations", "Recording", "copied", "fresh", "in_order", "remembering", "slot_of"]
+__all__ = ["Conditioning", "Preparations", "Recording", "Returned", "copied", "fresh", "in_order", "latents_in"]
+__all__ += ["remembering", "slot_of"]
+
+
+@dataclass(frozen=True)
+class Returned:
+    """What a preparing method returned, and the states of the samples' generators after it."""
+
+    value: Any
+    states: tuple[Tensor, ...]
 
 
 @dataclass(frozen=True)
@@ -23,7 +32,7 @@ class Recording:
     """
 
     call_kwargs: dict[str, Any]
-    returns: dict[str, tuple[Any, ...]]
+    returns: dict[str, tuple[Returned, ...]]
 
 
 @dataclass(frozen=True)
@@ -35,7 +44,7 @@ class Conditioning:
         source: what draws x_0, "prepare_latents" or "randn_tensor"; the first tensor it returned holds x_0, whatever it
             returned beside it (image latents, masks) is condition.
         slot: where x_0 lies in that tensor, beside condition frames or channels; `None` if it is x_0.
-        generators: of the samples, copies, as they are when the loop starts.
+        generators: of the samples, copies, as they were before the call.
     """
 
     recordings: dict[bool, Recording]
@@ -54,7 +63,7 @@ class Conditioning:
         latents = self._latents(next(iter(self.recordings.values())))
         return latents if self.slot is None else latents[self.slot]
 
-    def returns_with(self, x: Tensor, guided: bool) -> dict[str, tuple[Any, ...]]:
+    def returns_with(self, x: Tensor, guided: bool) -> dict[str, tuple[Returned, ...]]:
         """The returns of the dry run with x in place of x_0, rounded to the pipeline's dtype (states are kept in float32).
 
         Raises:
@@ -69,18 +78,29 @@ class Conditioning:
             whole = latents.clone()
             whole[self.slot] = x.to(latents.dtype)
         first, *others = recording.returns[self.source]
-        return {**recording.returns, self.source: ((whole, *first[1:]) if isinstance(first, tuple) else whole, *others)}
+        value = (whole, *first.value[1:]) if isinstance(first.value, tuple) else whole
+        return {**recording.returns, self.source: (Returned(value, first.states), *others)}
 
     def _latents(self, recording: Recording) -> Tensor:
-        first = recording.returns[self.source][0]
-        return first[0] if isinstance(first, tuple) else first
+        return latents_in(recording.returns[self.source][0].value)
+
+
+def latents_in(value: Any) -> Tensor:
+    """The first of what prepare_latents returns holds x_0."""
+    latents: Tensor = value[0] if isinstance(value, tuple) else value
+    return latents
 
 
 class Preparations:
-    """Records what the wrapped functions return to the pipeline's call; what they call among themselves is their own affair."""
+    """Records what the wrapped functions return to the pipeline's call; what they call among themselves is their own affair.
 
-    def __init__(self) -> None:
-        self.returns: dict[str, list[Any]] = {}
+    Args:
+        generators: those of the call.
+    """
+
+    def __init__(self, generators: list[torch.Generator]) -> None:
+        self.returns: dict[str, list[Returned]] = {}
+        self._generators = generators
         self._depth = 0
 
     def recording(self, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
@@ -94,7 +114,8 @@ class Preparations:
             finally:
                 self._depth -= 1
             if self._depth == 0:
-                self.returns.setdefault(name, []).append(value)
+                states = tuple(generator.get_state() for generator in self._generators)
+                self.returns.setdefault(name, []).append(Returned(value, states))
             return fresh(value)
 
         return recorded
@@ -151,15 +172,17 @@ def _same(a: Any, b: Any) -> bool:
 
 def fresh(value: Any) -> Any:
     """The same leaves in new tuples, lists and dicts: pipelines exist that write into the lists they are given."""
-    if isinstance(value, dict):
+    if type(value) is dict:
         return {key: fresh(item) for key, item in value.items()}
     if type(value) in (tuple, list):
         return type(value)(fresh(item) for item in value)
     return value
 
 
-def in_order(name: str, returns: tuple[Any, ...]) -> Callable[..., Any]:
+def in_order(name: str, returns: tuple[Returned, ...], generators: list[torch.Generator]) -> Callable[..., Any]:
     """A function that ignores its arguments and gives the recorded `returns` one after the other.
+
+    It leaves the generators as the recorded call did: the pipeline may go on to draw from them.
 
     Raises:
         ValueError: (when called) if nothing is left to give.
@@ -167,8 +190,10 @@ def in_order(name: str, returns: tuple[Any, ...]) -> Callable[..., Any]:
     remaining = iter(returns)
 
     def replayed(*args: Any, **kwargs: Any) -> Any:
-        for value in remaining:
-            return fresh(value)
+        for returned in remaining:
+            for generator, state in zip(generators, returned.states, strict=True):
+                generator.set_state(state)
+            return fresh(returned.value)
         raise ValueError(
             f"the pipeline calls {name} more than the {len(returns)} times recorded by prepare(); pass a conditioning that was "
             f"prepared with the same arguments."

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from ..transition import Transition
 from .arguments import CallArguments
 from .calls import PipelineCalls
-from .conditioning import Conditioning, Preparations, Recording, copied, slot_of
+from .conditioning import Conditioning, Preparations, Recording, copied, latents_in, slot_of
 from .probe import RecordedStep, ReplayStop, make_probe, make_recorder, probe_class
 from .view import counting_rows, denoiser_names, no_guidance, set_differentiable
 
@@ -142,16 +142,16 @@ class PipelineReplay:
         """
         # Some pipelines prepare differently without guidance, so each is a dry run of its own, with the same random numbers.
         texts: dict[str, list[Any]] = {}
-        states = [generator.get_state() for generator in generators]
+        before = copied(generators)
         recordings: dict[bool, Recording] = {}
         for mode in [mode for mode, wanted in ((True, guided), (False, unguided)) if wanted]:
             if recordings and not self.arguments.guides:
                 recordings[mode] = next(iter(recordings.values()))
                 continue
-            for generator, state in zip(generators, states, strict=True):
-                generator.set_state(state)
+            for generator, start in zip(generators, before, strict=True):
+                generator.set_state(start.get_state())
             recordings[mode] = self._dry_run(columns, generators, texts, guided=mode)
-        conditioning = Conditioning(recordings, self._calls.source, self._slot, tuple(copied(generators)))
+        conditioning = Conditioning(recordings, self._calls.source, self._slot, tuple(before))
         x = conditioning.start
         return x.to(torch.promote_types(x.dtype, torch.float32)), conditioning
 
@@ -188,7 +188,7 @@ class PipelineReplay:
         probe = make_probe(self._probe_class, self.scheduler, visit=(index - steps,))
         recording, returns = conditioning.recording(guided), conditioning.returns_with(x, guided)
         with suppress(ReplayStop):
-            self._calls.replayed(probe, recording.call_kwargs, returns, x.device, denoiser)
+            self._calls.replayed(probe, recording.call_kwargs, conditioning.generators, returns, x.device, denoiser)
         if probe.captured is None:
             raise ValueError(f"{self.name} does not call scheduler.step at step {index}; it cannot be replayed.")
         return probe.captured[: len(x)]  # a pipeline that carries its batch doubled for guidance hands it over like that
@@ -206,9 +206,9 @@ class PipelineReplay:
         """
         probe = make_probe(self._probe_class, self.scheduler, visit=())
         guided = True in conditioning.recordings
-        arguments = {**conditioning.recording(guided).call_kwargs, "generator": copied(conditioning.generators)}
+        recording, returns = conditioning.recording(guided), conditioning.returns_with(x, guided)
         try:
-            return self._calls.replayed(probe, arguments, conditioning.returns_with(x, guided), x.device)
+            return self._calls.replayed(probe, recording.call_kwargs, conditioning.generators, returns, x.device)
         except ReplayStop:
             raise ValueError(
                 f"{self.name} calls scheduler.step outside its loop over timesteps; it cannot be replayed."
@@ -278,11 +278,11 @@ class PipelineReplay:
         """
         if self._calls.source == "randn_tensor":
             return
-        recorder, preparations = make_recorder(self.scheduler, generators, stop_after=1), Preparations()
+        recorder, preparations = make_recorder(self.scheduler, generators, stop_after=1), Preparations(generators)
         with suppress(ReplayStop):
             self._calls.ordinary(recorder, self.arguments(columns, len(generators)), generators, preparations)
-        first = preparations.returns["prepare_latents"][0]
-        self._slot = slot_of(recorder.first_sample, first[0] if isinstance(first, tuple) else first)
+        latents = latents_in(preparations.returns["prepare_latents"][0].value)
+        self._slot = slot_of(recorder.first_sample, latents)
 
     def _dry_run(
         self, columns: dict[str, list[Any]], generators: list[torch.Generator], texts: dict[str, list[Any]], *, guided: bool

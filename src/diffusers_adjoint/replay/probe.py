@@ -91,12 +91,16 @@ def _enumerate(iterable: Iterable[Any], start: int = 0) -> Iterator[Any]:
     return builtins.enumerate(iterable, start)
 
 
+def _filter(function: Any, iterable: Iterable[Any]) -> Iterator[Any]:
+    """To look at a grid is not to loop over it."""
+    return builtins.filter(function, iterable.as_subclass(Tensor) if isinstance(iterable, ReplayedTimesteps) else iterable)
+
+
 def replayable_call(pipeline_class: type[DiffusionPipeline]) -> Any:
     """The pipeline's own `__call__`, out of its `torch.no_grad` and with our `enumerate` among its globals, which are a copy."""
     call: Any = inspect.unwrap(pipeline_class.__call__)
-    rebuilt = types.FunctionType(
-        call.__code__, {**call.__globals__, "enumerate": _enumerate}, call.__name__, call.__defaults__, call.__closure__
-    )
+    names = {**call.__globals__, "enumerate": _enumerate, "filter": _filter}
+    rebuilt = types.FunctionType(call.__code__, names, call.__name__, call.__defaults__, call.__closure__)
     rebuilt.__kwdefaults__, rebuilt.__annotations__ = call.__kwdefaults__, call.__annotations__
     return rebuilt
 

@@ -1,7 +1,7 @@
 """A check at the start of training that the replayed pipeline is the function it is taken for.
 
 Replay rests on conventions that nearly all pipelines keep and none promises. Each is tried here against the pipeline's own call
-on a small batch, with about 25 predictions, so that a pipeline that breaks one is refused instead of trained wrongly.
+on a small batch, with about 30 predictions, so that a pipeline that breaks one is refused instead of trained wrongly.
 """
 
 from __future__ import annotations
@@ -75,13 +75,15 @@ class _Check:
         self.x, self.conditioning = replay.prepare(columns, self._generators(), unguided=unguided)
 
     def prediction_is_a_function(self) -> None:
-        first, second = self._predict(self.x, 0), self._predict(self.x, 0)
-        if not first.isfinite().all():
+        last = len(self.replay.timesteps) - 1  # what remembers may forget at the first step
+        first, then, again, back = (self._predict(self.x, index) for index in (0, last, last, 0))
+        if not (first.isfinite().all() and then.isfinite().all()):
             raise self._error("predicts values that are not finite", "load it in bfloat16 or float32")
-        if not torch.equal(first, second):
+        if not (torch.equal(first, back) and torch.equal(then, again)):
             raise self._error(
                 "gives two predictions for the same input",
-                "switch off what is random or remembers (dropout, a guider's momentum)",
+                "switch off what remembers earlier steps (a guider's momentum, a cache) or is random (dropout, numbers that are "
+                "not drawn from the call's generators)",
             )
 
     def samples_are_apart(self) -> None:
@@ -90,8 +92,9 @@ class _Check:
         others = {name: other for name, values in taken.items() if (other := _another(values[-1])) is not None}
         if len(self.x) == 1 or not others:
             return
-        changed = {name: [*taken[name][:-1], other] for name, other in others.items()}
-        start, conditioning = self.replay.prepare({**self.columns, **changed}, self._generators(), unguided=False)
+        columns = {**self.columns, **{name: [*taken[name][:-1], other] for name, other in others.items()}}
+        self.latents_are_the_schedulers(self.replay.memoryless_sample(columns, self._generators(), stop_after=2)[1])
+        start, conditioning = self.replay.prepare(columns, self._generators(), unguided=False)
         prediction = self.replay.predict(self.x, 0, conditioning)
         if not (_equal(start[0], self.x[0]) and _equal(prediction[0], self._predict(self.x, 0)[0])):
             raise self._error(
@@ -112,7 +115,7 @@ class _Check:
             if not _equal(now.prev_sample.to(dtype).to(after.sample.dtype), after.sample):
                 raise self._error(
                     "changes the latents between two steps (as inpainting does)",
-                    "leave out callback_on_step_end, or use a pipeline without that feature",
+                    "use a pipeline without that feature, such as an inpainting one whose mask is an input of its network",
                 )
 
     def prediction_is_the_pipelines(self, steps: list[RecordedStep], guided: bool = True) -> None:
@@ -130,7 +133,7 @@ class _Check:
         if sum(rows) != len(self.x):
             raise self._error(
                 f"evaluates {sum(rows)} rows for {len(self.x)} samples without guidance",
-                "switch its guidance off through pipeline_kwargs, or train with cfg_mode='full'",
+                "switch its guidance off, through pipeline_kwargs or in its guider, or train with cfg_mode='full'",
             )
         self.prediction_is_the_pipelines(self.own_steps(stop_after=1, guided=False), guided=False)
 
@@ -209,10 +212,13 @@ class _Check:
 
     def _step_of_the_trained_network(self) -> int:
         """The second step, or the last one where another network predicts at the second."""
-        second, last = (min(1, len(self.replay.timesteps) - 1), len(self.replay.timesteps) - 1)
-        with counting_rows(self._denoiser) as rows:
-            self._predict(self.x, second)
-        return second if rows else last
+        last = len(self.replay.timesteps) - 1
+        if len(self.replay.denoisers) > 1:
+            with counting_rows(self._denoiser) as rows:
+                self._predict(self.x, min(1, last))
+            if not rows:
+                return last
+        return min(1, last)
 
     @property
     def _denoiser(self) -> torch.nn.Module:
