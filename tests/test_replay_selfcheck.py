@@ -5,7 +5,7 @@ import torch
 from diffusers import StableDiffusion3Pipeline, StableDiffusionImg2ImgPipeline, StableDiffusionInpaintPipeline
 from PIL import Image
 from test_replay import BUILDERS, PROMPTS, SHORT, STEPS, count_calls, denoiser, generators, make_replay, snapshot
-from tiny_conditioned import picture
+from tiny_conditioned import picture, wan22_from_image
 from tiny_images import chroma, flux2_klein
 from tiny_pipelines import sd3, sd15
 from tiny_videos import wan22
@@ -267,6 +267,40 @@ class EncodesByGuidance(StableDiffusion3Pipeline):
 
 def test_prompts_encoded_differently_without_guidance():
     check(EncodesByGuidance(**sd3().components))
+
+
+def test_a_pipeline_that_takes_one_sample_is_told_from_one_that_fails():
+    size = {"height": 16, "width": 16, "num_frames": 5, "max_sequence_length": 16}
+    replay = make_replay(wan22_from_image(), size)
+    columns = {"prompt": PROMPTS, "image": [picture(1), picture(2)]}
+    with pytest.raises(
+        ValueError, match=r"takes one sample at a time, not 2 \(ValueError: .image. has to be of type.*\); use per_"
+    ):
+        check_replay(replay, columns, generators())
+    pipeline = StableDiffusionImg2ImgPipeline(**sd15().components, requires_safety_checker=False)
+    replay = make_replay(pipeline, {"strength": 0.1})  # of 4 steps none is left
+    with pytest.raises(
+        ValueError, match=r"because it fails in its own call too \(RuntimeError: .*\); mend pipeline_kwargs"
+    ) as told:
+        check_replay(replay, {"prompt": PROMPTS, "image": [picture(1), picture(2)]}, generators())
+    assert str(told.value).count("\n") == 0
+
+
+class ReplaysBadly(StableDiffusion3Pipeline):
+    """Counts the steps of its own loop."""
+
+    def __call__(self, prompt, num_inference_steps, generator=None, output_type="pt", return_dict=True):
+        latents = self.prepare_latents(len(prompt), 4, 8, 8, torch.float32, "cpu", generator)
+        self.scheduler.set_timesteps(num_inference_steps)
+        weights = {}
+        for i, t in enumerate(self.scheduler.timesteps):
+            weights[i] = weights[i - 1] + 1 if i else 1
+            latents = self.scheduler.step(latents.sin() * weights[i], t, latents, return_dict=False)[0]
+        return (latents,)
+
+
+def test_an_error_of_the_replay_alone():
+    expect(r"fails in its replay, not in its own call \(KeyError: 2\)", ReplaysBadly(**sd3().components), {}, guidance_scale=1.0)
 
 
 class ReturnsOneOfThem(StableDiffusion3Pipeline):

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import math
 import statistics
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -21,6 +23,7 @@ from .view import counting_rows
 
 __all__ = ["check_replay"]
 
+_ONE_SAMPLE = "use per_device_train_batch_size=1, per_device_eval_batch_size=1 and num_generations=1"
 _DIRECTIONS = 3
 # Largest relative error of the derivative, and the sizes of the difference relative to x, of which one has to agree. Sound tiny
 # networks reach 1e-4 in float32 (9e-3 where attention rounds inside, which wants a large difference; routed experts, which
@@ -48,8 +51,8 @@ def check_replay(
     Raises:
         ValueError: naming the pipeline, the convention that it breaks, and the way out.
     """
-    check = _Check(replay, columns, generators, check_unguided)
-    with torch.no_grad():
+    with _errors_explained(replay, columns, generators), torch.no_grad():
+        check = _Check(replay, columns, generators, check_unguided)
         check.prediction_is_a_function()
         check.samples_are_apart()
         steps = check.own_steps(stop_after=2)
@@ -60,6 +63,36 @@ def check_replay(
             check.guidance_can_be_switched_off()
         check.derivative_is_right(steps[-1].sample)
         check.decoding_is_the_pipelines()
+
+
+@contextmanager
+def _errors_explained(replay: PipelineReplay, columns: dict[str, list[Any]], generators: list[torch.Generator]) -> Iterator[None]:
+    """What the pipeline raises, in one sentence that says whether its own call raises too, and for one sample."""
+    try:
+        yield
+    except Exception as error:
+        if isinstance(error, ValueError) and replay.name in str(error):
+            raise
+        said = f"{type(error).__name__}: {next(iter(str(error).splitlines()), '').rstrip('.')}"
+        if not _fails(replay, columns, generators):
+            broken, way_out = (
+                "fails in its replay, not in its own call",
+                "pass a pipeline whose call loops and decodes as others do",
+            )
+        elif len(generators) > 1 and not _fails(replay, {name: rows[:1] for name, rows in columns.items()}, generators[:1]):
+            broken, way_out = f"takes one sample at a time, not {len(generators)}", _ONE_SAMPLE
+        else:
+            broken, way_out = "fails in its own call too", "mend pipeline_kwargs or the dataset's columns"
+        raise ValueError(f"{replay.name} cannot be trained, because it {broken} ({said}); {way_out}.") from error
+
+
+def _fails(replay: PipelineReplay, columns: dict[str, list[Any]], generators: list[torch.Generator]) -> bool:
+    """Whether the pipeline's own call raises an error on the memoryless scheduler."""
+    try:
+        replay.memoryless_sample(columns, copied(generators))
+    except Exception:
+        return True
+    return False
 
 
 class _Check:
@@ -99,7 +132,7 @@ class _Check:
         if not (_equal(start[0], self.x[0]) and _equal(prediction[0], self._predict(self.x, 0)[0])):
             raise self._error(
                 "shows a sample the images of the others",
-                "use per_device_train_batch_size=1, per_device_eval_batch_size=1 and num_generations=1",
+                _ONE_SAMPLE,
             )
 
     def loop_starts_from_prepared_latents(self, first: RecordedStep) -> None:
