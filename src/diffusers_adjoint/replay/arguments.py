@@ -179,10 +179,8 @@ class CallArguments:
         return not annotation or any(word in annotation for word in _PER_SAMPLE)
 
     def _annotation(self, name: str) -> str:
-        parameter = self._parameters[name]
-        if isinstance(parameter.annotation, type):
-            return parameter.annotation.__name__.lower() if parameter.annotation is not parameter.empty else ""
-        return str(parameter.annotation).lower()
+        annotation = self._parameters[name].annotation
+        return "" if annotation is inspect.Parameter.empty else inspect.formatannotation(annotation).lower()
 
     def _unguided(self, arguments: dict[str, Any]) -> dict[str, Any]:
         return {**arguments, **self._off(arguments)}
