@@ -71,7 +71,8 @@ def _errors_explained(replay: PipelineReplay, columns: dict[str, list[Any]], gen
     try:
         yield
     except Exception as error:
-        if isinstance(error, ValueError) and replay.name in str(error):
+        told = isinstance(error, ValueError) and replay.name in str(error)
+        if told or isinstance(error, torch.OutOfMemoryError):
             raise
         said = f"{type(error).__name__}: {next(iter(str(error).splitlines()), '').rstrip('.')}"
         if not _fails(replay, columns, generators):
@@ -130,10 +131,7 @@ class _Check:
         start, conditioning = self.replay.prepare(columns, self._generators(), unguided=False)
         prediction = self.replay.predict(self.x, 0, conditioning)
         if not (_equal(start[0], self.x[0]) and _equal(prediction[0], self._predict(self.x, 0)[0])):
-            raise self._error(
-                "shows a sample the images of the others",
-                _ONE_SAMPLE,
-            )
+            raise self._error("shows a sample the images of the others", _ONE_SAMPLE)
 
     def loop_starts_from_prepared_latents(self, first: RecordedStep) -> None:
         if not _equal(self.conditioning.start, first.sample):
