@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import torch
 from diffusers import (
-    AutoencoderKLQwenImage,
     AutoencoderKLTemporalDecoder,
     AutoencoderKLWan,
     ControlNetModel,
@@ -13,7 +12,6 @@ from diffusers import (
     FluxImg2ImgPipeline,
     FluxKontextPipeline,
     QwenImageEditPipeline,
-    QwenImageTransformer2DModel,
     StableDiffusion3Img2ImgPipeline,
     StableDiffusionControlNetPipeline,
     StableDiffusionImg2ImgPipeline,
@@ -29,7 +27,7 @@ from diffusers import (
 from diffusers.pipelines.qwenimage import pipeline_qwenimage_edit
 from family import PROMPTS, Family
 from PIL import Image
-from tiny_images import flux, flux_transformer, sdxl
+from tiny_images import flux, flux_transformer, qwen_networks, sdxl
 from tiny_parts import flow, qwen_vl, randomise, t5
 from tiny_pipelines import eval_mode, sd3, sd15
 from transformers import (
@@ -87,26 +85,7 @@ class OneTokenProcessor:
 def qwen_image_edit(*, seed: int = 0) -> QwenImageEditPipeline:
     torch.manual_seed(seed)
     tokenizer = vision_tokenizer()
-    transformer = QwenImageTransformer2DModel(
-        patch_size=2,
-        in_channels=16,
-        out_channels=4,
-        num_layers=2,
-        attention_head_dim=16,
-        num_attention_heads=2,
-        joint_attention_dim=16,
-        guidance_embeds=False,
-        axes_dims_rope=(8, 4, 4),
-    )
-    autoencoder = AutoencoderKLQwenImage(
-        base_dim=8,
-        z_dim=4,
-        dim_mult=[1, 2, 4],
-        num_res_blocks=1,
-        temperal_downsample=[False, True],
-        latents_mean=[0.0] * 4,
-        latents_std=[1.0] * 4,
-    )
+    transformer, autoencoder = qwen_networks()
     names = ("vision_start_token_id", "vision_end_token_id", "image_token_id", "video_token_id")
     ids = dict(zip(names, tokenizer.convert_tokens_to_ids(VISION), strict=True))
     pipeline = QwenImageEditPipeline(

@@ -375,9 +375,7 @@ def flux2_klein(*, seed: int = 0) -> Flux2KleinPipeline:
     return eval_mode(Flux2KleinPipeline(**parts, text_encoder=qwen3(len(parts["tokenizer"]))))
 
 
-def qwen_image(*, seed: int = 0) -> QwenImagePipeline:
-    torch.manual_seed(seed)
-    tokenizer = qwen_tokenizer(2048)
+def qwen_networks() -> tuple[QwenImageTransformer2DModel, AutoencoderKLQwenImage]:
     transformer = QwenImageTransformer2DModel(
         patch_size=2,
         in_channels=16,
@@ -398,6 +396,13 @@ def qwen_image(*, seed: int = 0) -> QwenImagePipeline:
         latents_mean=[0.0] * 4,
         latents_std=[1.0] * 4,
     )
+    return transformer, autoencoder
+
+
+def qwen_image(*, seed: int = 0) -> QwenImagePipeline:
+    torch.manual_seed(seed)
+    tokenizer = qwen_tokenizer(2048)
+    transformer, autoencoder = qwen_networks()
     encoder = qwen_vl(len(tokenizer) + 8, vision_end_token_id=1, vision_start_token_id=1, vision_token_id=1)
     return eval_mode(
         QwenImagePipeline(

@@ -109,6 +109,7 @@ class _Check:
         self.x, self.conditioning = replay.prepare(columns, self._generators(), unguided=unguided)
 
     def prediction_is_a_function(self) -> None:
+        """The same input gives the same output to the bit, whatever was evaluated in between."""
         last = len(self.replay.timesteps) - 1  # what remembers may forget at the first step
         first, then, again, back = (self._predict(self.x, index) for index in (0, last, last, 0))
         if not (first.isfinite().all() and then.isfinite().all()):
@@ -170,10 +171,17 @@ class _Check:
 
     def derivative_is_right(self, x: Tensor) -> None:
         """Autograd against finite differences: a network under no_grad still has a derivative, a wrong one."""
-        tolerance, sizes = _FINE if self._is_fine else _COARSE
-        errors, index = [], self._step_of_the_trained_network()
+        (tolerance, sizes), same = (_FINE, _SAME_FINE) if self._is_fine else (_COARSE, _SAME_COARSE)
+        errors, index, leaf = [], self._step_of_the_trained_network(), x.to(self.x.dtype, copy=True).requires_grad_()
+        with torch.enable_grad():
+            output = self._predict(leaf, index)
+        change = (output.detach() - self._predict(leaf, index)).norm() / output.norm()
+        if change > same:
+            raise self._error(
+                f"predicts something else, by {change:.1%}, when gradients are recorded", "pass gradient_checkpointing=False"
+            )
         for size in sizes:
-            errors.append(self._derivative_error(x.to(self.x.dtype), index, size))
+            errors.append(self._derivative_error(leaf, output, index, size))
             if errors[-1] <= tolerance:
                 return
         raise self._error(
@@ -192,12 +200,12 @@ class _Check:
         latents = steps[-1].prev_sample.to(self.x.dtype).requires_grad_()
         with torch.enable_grad():
             decoded = self.replay.decode(latents, self.conditioning)
-        if not _equal(decoded, self.replay.decode(latents, self.conditioning)):
-            raise self._error(
-                "decodes the same latents to other images each time",
-                "switch off the noise that its decoder draws, unless it draws it from the call's generators",
-            )
         if not _equal(decoded.detach(), images):
+            if not _equal(decoded, self.replay.decode(latents, self.conditioning)):
+                raise self._error(
+                    "decodes the same latents to other images each time",
+                    "switch off the noise that its decoder draws, unless it draws it from the call's generators",
+                )
             raise self._error(
                 "decodes the same latents to other images than its replay", "use a pipeline whose decoder comes after its loop"
             )
@@ -208,20 +216,13 @@ class _Check:
         """The first steps of the pipeline's own call on the memoryless scheduler."""
         return self.replay.memoryless_sample(self.columns, self._generators(), guided=guided, stop_after=stop_after)[1]
 
-    def _derivative_error(self, x: Tensor, index: int, size: float) -> float:
+    def _derivative_error(self, leaf: Tensor, output: Tensor, index: int, size: float) -> float:
         """Median over random directions u, ‖u‖ = `size`·‖x‖, of |⟨w, Ju⟩ − ⟨Jᵀw, u⟩| / |⟨w, Ju⟩|.
 
         Ju by the five-point difference, whose truncation error is of fifth order. w is another estimate of Ju: along it rounding
         weighs least, and as it comes from another evaluation it does not share the rounding of Ju.
         """
-        leaf = x.clone().requires_grad_()
-        with torch.enable_grad():
-            output = self._predict(leaf, index)
-        change = (output.detach() - self._predict(x, index)).norm() / output.norm()
-        if change > (_SAME_FINE if self._is_fine else _SAME_COARSE):
-            raise self._error(
-                f"predicts something else, by {change:.1%}, when gradients are recorded", "pass gradient_checkpointing=False"
-            )
+        x = leaf.detach()
         generator, errors = torch.Generator().manual_seed(0), []
         for _ in range(_DIRECTIONS):
             noise = torch.randn(x.shape, generator=generator).to(x)
