@@ -26,9 +26,11 @@ REQUIREMENTS = [
     "accelerate>=1.14",
     "trl>=1.14",
     "datasets>=5.0",
+    "huggingface_hub>=1.33",
     "safetensors>=0.8",
     "numpy>=2.2",
     "pillow>=12.0",
+    "tqdm>=4.70",
 ]
 EXTRAS: dict[str, list[str]] = {
     # Rewards, metrics and docs need nothing more so far; the names exist so that install commands stay valid.
@@ -47,7 +49,6 @@ EXTRAS: dict[str, list[str]] = {
         "sentencepiece>=0.2",
         "tensorboard>=2.20",
         "torchsde>=0.2.6",
-        "tqdm>=4.67",
     ],
 }
 
@@ -65,6 +66,7 @@ setup(
     python_requires=">=3.10",
     install_requires=REQUIREMENTS,
     extras_require=EXTRAS,
+    entry_points={"console_scripts": ["diffusers-adjoint = diffusers_adjoint.cli:main"]},
     classifiers=[
         "Development Status :: 3 - Alpha",
         "Intended Audience :: Science/Research",

@@ -192,11 +192,12 @@ def test_gradients_reach_the_trained_parameters_and_no_other(family):
     for part in modules(pipeline).values():
         part.requires_grad_(False)
     replay, x, conditioning = prepared(pipeline, family)
+    base_adapters = None
     if family.lora is not None:
         config = lora_config(family)
         config.init_lora_weights = False  # at its usual zero, half of the adapter has no gradient yet
-        add_lora(pipeline, replay.component, config)
-    denoiser = PipelineDenoiser(replay, has_adapter=family.lora is not None)
+        base_adapters = add_lora(pipeline, replay.component, config)
+    denoiser = PipelineDenoiser(replay, base_adapters)
     idle = replay.idle_steps(x, conditioning, guided=True)
     for index in set(range(len(replay.timesteps))) - set(idle):
         denoiser(x, index, conditioning, guided=True).square().sum().backward()

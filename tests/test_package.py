@@ -22,7 +22,8 @@ LAYERS = (
     ("schedulers", "replay"),
     ("denoiser", "lora", "rewards"),
     ("rollout", "metrics"),
-    ("config", "inputs", "sample_log", "trainer", "callbacks", "hub", "ddpo", "cli"),
+    ("config", "ddpo_config", "inputs", "checkpoint", "callbacks", "progress", "sample_log", "sample_images", "evaluation", "hub"),
+    ("pipeline_trainer", "trainer", "ddpo", "cli"),
 )
 LEVEL = {module: level for level, modules in enumerate(LAYERS) for module in modules}
 DISTRIBUTIONS = {"PIL": "pillow", "yaml": "pyyaml"}  # where the import's name is not the distribution's

@@ -75,6 +75,19 @@ class AdjointMatchingConfig(TrainingArguments):
             What a NaN or Inf in a reward, its gradient or the adjoint does: `"skip"` leaves the sample out and counts it,
             `"raise"` stops.
 
+    > Parameters that control evaluation, pictures and interruption
+
+    Args:
+        num_generations_eval (`int`, defaults to 2):
+            Images per prompt in `evaluate()`; with 2 or more, the diversity of one prompt's images is reported.
+        log_images (`bool`, defaults to `True`):
+            Draw grids of samples, with rewards and prompts, at each log line and evaluation: into `output_dir/samples/` and to
+            the trackers of `report_to` (tensorboard, wandb, trackio).
+        num_images_to_log (`int`, defaults to 8):
+            Images in such a grid; they also go to the Hub, with the model.
+        save_on_interrupt (`bool`, defaults to `False`):
+            On Ctrl-C or SIGTERM finish the update, write a checkpoint, and end; the second signal ends at once.
+
     > Defaults that differ from `TrainingArguments`
 
     Args:
@@ -82,6 +95,7 @@ class AdjointMatchingConfig(TrainingArguments):
         learning_rate (`float`, defaults to 1e-4): for LoRA; a full fine-tuning wants about 1e-5.
         lr_scheduler_type (`str`, defaults to `"constant"`).
         per_device_train_batch_size (`int`, defaults to 4): prompts per rollout.
+        per_device_eval_batch_size (`int`, defaults to 4): prompts sampled together in `evaluate()`.
         remove_unused_columns (`bool`, defaults to `False`): dataset columns reach the reward functions.
         model_init_kwargs (`dict`, *optional*): for `DiffusionPipeline.from_pretrained`, when the model is given by name.
     """
@@ -92,6 +106,7 @@ class AdjointMatchingConfig(TrainingArguments):
     learning_rate: float = field(default=1e-4, metadata={"help": "Initial learning rate of the optimizer."})
     lr_scheduler_type: str = field(default="constant", metadata={"help": "Learning rate schedule."})
     per_device_train_batch_size: int = field(default=4, metadata={"help": "Prompts per rollout and device."})
+    per_device_eval_batch_size: int = field(default=4, metadata={"help": "Prompts sampled together in evaluation, per device."})
     remove_unused_columns: bool | None = field(
         default=False, metadata={"help": "Keep False: dataset columns reach the reward functions."}
     )
@@ -140,6 +155,23 @@ class AdjointMatchingConfig(TrainingArguments):
         default="skip",
         metadata={"help": "Leave samples with a non-finite reward, gradient or adjoint out ('skip') or stop ('raise')."},
     )
+    num_generations_eval: int = field(
+        default=2, metadata={"help": "Images per prompt in evaluation; 2 or more measure their diversity."}
+    )
+    log_images: bool = field(
+        default=True, metadata={"help": "Draw grids of samples into output_dir/samples/ and to the trackers of report_to."}
+    )
+    num_images_to_log: int = field(default=8, metadata={"help": "Images in a grid, and on the Hub."})
+    save_on_interrupt: bool = field(
+        default=False, metadata={"help": "On Ctrl-C or SIGTERM finish the update, write a checkpoint, and end."}
+    )
+
+    @classmethod
+    def from_ddpo_config(cls, config: Any, **changes: Any) -> AdjointMatchingConfig:
+        """The counterpart of a config of TRL's removed DDPOTrainer or AlignPropTrainer, see [`ddpo.config_from_ddpo`]."""
+        from .ddpo_config import config_from_ddpo  # it needs this class
+
+        return config_from_ddpo(config, **changes)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -168,7 +200,8 @@ class AdjointMatchingConfig(TrainingArguments):
             raise ValueError(f"reward_scale={self.reward_scale} is not a scale; pass a finite number ≥ 0 and negate the reward.")
         if self.guidance_scale < 1:
             raise ValueError(f"guidance_scale={self.guidance_scale} is below 1; pass 1 for no guidance.")
-        if self.num_generations < 1:
-            raise ValueError(f"num_generations={self.num_generations} makes no image; pass at least 1.")
+        for name in ("num_generations", "num_generations_eval", "num_images_to_log"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)} makes no image; pass at least 1.")
         if self.loss_clip is not None and not self.loss_clip > 0:
             raise ValueError(f"loss_clip={self.loss_clip} would silence every term; pass a positive number or None.")

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
 from diffusers import ModelMixin
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
-from .lora import adapters_disabled
+from .lora import adapter_off
 from .replay import Conditioning, PipelineReplay
 from .replay.view import set_differentiable
 
@@ -24,23 +26,24 @@ class PipelineDenoiser(nn.Module):
 
     Args:
         replay: turns the pipeline's own `__call__` into the guided prediction m(x, t).
-        has_adapter: whether the network carries a LoRA adapter; otherwise all its weights are trained.
+        base_adapters: the adapters of the base, when the network carries a LoRA adapter of ours on top of them; `None` when it
+            carries none and all its weights are trained.
+
+    Raises:
+        ValueError: if all weights are to be trained but the network is of 16 bits or carries adapters.
     """
 
     config = None  # Trainer writes into `model.config`; a diffusers config is frozen
     accepts_loss_kwargs = False
 
-    def __init__(self, replay: PipelineReplay, *, has_adapter: bool) -> None:
+    def __init__(self, replay: PipelineReplay, base_adapters: list[str] | None) -> None:
         super().__init__()
         self.replay = replay
         self.network: ModelMixin = getattr(replay.pipeline, replay.component)
+        self.base_adapters = base_adapters
         self.frozen: ModelMixin | None = None
-        if not has_adapter:
-            if self.network.dtype in (torch.float16, torch.bfloat16):
-                raise ValueError(
-                    f"full fine-tuning of a {self.network.dtype} network rounds most updates away; load the pipeline in float32 "
-                    f"and set bf16=True, or pass a peft_config."
-                )
+        if base_adapters is None:
+            _require_trainable(self.network)
             self.frozen = copy.deepcopy(self.network).requires_grad_(False)
             self.network.requires_grad_(True)
         self.evaluations = 0  # one an image and step, for the log
@@ -59,10 +62,7 @@ class PipelineDenoiser(nn.Module):
         """Within this context `forward` is the frozen base."""
         self._base_active = True
         try:
-            if self.frozen is None:
-                with adapters_disabled(self.network):
-                    yield
-            else:
+            with contextlib.nullcontext() if self.base_adapters is None else adapter_off(self.network, self.base_adapters):
                 yield
         finally:
             self._base_active = False
@@ -82,3 +82,16 @@ class PipelineDenoiser(nn.Module):
             self.frozen.enable_gradient_checkpointing()
 
     activation_checkpointing_enable = gradient_checkpointing_enable  # its name in newer hosts
+
+
+def _require_trainable(network: ModelMixin) -> None:
+    if network.dtype in (torch.float16, torch.bfloat16):
+        raise ValueError(
+            f"full fine-tuning of a {network.dtype} network rounds most updates away; load the pipeline in float32 and set "
+            f"bf16=True, or pass a peft_config."
+        )
+    if any(isinstance(module, BaseTunerLayer) for module in network.modules()):
+        raise ValueError(
+            f"{type(network).__name__} carries adapters, which full fine-tuning cannot save; call fuse_lora() and "
+            f"unload_lora_weights() first, or pass a peft_config."
+        )

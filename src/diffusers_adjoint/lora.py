@@ -1,4 +1,7 @@
-"""LoRA on a diffusers denoiser: attach, switch off, save for `load_lora_weights`, load for resuming."""
+"""LoRA on a diffusers denoiser: attach, switch off, save for `load_lora_weights`, load for resuming.
+
+Adapters that the pipeline comes with stay as they are: they belong to the base.
+"""
 
 from __future__ import annotations
 
@@ -14,37 +17,40 @@ from diffusers.loaders import PeftAdapterMixin
 from diffusers.training_utils import cast_training_params
 from diffusers.utils import convert_state_dict_to_diffusers, convert_unet_state_dict_to_peft, logging
 from peft import LoraConfig
+from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors.torch import load_file
 from torch import nn
 
-__all__ = ["add_lora", "adapters_disabled", "load_lora", "save_lora"]
+__all__ = ["ADAPTER", "adapter_off", "add_lora", "load_lora", "save_lora"]
 
 logger = logging.get_logger(__name__)
 
-ADAPTER = "default"
+ADAPTER = "adjoint"
 WEIGHTS_NAME = "pytorch_lora_weights.safetensors"
 ATTENTION = ["to_q", "to_k", "to_v", "to_out.0"]
 
 
-def add_lora(pipeline: DiffusionPipeline, component: str, peft_config: LoraConfig) -> None:
+def add_lora(pipeline: DiffusionPipeline, component: str, peft_config: LoraConfig) -> list[str]:
     """Attach a LoRA adapter in float32 to the pipeline's frozen denoiser, in place.
 
     Dropout is forced to 0: rollout, adjoint and loss must see one function. Without `target_modules`, the attention
     projections are adapted.
 
+    Returns:
+        Names of the adapters that were active before; they stay active, frozen, and belong to the base.
+
     Raises:
-        ValueError: if the network cannot take an adapter, carries one already, has none of the target modules, or if the adapter
+        ValueError: if the network cannot take an adapter, has fused ones, has none of the target modules, or if the adapter
             would change the base or could not be saved for `load_lora_weights`.
     """
     network = getattr(pipeline, component)
     name = type(network).__name__
     if not isinstance(network, PeftAdapterMixin):
         raise ValueError(f"{name} has no add_adapter; pass peft_config=None for full fine-tuning.")
-    if network._hf_peft_config_loaded:
-        raise ValueError(f"{name} already carries an adapter; fuse_lora() and unload_lora_weights() before training.")
     _require_saving(type(pipeline), component)
     _require_untouched_base(peft_config)
+    base_adapters = _active_adapters(network)
     config = copy.copy(peft_config)
     config.target_modules = config.target_modules or list(ATTENTION)
     if not isinstance(config.target_modules, str) and not _any_module(network, config.target_modules):
@@ -58,6 +64,25 @@ def add_lora(pipeline: DiffusionPipeline, component: str, peft_config: LoraConfi
     network.requires_grad_(False)
     network.add_adapter(config, adapter_name=ADAPTER)
     cast_training_params(network, torch.float32)
+    _switch_on(network, base_adapters)
+    return base_adapters
+
+
+def _active_adapters(network: PeftAdapterMixin) -> list[str]:
+    """Those that change the network's output now."""
+    layers = [module for module in network.modules() if isinstance(module, BaseTunerLayer)]
+    name = type(network).__name__
+    if any(layer.merged for layer in layers):
+        raise ValueError(f"{name} carries a fused adapter; call unload_lora_weights() after fuse_lora().")
+    if any(ADAPTER in layer.lora_A for layer in layers):
+        raise ValueError(
+            f"{name} already carries an adapter {ADAPTER!r}; call delete_adapters({ADAPTER!r}), or fuse_lora() and "
+            f"unload_lora_weights() to train on top of it."
+        )
+    if not network._hf_peft_config_loaded or all(layer.disable_adapters for layer in layers):
+        return []
+    active: list[str] = network.active_adapters()
+    return active
 
 
 def _require_saving(pipeline_class: type[DiffusionPipeline], component: str) -> None:
@@ -91,13 +116,26 @@ def _any_module(network: nn.Module, targets: list[str] | set[str]) -> bool:
 
 
 @contextmanager
-def adapters_disabled(network: PeftAdapterMixin) -> Iterator[None]:
-    """The base: the same weights without the adapter, bit for bit the untouched network."""
-    network.disable_adapters()
+def adapter_off(network: PeftAdapterMixin, base_adapters: list[str]) -> Iterator[None]:
+    """The base: the same weights, and the adapters it came with, without ours; bit for bit the untouched network."""
+    if base_adapters:
+        network.set_adapter(base_adapters)
+    else:
+        network.disable_adapters()
     try:
         yield
     finally:
+        _switch_on(network, base_adapters)
+
+
+def _switch_on(network: PeftAdapterMixin, base_adapters: list[str]) -> None:
+    """Ours, trained, on top of the base's, frozen."""
+    if not base_adapters:
         network.enable_adapters()
+        return
+    network.set_adapter([*base_adapters, ADAPTER])
+    for name, parameter in network.named_parameters():  # PEFT makes every active adapter trainable
+        parameter.requires_grad_(f".{ADAPTER}." in f".{name}.")
 
 
 def save_lora(pipeline: DiffusionPipeline, component: str, folder: str | Path) -> None:

@@ -18,7 +18,7 @@ from .matching import step_kl
 from .replay import Conditioning
 from .trajectory import Trajectory, rollout
 
-__all__ = ["Stream", "path_kl", "sample_trajectory", "seeded_generator", "stacked_noise", "zero_unless"]
+__all__ = ["Stream", "path_kl", "sample_trajectory", "sampled_path_kl", "seeded_generator", "stacked_noise", "zero_unless"]
 
 
 class Stream(IntEnum):
@@ -28,6 +28,8 @@ class Stream(IntEnum):
     STEP_NOISE = 1
     LOSS_STEPS = 2
     EVALUATION = 3
+    EVALUATION_START = 4
+    EVALUATION_NOISE = 5
 
 
 def seeded_generator(seed: int, update: int, sample: int, stream: Stream) -> torch.Generator:
@@ -78,3 +80,32 @@ def path_kl(mean: Callable[[int, Tensor], Tensor], base_mean: Callable[[int, Ten
     with torch.no_grad():
         terms = [step_kl(mean(k, x := trajectory.states[k]), base_mean(k, x), trajectory.stds[k]) for k in noisy]
     return torch.stack(terms).sum(0)
+
+
+def sampled_path_kl(
+    denoiser: PipelineDenoiser,
+    start: Tensor,
+    conditioning: Conditioning,
+    generators: Sequence[torch.Generator],
+    *,
+    guided_rollout: bool = False,
+    guided_loss: bool = False,
+) -> Tensor:
+    """`path_kl` along memoryless paths that are sampled on the way: one evaluation of the model and one of the base a step.
+
+    Args:
+        start: x_0, shape (B, …).
+        generators: step noise, one for each sample.
+        guided_rollout: classifier-free guidance in the paths; a third evaluation a step where it differs from `guided_loss`.
+        guided_loss: classifier-free guidance in the two means that are compared.
+    """
+    alike = guided_rollout == guided_loss or not denoiser.replay.arguments.guides
+    x, kl = start, start.new_zeros(len(start))
+    for k, std in enumerate(denoiser.replay.stds):
+        mean = denoiser(x, k, conditioning, guided_loss)
+        if std > 0:
+            with denoiser.base():
+                kl += step_kl(mean, denoiser(x, k, conditioning, guided_loss), std)
+        if k + 1 < len(denoiser.replay.stds):  # x_K itself is not needed
+            x = (mean if alike else denoiser(x, k, conditioning, guided_rollout)) + std * stacked_noise(start, generators)
+    return kl

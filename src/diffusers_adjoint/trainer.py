@@ -4,27 +4,27 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from diffusers import DiffusionPipeline
 from peft import LoraConfig
 from torch import Tensor, nn
-from transformers import Trainer, TrainerControl, set_seed
+from tqdm.auto import tqdm
+from transformers import set_seed
 from transformers.utils import logging
 
 from .adjoint import AdjointPath, lean_adjoint
 from .config import AdjointMatchingConfig
 from .denoiser import PipelineDenoiser
+from .evaluation import evaluate_rows, kl_name
 from .inputs import (
     collate_columns,
     columns_to_check,
     load_pipeline,
     prompts_of,
-    repeat_rows,
     require_prompts,
     require_writable,
     rows_of,
@@ -33,15 +33,21 @@ from .inputs import (
     warn_of_guidance,
     without_prompt,
 )
-from .lora import add_lora, load_lora, save_lora
+from .lora import add_lora
 from .matching import LossSteps, choose_loss_steps, clip_loss, matching_loss, step_kl
+from .pipeline_trainer import PipelineTrainer
+from .progress import progress
 from .replay import Conditioning, PipelineReplay
 from .replay.selfcheck import check_replay
 from .rewards import RewardGradient, WeightedReward, reward_gradient
 from .rollout import Stream, sample_trajectory, seeded_generator, zero_unless
+from .sample_images import SampleImages
 from .sample_log import SampleLog, announce_tilt, summarise
 from .schedulers import memoryless_scheduler
 from .trajectory import Trajectory
+
+if TYPE_CHECKING:
+    from .ddpo import DDPOTrainer
 
 __all__ = ["AdjointMatchingTrainer"]
 
@@ -59,7 +65,7 @@ class RolloutBatch:
     share: float  # of the update's images on this process
 
 
-class AdjointMatchingTrainer(Trainer):
+class AdjointMatchingTrainer(PipelineTrainer):
     """Fine-tune a diffusers pipeline on a differentiable reward with Adjoint Matching (arXiv 2409.08861).
 
     ```python
@@ -86,8 +92,6 @@ class AdjointMatchingTrainer(Trainer):
     Raises:
         TypeError, ValueError: for bad input, before any training, in one sentence.
     """
-
-    control: TrainerControl
 
     def __init__(
         self,
@@ -128,10 +132,8 @@ class AdjointMatchingTrainer(Trainer):
         for component in pipeline.components.values():
             if isinstance(component, nn.Module):
                 component.requires_grad_(False).eval()
-        self.has_adapter = peft_config is not None
-        if peft_config is not None:
-            add_lora(pipeline, self.replay.component, peft_config)
-        self.denoiser = PipelineDenoiser(self.replay, has_adapter=self.has_adapter)
+        base_adapters = None if peft_config is None else add_lora(pipeline, self.replay.component, peft_config)
+        self.denoiser = PipelineDenoiser(self.replay, base_adapters)
 
         super().__init__(
             model=self.denoiser,
@@ -146,8 +148,28 @@ class AdjointMatchingTrainer(Trainer):
         self.reward.to(args.device)
         self._idle_steps: list[int] = []  # of the trained network; found at the start of training
         self._samples = SampleLog()
+        self._pictures: SampleImages | None = None  # of the last rollout
+        self._kept = torch.zeros((), device=args.device)  # images of this update, on this process, that train
         self._tilt_announced = False
         self._clock = (time.perf_counter(), 0)
+
+    @classmethod
+    def from_ddpo(
+        cls,
+        config: Any,
+        reward_function: Callable[..., Any],
+        prompt_function: Callable[[], tuple[str, Any]],
+        sd_pipeline: Any,
+        image_samples_hook: Callable[..., Any] | None = None,
+        *,
+        reward_scale: float | None = None,
+        **changes: Any,
+    ) -> DDPOTrainer:
+        """The constructor of TRL's removed DDPOTrainer and AlignPropTrainer, see [`ddpo.DDPOTrainer`]."""
+        from .ddpo import trainer_from_ddpo  # it needs this class
+
+        old = (config, reward_function, prompt_function, sd_pipeline, image_samples_hook)
+        return trainer_from_ddpo(cls, *old, reward_scale=reward_scale, **changes)
 
     # ------------------------------------------------------------------------------------------------ one training step
 
@@ -158,8 +180,10 @@ class AdjointMatchingTrainer(Trainer):
         trajectory = self._rollout(batch)
         path, reward = self._adjoint(batch, trajectory, steps)
         loss = self._match(model, batch, trajectory, path, reward, steps)
-        if inputs["last"] and not self._tilt_announced:
-            self._announce_tilt()
+        if inputs["last"]:
+            self._skip_empty_update(model)
+            if not self._tilt_announced:
+                self._announce_tilt()
         return loss
 
     def _prepare_batch(self, inputs: dict[str, Any]) -> RolloutBatch:
@@ -188,7 +212,8 @@ class AdjointMatchingTrainer(Trainer):
 
     def _rollout(self, batch: RolloutBatch) -> Trajectory:
         guided = self.args.cfg_mode in ("rollout", "full")
-        return sample_trajectory(self.denoiser, batch.start, batch.conditioning, batch.noise, guided=guided)
+        with self._progress("rollout", len(self.replay.stds) - 1):
+            return sample_trajectory(self.denoiser, batch.start, batch.conditioning, batch.noise, guided=guided)
 
     def _adjoint(self, batch: RolloutBatch, trajectory: Trajectory, steps: LossSteps) -> tuple[AdjointPath, RewardGradient]:
         """Reward gradient at the noiseless end point, then the lean adjoint down to the earliest chosen step."""
@@ -199,7 +224,7 @@ class AdjointMatchingTrainer(Trainer):
             return -self.args.reward_scale * found[0].gradient.nan_to_num(0.0, 0.0, 0.0)
 
         earliest, paper = steps.indices[0], self.args.adjoint_pairing == "paper"
-        with self.denoiser.base():
+        with self._progress("adjoint", len(trajectory) - earliest), self.denoiser.base():
             path = lean_adjoint(
                 lambda k, x: self.denoiser(x, k, batch.conditioning, self._guided_loss),
                 trajectory,
@@ -235,17 +260,35 @@ class AdjointMatchingTrainer(Trainer):
             zero_unless(keep, v) for v in (trajectory.states[chosen], path.base_means[chosen], adjoints)
         )
         total, kl = batch.start.new_zeros(()), batch.start.new_zeros(len(keep))
-        for i, k in enumerate(chosen):
-            last = i == len(chosen) - 1
-            with contextlib.nullcontext() if last else self.accelerator.no_sync(model):
-                mean = model(states[i], k, batch.conditioning, self._guided_loss)
-                losses = clip_loss(matching_loss(mean, base_means[i], trajectory.stds[k], adjoints[i]), self.args.loss_clip)
-                loss = (losses * keep).mean() * batch.share
-                self.accelerator.backward(loss)
-            total += loss.detach()
-            kl += step_kl(mean.detach(), base_means[i], trajectory.stds[k]) / steps.inclusion[i]
+        with self._progress("loss", len(chosen)):
+            for i, k in enumerate(chosen):
+                last = i == len(chosen) - 1
+                with contextlib.nullcontext() if last else self.accelerator.no_sync(model):
+                    mean = model(states[i], k, batch.conditioning, self._guided_loss)
+                    losses = clip_loss(matching_loss(mean, base_means[i], trajectory.stds[k], adjoints[i]), self.args.loss_clip)
+                    loss = (losses * keep).mean() * batch.share
+                    self.accelerator.backward(loss)
+                total += loss.detach()
+                kl += step_kl(mean.detach(), base_means[i], trajectory.stds[k]) / steps.inclusion[i]
+        self._kept += keep.sum()
         self._record(reward, kl, path.adjoints[-1], keep)
+        self._pictures = SampleImages.first(self.args.num_images_to_log, reward.images, prompts_of(batch.columns), reward.rewards)
         return total
+
+    def _skip_empty_update(self, model: nn.Module) -> None:
+        """Without one image to learn from, an optimizer would still move, by its momentum and weight decay."""
+        kept = self.accelerator.reduce(self._kept, reduction="sum")
+        self._kept.zero_()
+        if kept == 0:
+            logger.warning(f"update {self.state.global_step + 1} is skipped: no image has a finite reward, gradient and adjoint.")
+            self._drop_gradients(model)
+
+    def _progress(self, what: str, steps: int) -> contextlib.AbstractContextManager[None]:
+        return progress(self.denoiser, f"update {self.state.global_step + 1}, {what}", steps, self._shows_progress)
+
+    @property
+    def _shows_progress(self) -> bool:
+        return not self.args.disable_tqdm and self.is_local_process_zero()
 
     def _text_encoders(self) -> contextlib.AbstractContextManager[None]:
         """They are on the device only while prompts are encoded, if asked so."""
@@ -269,22 +312,10 @@ class AdjointMatchingTrainer(Trainer):
             )
         return keep
 
-    def get_batch_samples(self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device) -> tuple[list[Any], Any]:
-        """Number the images of an update across micro-batches and processes, in the order one process would see them."""
-        batches, items = super().get_batch_samples(epoch_iterator, num_batches, device)
-        repeated = [repeat_rows(columns, self.args.num_generations) for columns in batches]
-        sizes = [rows_of(columns) for columns in repeated]
-        inputs = []
-        for i, columns in enumerate(repeated):
-            first = sum(sizes[:i]) * self.args.world_size + self.args.process_index * sizes[i]
-            last = i == len(repeated) - 1
-            inputs.append({"columns": columns, "first_image": first, "share": sizes[i] / sum(sizes), "last": last})
-        return inputs, items
-
     # ---------------------------------------------------------------------------------------------- checks before training
 
-    def train(self, *args: Any, **kwargs: Any) -> Any:
-        """`transformers.Trainer.train`, after a check of pipeline, grid and rewards on one row, before any rollout."""
+    def _check_before_training(self) -> None:
+        """Pipeline, grid and rewards on one row, before any rollout."""
         # Newer hosts call the field `activation_checkpointing` and keep this name in step. Trainer switches it on too, but later:
         # the check must not need more memory than training.
         if self.args.gradient_checkpointing:
@@ -294,7 +325,6 @@ class AdjointMatchingTrainer(Trainer):
         self._check_first_row()
         warn_of_given_start(self.replay)
         self._clock = (time.perf_counter(), self.denoiser.evaluations)
-        return super().train(*args, **kwargs)
 
     def _check_first_row(self) -> None:
         columns = columns_to_check(self.train_dataset, self.eval_dataset, self.args, self.replay.arguments, self.reward)
@@ -312,9 +342,8 @@ class AdjointMatchingTrainer(Trainer):
         self._samples.add("reward", reward.rewards)
         for name, values in reward.values.items():
             self._samples.add(f"rewards/{name}", values)
-        # Guided trajectories are not those of the model whose KL the unguided loss measures.
-        name = "kl_unguided" if self.replay.arguments.guides and self.args.cfg_mode == "rollout" else "kl"
-        self._samples.add(name, torch.where(keep, kl, torch.nan))  # an image left out has no control; the mean skips NaN
+        # An image left out has no control; the mean skips NaN.
+        self._samples.add(kl_name(self.denoiser, self.args), torch.where(keep, kl, torch.nan))
         self._samples.add("adjoint_norm", adjoint.flatten(1).norm(dim=1))
         self._samples.add("skipped", (~keep).float())
 
@@ -331,6 +360,8 @@ class AdjointMatchingTrainer(Trainer):
         if "loss" in logs:
             logs |= summarise(self._samples.drain(self.accelerator.gather)) | {"evaluations_per_second": self._rate()}
         super().log(logs, start_time)
+        if "loss" in logs and self._pictures is not None:
+            self._show("train", self._pictures)
 
     def _rate(self) -> float:
         """Denoiser evaluations a second since the last log, one an image and step, all processes."""
@@ -339,57 +370,22 @@ class AdjointMatchingTrainer(Trainer):
         self._clock = (now, count)
         return (count - before) / (now - then) * self.args.world_size
 
-    def evaluate(
-        self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
-    ) -> dict[str, float]:
-        """Sample the prompts with the pipeline's own scheduler and report the rewards of what a user would see.
-
-        Seeds depend on the row only, so that evaluations compare across steps and runs.
-        """
-        samples, first = SampleLog(), 0
-        for columns in self.get_eval_dataloader(eval_dataset):
+    def _measure(self, dataset: Any) -> tuple[dict[str, Tensor], SampleImages | None]:
+        samples, pictures, first = SampleLog(), None, 0
+        batches = self.get_eval_dataloader(dataset)
+        for columns in tqdm(
+            batches, "evaluation", leave=False, disable=self.args.disable_tqdm or not self.is_local_process_zero()
+        ):
             rows = rows_of(columns)
             offset = first * self.args.world_size + self.args.process_index * rows
-            generators = [seeded_generator(self.args.seed, 0, i, Stream.EVALUATION) for i in range(offset, offset + rows)]
-            with torch.no_grad(), self._text_encoders():
-                images = self.replay.sample(columns, generators)
-                values = self.reward(images, prompts_of(columns), **without_prompt(columns))
-            # `gather_for_metrics` drops the rows that fill up the last batch of several processes.
-            samples.add("reward", self.accelerator.gather_for_metrics(self.reward.total(values)))
-            for name, value in values.items():
-                samples.add(f"rewards/{name}", self.accelerator.gather_for_metrics(value))
+            with self._text_encoders():
+                measured, shown = evaluate_rows(self.denoiser, self.reward, self.args, columns, offset)
+            pictures = pictures or shown
+            for name, values in measured.items():
+                # Drops the rows that fill up the last batch of several processes.
+                samples.add(name, self.accelerator.gather_for_metrics(values))
             first += rows
-        metrics = {f"{metric_key_prefix}_{name}": value for name, value in summarise(samples.drain()).items()}
-        self.log(metrics)
-        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
-        return metrics
-
-    # ---------------------------------------------------------------------------------------------------- saving, loading
-    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
-        """The LoRA that `pipeline.load_lora_weights(output_dir)` reads, or the whole denoiser in its own folder."""
-        folder = Path(output_dir or self.args.output_dir)
-        if not self.args.should_save:
-            return
-        if self.has_adapter:
-            save_lora(self.pipeline, self.replay.component, folder)
-        else:
-            self.denoiser.network.save_pretrained(folder / self.replay.component)
-
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        if self.has_adapter:
-            load_lora(self.denoiser.network, self.replay.component, resume_from_checkpoint)
-        else:
-            folder = Path(resume_from_checkpoint) / self.replay.component
-            if not folder.is_dir():
-                raise ValueError(f"{resume_from_checkpoint} holds no folder {folder.name!r}; pass a checkpoint of this trainer.")
-            network = self.denoiser.network
-            network.load_state_dict(type(network).from_pretrained(folder, dtype=network.dtype).state_dict())
-
-    def _load_best_model(self) -> None:
-        self._load_from_checkpoint(self.state.best_model_checkpoint)
-
-    def _set_signature_columns_if_needed(self) -> None:
-        self._signature_columns = ["prompt"]  # Trainer would look for forward's arguments among the dataset's columns
+        return samples.drain(), pictures
 
 
 def _parsed(kwargs: dict[str, Any] | str | None) -> dict[str, Any] | None:

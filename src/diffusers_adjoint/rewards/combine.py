@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..adjoint import vector_jacobian
+
 __all__ = ["RewardGradient", "WeightedReward", "reward_gradient"]
 
 RewardFunction = Callable[..., Tensor]
@@ -92,11 +94,13 @@ class RewardGradient:
         rewards: r, shape (B,), detached.
         values: name → f_i, shape (B,), detached.
         gradient: ∇ₓ r, shape (B, …) of the end points, reward units per state unit.
+        images: the decoded end points, detached.
     """
 
     rewards: Tensor
     values: dict[str, Tensor]
     gradient: Tensor
+    images: Tensor
 
 
 def reward_gradient(
@@ -113,12 +117,17 @@ def reward_gradient(
     """
     x = end_point.detach().requires_grad_()
     with torch.enable_grad():
-        images = decode(x)
+        decoded = decode(x)
+        # A fresh leaf in float32: gradients in the pixels are small, a 16-bit decoder's output would round them away.
+        images = decoded.detach().to(torch.promote_types(decoded.dtype, torch.float32)).requires_grad_()
         values = reward(images, prompts, **columns)
         _require_graph(values)
         total = reward.total(values)
-    gradient = torch.autograd.grad(total.sum(), x)[0]
-    return RewardGradient(total.detach(), {name: value.detach() for name, value in values.items()}, gradient)
+    in_pixels = torch.autograd.grad(total.sum(), images, allow_unused=True)[0]
+    gradient = None if in_pixels is None else vector_jacobian(decoded, x, in_pixels)
+    if gradient is None:
+        raise ValueError(f"the rewards {', '.join(values)} do not depend on the images; pass functions of the images.")
+    return RewardGradient(total.detach(), {name: value.detach() for name, value in values.items()}, gradient, images.detach())
 
 
 def _require_graph(values: dict[str, Tensor]) -> None:
@@ -130,12 +139,22 @@ def _require_graph(values: dict[str, Tensor]) -> None:
             )
 
 
-def _checked(value: Tensor, name: str, batch: int) -> Tensor:
+def _checked(value: Any, name: str, batch: int) -> Tensor:
+    if isinstance(value, list | tuple):
+        value = _stacked(value)
     if not isinstance(value, Tensor):
         raise TypeError(f"reward {name!r} returned a {type(value).__name__}; return a tensor of shape ({batch},).")
     if value.shape != (batch,):
         raise ValueError(f"reward {name!r} returned shape {tuple(value.shape)}; return one value per image, shape ({batch},).")
     return value if value.dtype == torch.float64 else value.float()
+
+
+def _stacked(values: Sequence[Any]) -> Any:
+    """A tensor out of one scalar tensor for each image, `None` (no reward for this image) as NaN; others come back unchanged."""
+    given = [value for value in values if isinstance(value, Tensor) and value.ndim == 0]
+    if not given or any(value is not None and not isinstance(value, Tensor) for value in values):
+        return values
+    return torch.stack([given[0].new_tensor(torch.nan) if value is None else value for value in values])
 
 
 def _taken(function: RewardFunction, columns: dict[str, list[Any]]) -> dict[str, list[Any]]:

@@ -1,0 +1,62 @@
+"""What happens between two updates of training."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from types import FrameType, TracebackType
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from transformers import TrainerCallback, TrainerControl
+from transformers.utils import logging
+
+__all__ = ["SaveOnInterrupt"]
+
+logger = logging.get_logger(__name__)
+
+
+class SaveOnInterrupt(TrainerCallback):
+    """Ctrl-C or SIGTERM: the update under way is finished, a checkpoint is written, and training ends.
+
+    Used as a context around training, which it leaves by `KeyboardInterrupt` or `SystemExit(143)`, so that what follows in a
+    script does not take an interrupted run for a finished one. The second signal acts at once, as if this were not here.
+
+    Args:
+        accelerator: training stops on all processes at the same update, whichever one got the signal.
+
+    Raises:
+        ValueError: on entering, outside the main thread, which alone gets signals.
+    """
+
+    def __init__(self, accelerator: Accelerator) -> None:
+        self._accelerator = accelerator
+        self._previous: dict[int, Any] = {}
+        self._received = 0  # number of the signal
+
+    def __enter__(self) -> SaveOnInterrupt:
+        if threading.current_thread() is not threading.main_thread():
+            raise ValueError("save_on_interrupt works in the main thread only; call train() there, or pass False.")
+        self._previous = {number: signal.signal(number, self._receive) for number in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._restore()
+        if error is None and self._received:
+            raise KeyboardInterrupt if self._received == signal.SIGINT else SystemExit(128 + self._received)
+
+    def _receive(self, number: int, frame: FrameType | None) -> None:
+        self._received = number
+        self._restore()
+        logger.warning(f"{signal.Signals(number).name}: a checkpoint is written after this update; again to stop at once.")
+
+    def _restore(self) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+    def on_step_end(self, args: Any, state: Any, control: TrainerControl, **kwargs: Any) -> None:
+        received = torch.tensor(self._received, device=self._accelerator.device)
+        self._received = int(self._accelerator.gather(received.reshape(1)).max())
+        if self._received:
+            control.should_save = control.should_training_stop = True

@@ -1,0 +1,81 @@
+"""What a user would see: samples of the pipeline with its own scheduler, their rewards, and the signs of a hacked reward."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .config import AdjointMatchingConfig
+from .denoiser import PipelineDenoiser
+from .inputs import prompts_of, repeat_rows, rows_of, without_prompt
+from .metrics import pairwise_diversity, saturated_share
+from .rewards import WeightedReward
+from .rollout import Stream, sampled_path_kl, seeded_generator
+from .sample_images import SampleImages
+
+__all__ = ["evaluate_rows", "kl_name"]
+
+
+def evaluate_rows(
+    denoiser: PipelineDenoiser, reward: WeightedReward, args: AdjointMatchingConfig, columns: dict[str, list[Any]], first_row: int
+) -> tuple[dict[str, Tensor], SampleImages]:
+    """Sample `num_generations_eval` images of each row and measure them; nothing is differentiated.
+
+    Seeds depend on the row's number only, so that evaluations compare across steps, runs and numbers of processes.
+
+    Args:
+        columns: B rows.
+        first_row: number of the first of them in the dataset.
+
+    Returns:
+        name → (B, images) or (B, 1): "reward", "rewards/<name>"; "saturated", share of values that are 0 or 1; "diversity", mean
+        squared difference of two images of one prompt, a value of the image, in [0, 1]; "kl", nats, of memoryless paths, one a
+        row. And the images.
+    """
+    times = args.num_generations_eval
+    repeated, rows = repeat_rows(columns, times), rows_of(columns)
+    prompts = prompts_of(repeated)
+    generators = _generators(args.seed, range(first_row * times, (first_row + rows) * times), Stream.EVALUATION)
+    with torch.no_grad():
+        images = denoiser.replay.sample(repeated, generators)
+        values = reward(images, prompts, **without_prompt(repeated))
+        measured = {"reward": reward.total(values)} | {f"rewards/{name}": value for name, value in values.items()}
+        if images.ndim in (4, 5):  # images and videos; sound has no range to be saturated in
+            measured["saturated"] = saturated_share(images.flatten(1, -3))
+        result = {name: value.view(rows, times) for name, value in measured.items()}
+        result[kl_name(denoiser, args)] = _path_kl(denoiser, args, columns, first_row).view(rows, 1)
+    if times > 1:
+        result["diversity"] = _diversity(images.reshape(rows, times, -1)).to(images.device)
+    return result, SampleImages.first(args.num_images_to_log, images, prompts, measured["reward"])
+
+
+def kl_name(denoiser: PipelineDenoiser, args: AdjointMatchingConfig) -> str:
+    """Guided trajectories are not those of the model whose KL the unguided loss measures."""
+    return "kl_unguided" if denoiser.replay.arguments.guides and args.cfg_mode == "rollout" else "kl"
+
+
+def _path_kl(denoiser: PipelineDenoiser, args: AdjointMatchingConfig, columns: dict[str, list[Any]], first_row: int) -> Tensor:
+    """Nats spent, along one memoryless path a row."""
+    rows = range(first_row, first_row + rows_of(columns))
+    guided_loss = args.cfg_mode == "full"
+    start, conditioning = denoiser.replay.prepare(
+        columns,
+        _generators(args.seed, rows, Stream.EVALUATION_START),
+        guided=args.cfg_mode != "none",
+        unguided=not guided_loss,
+    )
+    noise = _generators(args.seed, rows, Stream.EVALUATION_NOISE)
+    return sampled_path_kl(denoiser, start, conditioning, noise, guided_rollout=args.cfg_mode != "none", guided_loss=guided_loss)
+
+
+def _generators(seed: int, numbers: Sequence[int], stream: Stream) -> list[torch.Generator]:
+    return [seeded_generator(seed, 0, number, stream) for number in numbers]
+
+
+def _diversity(images: Tensor) -> Tensor:
+    """(B, images, values) → (B, 1)."""
+    per_row = [pairwise_diversity(row[None]).mean / images.shape[2] for row in images]
+    return torch.tensor(per_row).view(-1, 1)

@@ -1,0 +1,99 @@
+"""Pictures of what is sampled: a grid with prompts and rewards, in `output_dir/samples/` and in the trackers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
+from transformers import TrainerCallback
+from transformers.integrations import TensorBoardCallback, TrackioCallback, WandbCallback
+
+__all__ = ["SampleImages", "image_grid", "save_grid", "to_trackers"]
+
+CELL, CAPTION, FONT_SIZE, MARGIN = 256, 34, 13, 4  # pixels
+COLUMNS = 4
+
+
+@dataclass(frozen=True)
+class SampleImages:
+    """Some samples, to be looked at.
+
+    Args:
+        images: (N, 3, H, W) in [0, 1], or videos (N, F, 3, H, W), of which the middle frame is shown; float32 on the CPU.
+        prompts: N, empty strings where there are none.
+        rewards: (N,).
+    """
+
+    images: Tensor
+    prompts: list[str]
+    rewards: Tensor
+
+    @classmethod
+    def first(cls, count: int, images: Tensor, prompts: list[str], rewards: Tensor) -> SampleImages:
+        """The first `count` of a batch."""
+        return cls(images[:count].detach().cpu().float(), prompts[:count], rewards[:count].detach().cpu().float())
+
+    @property
+    def drawable(self) -> bool:
+        """Whether these are pictures; sound is not."""
+        return self.images.ndim in (4, 5) and self.images.shape[-3] in (1, 3)
+
+
+def image_grid(samples: SampleImages) -> Image.Image:
+    """All samples side by side, each above its reward and prompt.
+
+    Raises:
+        ValueError: if they are no images or videos.
+    """
+    if not samples.drawable:
+        raise ValueError(f"samples of shape {tuple(samples.images.shape)} are no pictures; pass (N, 3, H, W) or (N, F, 3, H, W).")
+    pictures = [_picture(image) for image in samples.images]
+    width, height = pictures[0].width + MARGIN, pictures[0].height + MARGIN + CAPTION
+    columns = min(COLUMNS, len(pictures))
+    grid = Image.new("RGB", (columns * width, -(-len(pictures) // columns) * height), "white")
+    draw, font = ImageDraw.Draw(grid), ImageFont.load_default(FONT_SIZE)
+    for i, (picture, prompt, reward) in enumerate(zip(pictures, samples.prompts, samples.rewards.tolist(), strict=True)):
+        x, y = i % columns * width, i // columns * height
+        grid.paste(picture, (x, y))
+        caption = f"{reward:.4g}\n{prompt}"
+        while draw.textbbox((0, 0), caption, font=font)[2] > width - MARGIN:
+            caption = caption[:-2] + "…"
+        draw.text((x, y + picture.height), caption, fill="black", font=font)
+    return grid
+
+
+def _picture(image: Tensor) -> Image.Image:
+    """One sample, its longer side brought to `CELL`; small ones by repeating pixels, which are what one wants to see there."""
+    frame = image[len(image) // 2] if image.ndim == 4 else image
+    values = (frame.clamp(0, 1) * 255).round().byte().permute(1, 2, 0).expand(-1, -1, 3).numpy()
+    picture = Image.fromarray(values)
+    scale = CELL / max(picture.size)
+    size = (max(round(picture.width * scale), 1), max(round(picture.height * scale), 1))
+    return picture.resize(size, Image.Resampling.NEAREST if scale > 1 else Image.Resampling.LANCZOS)
+
+
+def save_grid(grid: Image.Image, folder: Path, name: str, step: int) -> None:
+    """As `<name>-<step>.png`."""
+    folder.mkdir(parents=True, exist_ok=True)
+    grid.save(folder / f"{name}-{step:06d}.png")
+
+
+def to_trackers(callbacks: Sequence[TrainerCallback], grid: Image.Image, name: str, step: int) -> None:
+    """Hand a grid to the trackers that `report_to` names."""
+    for callback in callbacks:
+        # The trackers' modules are those that the host has imported and started.
+        if isinstance(callback, TensorBoardCallback) and callback.tb_writer is not None:
+            callback.tb_writer.add_image(name, np.asarray(grid), step, dataformats="HWC")
+        elif isinstance(callback, WandbCallback):
+            _log_image(callback._wandb, name, grid, step)
+        elif isinstance(callback, TrackioCallback):
+            _log_image(callback._trackio, name, grid, step)
+
+
+def _log_image(tracker: Any, name: str, grid: Image.Image, step: int) -> None:
+    tracker.log({name: tracker.Image(grid), "train/global_step": step})

@@ -1,0 +1,149 @@
+"""`evaluate()`: what it samples, measures, draws, and what it costs."""
+
+import pytest
+import torch
+from datasets import Dataset
+from PIL import Image
+from tiny_pipelines import sd3, sd15
+from tiny_trainer import PROMPTS, brightness, make_trainer
+
+from diffusers_adjoint.metrics import pairwise_diversity, saturated_share
+from diffusers_adjoint.rollout import Stream, path_kl, sample_trajectory, seeded_generator
+from diffusers_adjoint.sample_images import SampleImages, image_grid
+
+
+def rows(prompts=PROMPTS):
+    return Dataset.from_dict({"prompt": prompts})
+
+
+@pytest.fixture(params=[sd3, sd15], ids=["sd3", "sd15"])
+def build(request):
+    return request.param
+
+
+def test_it_reports_what_the_pipeline_samples(tmp_path, build):
+    trainer = make_trainer(tmp_path, build, eval_dataset=rows(), per_device_eval_batch_size=3)
+    first = trainer.evaluate()
+    prompts = [prompt for prompt in PROMPTS for _ in range(2)]
+    generators = [seeded_generator(trainer.args.seed, 0, i, Stream.EVALUATION) for i in range(8)]
+    trainer.pipeline.set_progress_bar_config(disable=True)
+    images = trainer.pipeline(prompts, num_inference_steps=4, guidance_scale=1.0, generator=generators, output_type="pt").images
+    rewards = brightness(images, prompts)
+    # float32: batches of six and two instead of eight images
+    assert first["eval_reward"] == pytest.approx(rewards.mean().item(), rel=1e-5)
+    assert first["eval_reward_std"] == pytest.approx(rewards.std().item(), rel=1e-3)
+    assert first["eval_rewards/brightness/mean"] == pytest.approx(first["eval_reward"])
+    assert first["eval_saturated"] == pytest.approx(saturated_share(images).mean().item(), abs=1e-6)
+    diversity = pairwise_diversity(images.reshape(4, 2, -1)).mean / images[0].numel()
+    assert first["eval_diversity"] == pytest.approx(diversity, rel=1e-4)
+    assert first["eval_kl"] == 0.0  # before training the model is the base
+    assert trainer.evaluate() == first  # fixed seeds
+    trainer.train()
+    tuned = trainer.evaluate()
+    assert tuned["eval_reward"] != first["eval_reward"]
+    assert tuned["eval_kl"] > 0
+
+
+def test_its_kl_is_the_path_kl_of_memoryless_paths(tmp_path):
+    trainer = make_trainer(tmp_path, eval_dataset=rows(PROMPTS[:2]), reward_scale=1000.0)
+    trainer.train()
+    replay, denoiser = trainer.replay, trainer.denoiser
+    starts = [seeded_generator(trainer.args.seed, 0, i, Stream.EVALUATION_START) for i in range(2)]
+    noises = [seeded_generator(trainer.args.seed, 0, i, Stream.EVALUATION_NOISE) for i in range(2)]
+    start, conditioning = replay.prepare({"prompt": PROMPTS[:2]}, starts)
+    with torch.no_grad():
+        trajectory = sample_trajectory(denoiser, start, conditioning, noises)
+
+    def base_mean(k, x):
+        with denoiser.base():
+            return denoiser(x, k, conditioning)
+
+    expected = path_kl(lambda k, x: denoiser(x, k, conditioning), base_mean, trajectory).mean().item()
+    assert trainer.evaluate()["eval_kl"] == pytest.approx(expected, rel=1e-5)  # float32 sums of the same terms
+
+
+@pytest.mark.parametrize(
+    ("guidance", "mode", "name", "evaluations"),
+    # K = 4: the samples, 4 for two images at once; the model and the base along a path, 4 each.
+    # Where paths are guided and the loss is not, the paths need evaluations of their own, but for the last step.
+    [(1.0, "rollout", "eval_kl", 4 + 8), (4.0, "full", "eval_kl", 4 + 8), (4.0, "rollout", "eval_kl_unguided", 4 + 8 + 3)],
+)
+def test_nothing_is_evaluated_twice(tmp_path, guidance, mode, name, evaluations):
+    trainer = make_trainer(
+        tmp_path, eval_dataset=rows(PROMPTS[:1]), guidance_scale=guidance, cfg_mode=mode, per_device_eval_batch_size=1
+    )
+    images = []
+    guided = guidance > 1
+    trainer.denoiser.network.register_forward_pre_hook(
+        lambda network, args, kwargs: images.append(len(kwargs["hidden_states"])), with_kwargs=True
+    )
+    metrics = trainer.evaluate()
+    assert name in metrics
+    rows_of_one = 2 if guided else 1
+    # The network sees two samples in each of four calls for the images; guided calls have twice the rows.
+    assert images[:4] == [2 * rows_of_one] * 4
+    assert len(images) == evaluations
+
+
+def test_several_datasets_have_their_own_names(tmp_path):
+    datasets = {"animals": rows(PROMPTS[:2]), "things": rows(PROMPTS[2:])}
+    trainer = make_trainer(tmp_path, eval_dataset=datasets, eval_strategy="steps", eval_steps=2)
+    trainer.train()
+    logged = [line for line in trainer.state.log_history if any(name.startswith("eval_") for name in line)]
+    assert {"eval_animals_reward", "eval_animals_kl"} <= logged[0].keys()
+    assert {"eval_things_reward", "eval_things_diversity"} <= logged[1].keys()
+    alone = trainer.evaluate(datasets["things"])
+    assert alone["eval_reward"] == trainer.evaluate()["eval_things_reward"]
+
+
+def test_a_missing_dataset_is_told(tmp_path):
+    with pytest.raises(ValueError, match="there is no eval_dataset; pass one here or to the trainer"):
+        make_trainer(tmp_path).evaluate()
+
+
+# ----------------------------------------------------------------------------------------------------------------------- pictures
+
+
+def test_pictures_of_training_and_evaluation(tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    trainer = make_trainer(
+        tmp_path,
+        eval_dataset=rows(),
+        log_images=True,
+        num_images_to_log=3,
+        max_steps=4,
+        logging_steps=2,
+        eval_strategy="steps",
+        eval_steps=4,
+        report_to="tensorboard",
+    )
+    trainer.train()
+    names = {path.name for path in (tmp_path / "samples").iterdir()}
+    assert names == {"train-000002.png", "train-000004.png", "eval-000004.png"}
+    assert Image.open(tmp_path / "samples" / "eval-000004.png").width > 3 * 250  # three cells in a row
+    events = next(tmp_path.glob("**/events.out.tfevents*")).parent
+    accumulator = EventAccumulator(str(events)).Reload()
+    assert set(accumulator.Tags()["images"]) == {"train/samples", "eval/samples"}
+    assert [event.step for event in accumulator.Images("train/samples")] == [2, 4]
+
+
+def test_a_grid_shows_each_image_where_it_belongs():
+    images = torch.stack([torch.full((3, 8, 8), value) for value in (0.0, 0.25, 0.5, 0.75, 1.0)])
+    grid = image_grid(SampleImages(images, ["a long prompt " * 20] * 5, torch.arange(5.0)))
+    cell_width, cell_height = grid.width // 4, grid.height // 2
+    centres = [grid.getpixel((i % 4 * cell_width + 120, i // 4 * cell_height + 120))[0] for i in range(5)]
+    assert centres == [0, 64, 128, 191, 255]
+
+
+def test_a_video_is_shown_by_its_middle_frame():
+    video = torch.zeros(1, 5, 3, 8, 8)
+    video[0, 2] = 1.0
+    assert image_grid(SampleImages(video, ["x"], torch.zeros(1))).getpixel((100, 100)) == (255, 255, 255)
+
+
+def test_sound_is_not_drawn():
+    sound = SampleImages(torch.zeros(2, 2, 100), ["x", "y"], torch.zeros(2))
+    assert not sound.drawable
+    with pytest.raises(ValueError, match="are no pictures"):
+        image_grid(sound)

@@ -1,0 +1,54 @@
+"""A trainer of a tiny pipeline, as most tests want it."""
+
+from datasets import Dataset
+from peft import LoraConfig
+from tiny_pipelines import sd3
+
+from diffusers_adjoint import AdjointMatchingConfig, AdjointMatchingTrainer
+
+PROMPTS = ["a cat", "a dog", "a red car", "the sea"]
+
+
+def brightness(images, prompts, **columns):
+    return images.mean((1, 2, 3))
+
+
+def config(folder, **changes):
+    settings = {
+        "output_dir": str(folder),
+        "num_inference_steps": 4,
+        "num_loss_steps": 2,
+        "reward_scale": 50.0,
+        "max_steps": 2,
+        "per_device_train_batch_size": 2,
+        "learning_rate": 1e-2,
+        "logging_steps": 1,
+        "log_images": False,
+        "save_strategy": "no",
+        "report_to": "none",
+        "disable_tqdm": True,
+        "use_cpu": True,
+    }
+    return AdjointMatchingConfig(**(settings | changes))
+
+
+def make_trainer(
+    folder, build=sd3, reward=brightness, lora=True, rows=PROMPTS, pipeline=None, peft_config=None, eval_dataset=None, **changes
+):
+    return AdjointMatchingTrainer(
+        model=build() if pipeline is None else pipeline,
+        reward_funcs=reward,
+        args=config(folder, **changes),
+        train_dataset=Dataset.from_dict({"prompt": rows}) if isinstance(rows, list) else rows,
+        eval_dataset=eval_dataset,
+        peft_config=(peft_config or LoraConfig(r=2, lora_alpha=4)) if lora else None,
+    )
+
+
+def weights(trainer):
+    """What is trained."""
+    return {name: p.detach().clone() for name, p in trainer.denoiser.network.named_parameters() if p.requires_grad}
+
+
+def difference(a, b):
+    return max((a[name] - b[name]).abs().max().item() for name in a)
