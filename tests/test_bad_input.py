@@ -31,6 +31,21 @@ def python_float(images, prompts, **columns):
     return [0.5] * len(images)
 
 
+PARAMETER = torch.zeros(1, requires_grad=True)
+
+
+def own_parameter(images, prompts, **columns):
+    return PARAMETER.expand(len(images))
+
+
+def always_none(images, prompts, **columns):
+    return [None] * len(images)
+
+
+def positional(pixels, prompts):
+    return pixels.mean((1, 2, 3))
+
+
 def prompts_only():
     return Dataset.from_dict({"prompt": ["a cat", "a dog"]})
 
@@ -41,9 +56,15 @@ def sd15_with(scheduler):
     return pipeline
 
 
-def sd3_with_adapter():
+def sd3_with_adapter(name="style"):
     pipeline = sd3()
-    pipeline.transformer.add_adapter(LoraConfig(r=2, target_modules=["to_q"]))
+    pipeline.transformer.add_adapter(LoraConfig(r=2, target_modules=["to_q"]), adapter_name=name)
+    return pipeline
+
+
+def sd3_with_fused_adapter():
+    pipeline = sd3_with_adapter()
+    pipeline.fuse_lora()
     return pipeline
 
 
@@ -123,6 +144,9 @@ CASES = {
     "scale not a number": Case("reward_scale=nan", "≥ 0", {"reward_scale": float("nan")}),
     "guidance below 1": Case("guidance_scale=0.5", "pass 1", {"guidance_scale": 0.5}),
     "no generations": Case("num_generations=0", "at least 1", {"num_generations": 0}),
+    "no image in evaluation": Case("num_generations_eval=0", "at least 1", {"num_generations_eval": 0}),
+    "no image to log": Case("num_images_to_log=0", "at least 1", {"num_images_to_log": 0}),
+    "model_init_kwargs not a dict": Case("model_init_kwargs", "dict", {"model_init_kwargs": "float16"}, error=TypeError),
     "clip everything": Case("loss_clip=0.0", "positive", {"loss_clip": 0.0}),
     "pipeline_kwargs not a dict": Case("pipeline_kwargs", "dict", {"pipeline_kwargs": "height"}, error=TypeError),
     "unknown pipeline argument": Case("'hight'", "", {"pipeline_kwargs": {"hight": 32}}),
@@ -186,7 +210,13 @@ CASES = {
         trainer={"eval_dataset": Dataset.from_dict({"prompt": ["a"], "negativ_prompt": ["b"]})},
     ),
     "callback": Case("'callback_on_step_end'", "remove it", {"pipeline_kwargs": {"callback_on_step_end": print}}),
-    "adapter there already": Case("already carries an adapter", "fuse_lora", trainer={"model": sd3_with_adapter}),
+    "adapter of ours there already": Case(
+        "already carries an adapter 'adjoint'", "fuse_lora", trainer={"model": lambda: sd3_with_adapter("adjoint")}
+    ),
+    "fused adapter": Case("carries a fused adapter", "unload_lora_weights()", trainer={"model": sd3_with_fused_adapter}),
+    "all weights below an adapter": Case(
+        "carries adapters", "unload_lora_weights()", trainer={"model": sd3_with_adapter, "peft_config": None}
+    ),
     "LoRA on biases": Case("bias='all'", "bias='none'", trainer={"peft_config": lora(bias="all")}),
     "LoRA and saved modules": Case(
         "modules_to_save", "leave it out", trainer={"peft_config": lora(modules_to_save=["proj_out"])}
@@ -206,7 +236,23 @@ CASES = {
         "the missing columns",
         trainer={"reward_funcs": other_arguments, "train_dataset": Dataset.from_dict({"prompt": ["a"], "target": [1]})},
     ),
-    "checkpoint without weights": Case("holds no", "checkpoint folder", train={"resume_from_checkpoint": "FOLDER"}),
+    "checkpoint without weights": Case(
+        "holds no pytorch_lora_weights.safetensors", "checkpoint folder", train={"resume_from_checkpoint": "FOLDER"}
+    ),
+    "full checkpoint without weights": Case(
+        "holds no transformer", "checkpoint folder", trainer={"peft_config": None}, train={"resume_from_checkpoint": "FOLDER"}
+    ),
+    "checkpoint without progress": Case(
+        "holds no trainer_state.json", "checkpoint folder", train={"resume_from_checkpoint": "WEIGHTS"}
+    ),
+    "nothing to resume": Case("holds no checkpoint", "None to start anew", train={"resume_from_checkpoint": True}),
+    "reward of something else": Case(
+        "'own_parameter' do not depend on the images", "functions of the images", trainer={"reward_funcs": own_parameter}
+    ),
+    "no reward for any image": Case(
+        "'always_none' returned a list", "tensor", trainer={"reward_funcs": always_none}, error=TypeError
+    ),
+    "reward is not a function of images=": Case("'positional' cannot be called", "images=", trainer={"reward_funcs": positional}),
 }
 
 
@@ -218,6 +264,8 @@ def test_refused_before_any_rollout_in_one_sentence(tmp_path, case, monkeypatch)
     monkeypatch.setattr(diffusers_adjoint.trainer, "sample_trajectory", rollout)
     (tmp_path / "file").touch()
     (tmp_path / "folder").mkdir()
+    (tmp_path / "weights").mkdir()
+    (tmp_path / "weights" / "pytorch_lora_weights.safetensors").touch()
     settings = {
         "output_dir": str(tmp_path / "out"),
         "num_inference_steps": 4,
@@ -228,7 +276,8 @@ def test_refused_before_any_rollout_in_one_sentence(tmp_path, case, monkeypatch)
     settings |= case.args
     if settings["output_dir"] == "FILE":
         settings["output_dir"] = str(tmp_path / "file")
-    train = {name: str(tmp_path / "folder") if value == "FOLDER" else value for name, value in case.train.items()}
+    folders = {"FOLDER": str(tmp_path / "folder"), "WEIGHTS": str(tmp_path / "weights")}
+    train = {name: folders.get(value, value) for name, value in case.train.items()}
     given = {"model": sd3, "reward_funcs": brightness, "train_dataset": prompts_only(), "peft_config": lora()} | case.trainer
     if callable(given["model"]) and not isinstance(given["model"], torch.nn.Module):
         given["model"] = given["model"]()

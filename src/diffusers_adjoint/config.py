@@ -93,7 +93,7 @@ class AdjointMatchingConfig(TrainingArguments):
     Args:
         logging_steps (`float`, defaults to 10): updates between two lines of the log.
         learning_rate (`float`, defaults to 1e-4): for LoRA; a full fine-tuning wants about 1e-5.
-        lr_scheduler_type (`str`, defaults to `"constant"`).
+        lr_scheduler_type (`str`, defaults to `"constant"`): no warm-up, no decay.
         per_device_train_batch_size (`int`, defaults to 4): prompts per rollout.
         per_device_eval_batch_size (`int`, defaults to 4): prompts sampled together in `evaluate()`.
         remove_unused_columns (`bool`, defaults to `False`): dataset columns reach the reward functions.

@@ -24,7 +24,11 @@ def progress(module: nn.Module, what: str, total: int, shown: bool) -> Iterator[
         shown: whether this process shows one at all.
     """
     with tqdm(total=total, desc=what, unit="step", leave=False, delay=PATIENCE, disable=not shown) as bar:
-        counted = module.register_forward_hook(lambda *_: bar.update())
+
+        def count(*_: object) -> None:  # what a hook returns replaces the output, and `update` returns something
+            bar.update()
+
+        counted = module.register_forward_hook(count)
         try:
             yield
         finally:

@@ -126,7 +126,7 @@ def reward_gradient(
     in_pixels = torch.autograd.grad(total.sum(), images, allow_unused=True)[0]
     gradient = None if in_pixels is None else vector_jacobian(decoded, x, in_pixels)
     if gradient is None:
-        raise ValueError(f"the rewards {', '.join(values)} do not depend on the images; pass functions of the images.")
+        raise ValueError(f"the rewards {', '.join(map(repr, values))} do not depend on the images; pass functions of the images.")
     return RewardGradient(total.detach(), {name: value.detach() for name, value in values.items()}, gradient, images.detach())
 
 
