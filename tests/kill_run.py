@@ -20,7 +20,7 @@ SETTINGS = {
     "save_strategy": "steps",
     "save_steps": 1,
     "save_total_limit": 2,
-    "max_steps": 60,
+    "max_steps": 80,
     "num_inference_steps": 3,
     "num_loss_steps": 1,
     "per_device_train_batch_size": 1,
@@ -54,17 +54,14 @@ def checkpoints(folder: Path) -> list[int]:
     return sorted(int(path.name.split("-")[1]) for path in folder.glob("checkpoint-*"))
 
 
-def wait_for_a_moment(folder: Path, while_saving: bool, chance: random.Random) -> None:
-    """Until the run is somewhere in training, or in the middle of writing or deleting a checkpoint."""
+def wait_for_a_moment(folder: Path, trace: str | None, pause: float) -> None:
+    """Until a new checkpoint is there, then until `trace`, of a writing or a deletion, is seen; then for the pause."""
     before, deadline = checkpoints(folder), time.monotonic() + 120
     while checkpoints(folder)[-1:] == before[-1:] and time.monotonic() < deadline:
         time.sleep(0.001)
-    if while_saving:
-        while not any(folder.glob("_*")) and time.monotonic() < deadline:
-            time.sleep(0.0002)
-        time.sleep(chance.uniform(0.0, 0.01))
-    else:
-        time.sleep(chance.uniform(0.0, 0.3))
+    while trace is not None and not any(folder.glob(trace)) and time.monotonic() < deadline:
+        time.sleep(0.0002)
+    time.sleep(pause)
 
 
 def main(folder: Path) -> None:
@@ -72,12 +69,15 @@ def main(folder: Path) -> None:
     torch.set_num_threads(1)
     chance = random.Random(0)
     os.waitpid(fork(folder / "straight", False), 0)
+    written = [path.stat().st_mtime for path in (folder / "straight").glob("checkpoint-*")]
+    update = max(written) - min(written)  # seconds between the last two checkpoints
     killed = folder / "killed"
     killed.mkdir()
     report = {"newest": [], "found": [], "during": []}
     for kill in range(KILLS):
         process = fork(killed, bool(checkpoints(killed)))
-        wait_for_a_moment(killed, kill % 2 == 1, chance)
+        trace = (None, "_*.partial", None, "_*.deleted")[kill % 4]
+        wait_for_a_moment(killed, trace, chance.uniform(0.0, 0.005 if trace else 2 * update))
         os.kill(process, signal.SIGKILL)
         _, status = os.waitpid(process, 0)
         report["during"].append([path.name for path in killed.glob("_*")])
