@@ -50,7 +50,9 @@ def test_an_adapter_that_is_there_belongs_to_the_base(tmp_path, build):
     assert trainer.denoiser.base_adapters == ["style"]
     assert torch.equal(sample(pipeline), before)  # ours starts at zero
     trainer.train()
-    assert all(".adjoint." in name for name in weights(trainer))  # nothing else is trainable, also after base and model took turns
+    assert all(
+        ".adjoint." in name for name in weights(trainer)
+    )  # nothing else is trainable, also after base and model took turns
     assert all(torch.equal(p, style[name]) for name, p in network.named_parameters() if name in style)
     with torch.no_grad(), trainer.denoiser.base():
         assert torch.equal(trainer.replay.predict(start, 1, conditioning), reference)

@@ -22,7 +22,18 @@ LAYERS = (
     ("schedulers", "replay"),
     ("denoiser", "lora", "rewards"),
     ("rollout", "metrics"),
-    ("config", "ddpo_config", "inputs", "checkpoint", "callbacks", "progress", "sample_log", "sample_images", "evaluation", "hub"),
+    (
+        "config",
+        "ddpo_config",
+        "inputs",
+        "checkpoint",
+        "callbacks",
+        "progress",
+        "sample_log",
+        "sample_images",
+        "evaluation",
+        "hub",
+    ),
     ("pipeline_trainer", "trainer", "ddpo", "cli"),
 )
 LEVEL = {module: level for level, modules in enumerate(LAYERS) for module in modules}

@@ -49,7 +49,7 @@ def evaluate_rows(
         result[kl_name(denoiser, args)] = _path_kl(denoiser, args, columns, first_row).view(rows, 1)
     if times > 1:
         result["diversity"] = _diversity(images.reshape(rows, times, -1)).to(images.device)
-    return result, SampleImages.first(args.num_images_to_log, images, prompts, measured["reward"])
+    return result, SampleImages.first(args.num_images_to_log, images, repeated, measured["reward"])
 
 
 def kl_name(denoiser: PipelineDenoiser, args: AdjointMatchingConfig) -> str:

@@ -18,7 +18,7 @@ from .replay.arguments import CallArguments
 from .replay.view import denoiser_names, text_encoders
 from .rewards import WeightedReward
 
-__all__ = ["collate_columns", "columns_to_check", "load_pipeline", "prompts_of", "repeat_rows", "require_prompts"]
+__all__ = ["collate_columns", "columns_to_check", "first_row", "load_pipeline", "prompts_of", "repeat_rows", "require_prompts"]
 __all__ += ["require_writable", "rows_of", "text_encoders_on", "warn_of_given_start", "warn_of_guidance"]
 __all__ += ["without_prompt"]
 
@@ -66,10 +66,10 @@ def columns_to_check(
     """
     evaluates = eval_dataset is not None and not isinstance(eval_dataset, dict)
     largest = max(args.per_device_train_batch_size * args.num_generations, args.per_device_eval_batch_size if evaluates else 1)
-    columns = collate_columns([_first_row(train_dataset, "train_dataset", arguments.takes_prompt)] * min(2, largest))
+    columns = collate_columns([first_row(train_dataset, "train_dataset", arguments.takes_prompt)] * min(2, largest))
     _require_fitting(columns, arguments, reward)
     if evaluates:
-        evaluated = collate_columns([_first_row(eval_dataset, "eval_dataset", arguments.takes_prompt)])
+        evaluated = collate_columns([first_row(eval_dataset, "eval_dataset", arguments.takes_prompt)])
         if missing := arguments.taken(columns).keys() - arguments.taken(evaluated).keys():
             raise ValueError(f"the eval_dataset has no column {min(missing)!r}, but the train_dataset has; add it.")
         _require_fitting(evaluated, arguments, reward)
@@ -81,7 +81,7 @@ def _require_fitting(columns: dict[str, list[Any]], arguments: CallArguments, re
     arguments(columns, rows_of(columns))
 
 
-def _first_row(dataset: Any, name: str, needs_prompt: bool) -> dict[str, Any]:
+def first_row(dataset: Any, name: str, needs_prompt: bool) -> dict[str, Any]:
     if dataset is None:
         raise ValueError(f"{name} is missing; pass a dataset with a row for each prompt.")
     row = next(iter(dataset), None)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,8 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 from transformers import TrainerCallback
 from transformers.integrations import TensorBoardCallback, TrackioCallback, WandbCallback
+
+from .inputs import prompts_of
 
 __all__ = ["SampleImages", "image_grid", "save_grid", "to_trackers"]
 
@@ -27,16 +29,20 @@ class SampleImages:
         images: (N, 3, H, W) in [0, 1], or videos (N, F, 3, H, W), of which the middle frame is shown; float32 on the CPU.
         prompts: N, empty strings where there are none.
         rewards: (N,).
+        row: dataset columns of the first sample, with one entry each.
     """
 
     images: Tensor
     prompts: list[str]
     rewards: Tensor
+    row: dict[str, list[Any]] = field(default_factory=dict)
 
     @classmethod
-    def first(cls, count: int, images: Tensor, prompts: list[str], rewards: Tensor) -> SampleImages:
+    def first(cls, count: int, images: Tensor, columns: dict[str, list[Any]], rewards: Tensor) -> SampleImages:
         """The first `count` of a batch."""
-        return cls(images[:count].detach().cpu().float(), prompts[:count], rewards[:count].detach().cpu().float())
+        row = {name: values[:1] for name, values in columns.items()}
+        shown, scores = (values[:count].detach().cpu().float() for values in (images, rewards))
+        return cls(shown, prompts_of(columns)[:count], scores, row)
 
     @property
     def drawable(self) -> bool:

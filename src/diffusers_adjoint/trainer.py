@@ -272,7 +272,7 @@ class AdjointMatchingTrainer(PipelineTrainer):
                 kl += step_kl(mean.detach(), base_means[i], trajectory.stds[k]) / steps.inclusion[i]
         self._kept += keep.sum()
         self._record(reward, kl, path.adjoints[-1], keep)
-        self._pictures = SampleImages.first(self.args.num_images_to_log, reward.images, prompts_of(batch.columns), reward.rewards)
+        self._pictures = SampleImages.first(self.args.num_images_to_log, reward.images, batch.columns, reward.rewards)
         return total
 
     def _skip_empty_update(self, model: nn.Module) -> None:

@@ -1,0 +1,28 @@
+"""What every example does first: read its recipe, then `--smoke`, then the command line."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from diffusers_adjoint.cli import Arguments, TrainArguments, parse_arguments
+
+RECIPES = Path(__file__).parent / "recipes"
+
+
+def read_arguments(name: str, script_type: type = TrainArguments) -> Arguments:
+    """Settings of `recipes/<name>.yaml` (or of `--config`), changed by `--smoke` and by the command line, which wins.
+
+    Args:
+        name: of the example.
+        script_type: dataclass of the example's own options.
+    """
+    argv = sys.argv[1:]
+    if not any(word == "--config" or word.startswith("--config=") for word in argv):
+        argv = ["--config", str(RECIPES / f"{name}.yaml"), *argv]
+    if "--smoke" in argv:
+        from smoke import smoke_options  # of a checkout: it takes its tiny pipelines from the tests
+
+        argv.remove("--smoke")
+        argv = [*smoke_options(name), *argv]
+    return parse_arguments(argv, script_type, prog=f"{name}.py [--smoke]")

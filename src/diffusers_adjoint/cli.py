@@ -1,0 +1,300 @@
+"""The command line: `diffusers-adjoint train --config recipe.yaml` and `diffusers-adjoint demo`.
+
+`accelerate launch -m diffusers_adjoint.cli train --config recipe.yaml` is the same on several processes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import importlib.util
+import re
+import subprocess
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import ModuleType
+from typing import Any, cast
+
+import torch
+from datasets import load_dataset
+from datasets.exceptions import DatasetsError
+from peft import LoraConfig
+from transformers.utils import logging
+from trl import ModelConfig, ScriptArguments, TrlParser, get_peft_config
+
+from . import rewards
+from .config import AdjointMatchingConfig
+from .inputs import load_pipeline
+from .trainer import AdjointMatchingTrainer
+
+__all__ = ["Arguments", "TrainArguments", "load_prompts", "load_rewards", "lora_config", "main", "parse_arguments"]
+
+logger = logging.get_logger(__name__)
+
+PROGRAM = "diffusers-adjoint"
+DIGITS = Path(__file__).parents[2] / "examples" / "digits"  # of the checkout that an editable install points to
+READERS = {".txt": "text", ".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
+DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+# trl.ModelConfig is made for language models: these options would change nothing here.
+WITHOUT_EFFECT = ["attn_implementation", "load_in_8bit", "load_in_4bit", "bnb_4bit_quant_type", "use_bnb_nested_quant"]
+WITHOUT_EFFECT += ["bnb_4bit_quant_storage", "lora_task_type"]
+
+
+@dataclass
+class TrainArguments(ScriptArguments):
+    """Arguments of `train`: the dataset, as in TRL's scripts, and the rewards."""
+
+    reward_funcs: list[str] = field(
+        default_factory=list,
+        metadata={
+            "help": "Rewards: a class of diffusers_adjoint.rewards (PickScore), module:function, or path/to/file.py:function; "
+            "a class is instantiated without arguments."
+        },
+    )
+
+    def __post_init__(self) -> None:
+        if isinstance(self.reward_funcs, str):  # a YAML file may name a single one
+            self.reward_funcs = [self.reward_funcs]
+
+
+@dataclass(frozen=True)
+class Arguments:
+    """What a command line and its recipe say."""
+
+    script: Any  # of the type asked for
+    config: AdjointMatchingConfig
+    model: ModelConfig
+
+
+def parse_arguments(argv: Sequence[str], script_type: type = TrainArguments, prog: str = f"{PROGRAM} train") -> Arguments:
+    """Read options and the `--config` file; an option wins over the file. Bad ones exit with status 2 and one line.
+
+    Args:
+        argv: without the program's name.
+        script_type: dataclass of the script's own options, `trl.ScriptArguments` or a subclass.
+        prog: the program's name in help and errors.
+    """
+    types = (script_type, AdjointMatchingConfig, ModelConfig)
+    parser = TrlParser(types, prog=prog, usage=f"{prog} [--config FILE] [--OPTION VALUE …]")
+    parser.add_argument("--config", default=argparse.SUPPRESS, help="YAML file of options; the command line wins.")
+    try:
+        # TrlParser takes "--config FILE" only, and its own reading of a lone "--config" is an IndexError.
+        known, rest = _config_option(prog).parse_known_args(argv)
+        rest = ["--config", known.config, *rest] if known.config else rest
+        options = {"return_remaining_strings": True, "separate_remaining_strings": True}
+        script, config, model, in_file, in_argv = parser.parse_args_and_config(rest, **options)
+        if unknown := [*in_file, *in_argv]:
+            raise ValueError(f"unknown options {' '.join(unknown)}; {prog} --help lists all of them.")
+        _check_model(model)
+        _merge_init_kwargs(config, model)
+    except Exception as error:  # whatever argparse, the YAML reader or a config raises here is about the arguments
+        parser.error(_one_line(error))
+    return Arguments(script, config, model)
+
+
+def _config_option(prog: str) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog=prog, usage=f"{prog} [--config FILE] …", add_help=False, allow_abbrev=False)
+    parser.add_argument("--config")
+    return parser
+
+
+def _check_model(model: ModelConfig) -> None:
+    usual = ModelConfig()
+    if model.model_name_or_path is None:
+        raise ValueError("model_name_or_path is missing; pass the name or folder of a diffusers pipeline.")
+    if model.dtype not in DTYPES:
+        raise ValueError(f"dtype={model.dtype!r} is unknown to diffusers; pass one of {', '.join(DTYPES)}.")
+    for name in WITHOUT_EFFECT:
+        if getattr(model, name) != getattr(usual, name):
+            raise ValueError(f"{name} is an option for language models without effect on a pipeline; leave it out.")
+    if not model.use_peft and (model.lora_r, model.lora_alpha) != (usual.lora_r, usual.lora_alpha):
+        logger.warning("lora_r and lora_alpha have no effect: without use_peft all weights of the network are trained.")
+
+
+def _merge_init_kwargs(config: AdjointMatchingConfig, model: ModelConfig) -> None:
+    kwargs = cast("dict[str, Any]", config.model_init_kwargs or {})  # the config has parsed a string
+    for name, option in {"dtype": "dtype", "torch_dtype": "dtype", "revision": "model_revision"}.items():
+        if name in kwargs:
+            raise ValueError(f"model_init_kwargs contains {name!r}; pass {option} instead.")
+    config.model_init_kwargs = kwargs | {"dtype": DTYPES[model.dtype], "revision": model.model_revision}
+
+
+def lora_config(model: ModelConfig) -> LoraConfig | None:
+    """The adapter that the `lora_…` options describe; `None`, for full fine-tuning, without `use_peft`."""
+    config = get_peft_config(model)
+    if config is not None:
+        config.task_type = None  # TRL's default says that this is a language model
+        if model.lora_dropout == ModelConfig().lora_dropout:
+            config.lora_dropout = 0.0  # as the trainer demands; a value that the user chose gets its warning
+        if isinstance(config.target_modules, str) and re.fullmatch(r"[\w.]+", config.target_modules):
+            config.target_modules = {config.target_modules}  # one name: ModelConfig made a string of it, a pattern to PEFT
+    return config
+
+
+def load_prompts(script: ScriptArguments, split: str) -> Any:
+    """One split of `dataset_name`: a file (.txt with a prompt a line, .json, .jsonl, .csv, .parquet), a folder, or the Hub's.
+
+    Raises:
+        ValueError: if it is missing, cannot be read, or is empty.
+    """
+    name = script.dataset_name
+    if not name:
+        raise ValueError("dataset_name is missing; pass a file of prompts, a folder, or the name of a dataset on the Hub.")
+    file, reader = Path(name), READERS.get(Path(name).suffix)
+    if not file.is_file() and reader:
+        raise ValueError(f"dataset_name={name!r} does not exist; pass a file, a folder, or the name of a dataset on the Hub.")
+    if file.is_file() and not reader:
+        raise ValueError(f"dataset_name={name!r} is a file of unknown kind; pass one ending in {', '.join(READERS)}.")
+    if file.is_file() and not file.read_bytes().strip():
+        raise ValueError(f"dataset_name={name!r} is empty; write at least one prompt into it.")
+    source = {"path": reader, "data_files": str(file)} if reader else {"path": name, "name": script.dataset_config}
+    try:
+        dataset = load_dataset(**source, split=split, streaming=script.dataset_streaming)
+        if reader == "text":
+            dataset = dataset.filter(lambda row: row["text"].strip()).rename_column("text", "prompt")
+        first = next(iter(dataset), None)
+    except (OSError, ValueError, DatasetsError) as error:
+        reason = _one_line(error.__cause__ or error)
+        raise ValueError(f"split {split!r} of dataset_name={name!r} cannot be read ({reason}); pass one that can.") from error
+    if first is None:
+        raise ValueError(f"split {split!r} of dataset_name={name!r} has no row; pass at least one prompt.")
+    return dataset
+
+
+def load_rewards(names: Sequence[str]) -> list[Callable[..., Any]]:
+    """The reward functions of these names; see `TrainArguments.reward_funcs`.
+
+    Raises:
+        ValueError: if there is none, or a module, a file or a name in it does not exist.
+    """
+    if not names:
+        raise ValueError("reward_funcs is missing; pass PickScore, module:function or path/to/file.py:function.")
+    found = [_find_reward(name) for name in names]
+    return [reward() if isinstance(reward, type) else reward for reward in found]
+
+
+def _find_reward(name: str) -> Any:
+    source, colon, attribute = name.rpartition(":")
+    if not colon:
+        classes = [key for key in rewards.__all__ if _is_module_class(getattr(rewards, key))]
+        if name not in classes:
+            raise ValueError(f"reward {name!r} is none of {', '.join(classes)}; pass one of them or module:function.")
+        return getattr(rewards, name)
+    module = _module_of_file(Path(source)) if source.endswith(".py") else _module_of_name(source)
+    if not hasattr(module, attribute):
+        raise ValueError(f"{source} has no {attribute!r}; pass the name of a reward function that is defined there.")
+    return getattr(module, attribute)
+
+
+def _is_module_class(value: object) -> bool:
+    return isinstance(value, type) and issubclass(value, torch.nn.Module)
+
+
+def _module_of_name(name: str) -> ModuleType:
+    _make_importable(Path.cwd())
+    try:
+        return importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        if not f"{name}.".startswith(f"{error.name}."):  # the module is there, but something that it imports is not
+            raise
+        raise ValueError(f"there is no module {name!r}; pass module:function or path/to/file.py:function.") from None
+
+
+def _make_importable(folder: Path) -> None:
+    """As `python` does with the folder of a script; a console script looks beside itself only."""
+    if (name := str(folder.resolve())) not in sys.path:
+        sys.path.insert(0, name)
+
+
+def _module_of_file(file: Path) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(file.stem, file)
+    if not file.is_file() or spec is None or spec.loader is None:
+        raise ValueError(f"there is no file {str(file)!r}; pass module:function or path/to/file.py:function.")
+    _make_importable(file.parent)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def train(argv: Sequence[str]) -> int:
+    """Fine-tune a pipeline on a reward; all options: `train --help`."""
+    arguments = parse_arguments(argv)
+    script, config, model = arguments.script, arguments.config, arguments.model
+    # What is cheap to get wrong comes before the weights are loaded.
+    reward_funcs = load_rewards(script.reward_funcs)
+    train_dataset = load_prompts(script, script.dataset_train_split)
+    eval_dataset = load_prompts(script, script.dataset_test_split) if config.eval_strategy != "no" else None
+    pipeline = _load_pipeline(model.model_name_or_path, cast("dict[str, Any]", config.model_init_kwargs))
+    trainer = AdjointMatchingTrainer(
+        pipeline, reward_funcs, config, train_dataset, eval_dataset=eval_dataset, peft_config=lora_config(model)
+    )
+    trainer.train(resume_from_checkpoint=_resume(config.resume_from_checkpoint))
+    trainer.save_model()
+    if eval_dataset is not None:
+        trainer.evaluate()
+    if config.push_to_hub:
+        local = Path(script.dataset_name).exists()  # the names of local files stay here
+        trainer.push_to_hub(dataset_name=None if local else script.dataset_name)
+    return 0
+
+
+def _load_pipeline(name: str, init_kwargs: dict[str, Any]) -> Any:
+    try:
+        return load_pipeline(name, init_kwargs)
+    except OSError as error:
+        raise ValueError(f"model_name_or_path={name!r} cannot be loaded ({_one_line(error)}); pass a pipeline's name.") from error
+
+
+def _resume(value: str | bool | None) -> str | bool | None:
+    """A folder, or the last checkpoint, which a command line can only spell as a word."""
+    return {"true": True, "false": False}.get(str(value).lower(), value)
+
+
+def demo(argv: Sequence[str]) -> int:
+    """Fine-tune a small pipeline that draws digits and compare it with the exact target; needs a checkout."""
+    parser = argparse.ArgumentParser(
+        prog=f"{PROGRAM} demo",
+        description=f"{demo.__doc__} Other options (--reward ink or three, --output, --seed) go to its demo.py.",
+    )
+    parser.add_argument("--path", type=Path, default=DIGITS, help="folder examples/digits of a checkout (default: this one's)")
+    known, rest = parser.parse_known_args(argv)
+    file = known.path / "demo.py"
+    if not file.is_file():
+        raise ValueError(f"there is no {file}; pass --path with the folder examples/digits of a checkout of {PROGRAM}.")
+    return subprocess.run([sys.executable, str(file), *rest], check=False).returncode
+
+
+COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {"train": train, "demo": demo}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command; returns the exit status. Our own errors, being one sentence, are printed without a traceback."""
+    argv = sys.argv[1:] if argv is None else argv
+    commands = "\n".join(f"  {name:<8}{command.__doc__}" for name, command in COMMANDS.items())
+    parser = argparse.ArgumentParser(
+        prog=PROGRAM,
+        usage=f"{PROGRAM} {{{','.join(COMMANDS)}}} [--OPTION VALUE …]",
+        description=f"Reward fine-tuning of diffusers pipelines with Adjoint Matching.\n\ncommands:\n{commands}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("command", choices=COMMANDS, help=argparse.SUPPRESS)
+    command = COMMANDS[parser.parse_args(argv[:1]).command]
+    try:
+        return command(argv[1:])
+    except (TypeError, ValueError) as error:
+        raised_in = traceback.extract_tb(error.__traceback__)[-1].filename
+        if not Path(raised_in).is_relative_to(Path(__file__).parent):
+            raise  # not a message of ours: the traceback is needed
+        print(f"{PROGRAM}: error: {error}", file=sys.stderr)
+        return 1
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,240 @@
+"""The model card: front matter for the Hub, and text for its readers."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, Literal
+
+import diffusers
+from diffusers import DiffusionPipeline
+from huggingface_hub import ModelCard, ModelCardData
+
+from ..lora import ADAPTER
+
+__all__ = ["CardFacts", "Licence", "Medium", "Sample", "model_card"]
+
+Medium = Literal["image", "video", "audio"]
+
+PACKAGES = ("diffusers-adjoint", "diffusers", "transformers", "peft", "torch")
+CITATION = """```bibtex
+@inproceedings{domingoenrich2025adjoint,
+  title     = {Adjoint Matching: Fine-tuning Flow and Diffusion Generative Models with Memoryless Stochastic Optimal Control},
+  author    = {Domingo-Enrich, Carles and Drozdzal, Michal and Karrer, Brian and Chen, Ricky T. Q.},
+  booktitle = {International Conference on Learning Representations},
+  year      = {2025},
+  url       = {https://arxiv.org/abs/2409.08861}
+}
+```"""
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A sample in the repository: its file's name, and the prompt it was made with."""
+
+    file: str
+    prompt: str
+
+
+@dataclass(frozen=True)
+class Licence:
+    """Licence of the base as its card gives it: the Hub's identifier, and a name and a link where that is "other"."""
+
+    id: str | list[str]
+    name: str | None = None
+    link: str | None = None
+
+
+@dataclass(frozen=True)
+class CardFacts:
+    """Everything the card says; `card_facts` collects it from a trainer's parts.
+
+    Args:
+        repo_id: what the card's snippet loads from; its last part is the title.
+        pipeline_class: the pipeline's class, network_class: the name of that of the trained component.
+        dtype: of the base's weights, as "torch.float32".
+        call: arguments of the pipeline's call that made the first sample.
+        settings: what the settings table shows, name → value; reward_scale is among them.
+        rewards: name → weight.
+        log_history: lines of the trainer's log.
+        base_adapters: names of the adapters that the base carried; `None` for a full fine-tuning.
+        guided: whether classifier-free guidance acted.
+        given_start: whether sampling starts from a noisy image rather than from noise.
+        licence, base_model, dataset: `None` where not known.
+        medium, pipeline_tag, samples: filled in by `write_card`.
+    """
+
+    repo_id: str
+    pipeline_class: type[DiffusionPipeline]
+    component: str
+    network_class: str
+    dtype: str
+    call: Mapping[str, Any]
+    settings: Mapping[str, Any]
+    rewards: Mapping[str, float]
+    log_history: Sequence[Mapping[str, Any]] = ()
+    base_adapters: Sequence[str] | None = None
+    guided: bool = False
+    given_start: bool = False
+    base_model: str | None = None
+    licence: Licence | None = None
+    dataset: str | None = None
+    tags: Sequence[str] = ()
+    medium: Medium = "image"
+    pipeline_tag: str | None = None
+    samples: Sequence[Sample] = ()
+
+
+def model_card(facts: CardFacts) -> ModelCard:
+    """The card: front matter for the Hub, and text for its readers. No network."""
+    adapter = facts.base_adapters is not None
+    licence = facts.licence or Licence("")
+    tags = [facts.pipeline_tag, "diffusers", "diffusers-training", "adjoint-matching", *facts.tags]
+    tags += ["lora", "template:sd-lora"] if adapter else []
+    data = ModelCardData(
+        base_model=facts.base_model,
+        base_model_relation=("adapter" if adapter else "finetune") if facts.base_model else None,
+        library_name="diffusers",
+        pipeline_tag=facts.pipeline_tag,
+        license=licence.id or None,
+        license_name=licence.name,
+        license_link=licence.link,
+        datasets=facts.dataset,
+        tags=[tag for tag in tags if tag],
+        widget=[{"text": sample.prompt or "-", "output": {"url": sample.file}} for sample in facts.samples] or None,
+    )
+    sections = [_headline(facts), "<Gallery />" if facts.samples else "", _how_to_load(facts), _target(facts)]
+    sections += [_settings_table(facts), _results(facts), _limitations(facts), f"## Citation\n\n{CITATION}"]
+    return ModelCard(f"---\n{data.to_yaml()}\n---\n\n" + "\n\n".join(text for text in sections if text) + "\n")
+
+
+def _headline(facts: CardFacts) -> str:
+    base = f"[{facts.base_model}](https://huggingface.co/{facts.base_model})" if facts.base_model else "a pipeline"
+    what = "A full fine-tuning" if facts.base_adapters is None else "A LoRA"
+    return (
+        f"# {facts.repo_id.split('/')[-1]}\n\n"
+        f"{what} of the {facts.component} ({facts.network_class}) of {base} ({facts.pipeline_class.__name__}), made with "
+        f"[Adjoint Matching](https://arxiv.org/abs/2409.08861), which tunes a model to a differentiable reward."
+    )
+
+
+def _how_to_load(facts: CardFacts) -> str:
+    name, adapter = facts.pipeline_class.__name__, facts.base_adapters is not None
+    module = "diffusers" if getattr(diffusers, name, None) is facts.pipeline_class else facts.pipeline_class.__module__
+    source = (facts.base_model or "path/to/the/base") if adapter else facts.repo_id
+    lines = ["import torch", f"from {module} import {name}", ""]
+    lines += [f"pipe = {name}.from_pretrained({_quoted(source)}, dtype={facts.dtype})"]
+    lines += _adapter_lines(facts.repo_id, facts.component, facts.base_adapters) if facts.base_adapters is not None else []
+    lines += ['pipe.to("cuda" if torch.cuda.is_available() else "cpu")']
+    return "\n".join(["## How to load", "", "```python", *lines, *_call_lines(facts), "```"])
+
+
+def _adapter_lines(repo_id: str, component: str, base_adapters: Sequence[str]) -> list[str]:
+    second = ", load_into_transformer_2=True" if component == "transformer_2" else ""
+    lines = [f'pipe.load_lora_weights({_quoted(repo_id)}, adapter_name="{ADAPTER}"{second})']
+    if base_adapters:
+        names = ", ".join(map(_quoted, [*base_adapters, ADAPTER]))
+        lines = ["# The base was tuned with adapters on: load these first, under the names below.", *lines]
+        lines += [f"pipe.set_adapters([{names}])"]
+    return lines
+
+
+def _call_lines(facts: CardFacts) -> list[str]:
+    call = {name: value for name, value in facts.call.items() if name not in ("output_type", "return_dict")}
+    texts = {name: _literal(value) for name, value in call.items()}
+    unknown = [name for name, text in texts.items() if text is None]
+    note = [f"# {', '.join(unknown)}: your own, they are not written here"] if unknown else []
+    # Not by name: `images` is `frames`, `audios` or `image` elsewhere.
+    return [
+        *note,
+        f"{facts.medium} = pipe(",
+        *(f"    {n}={text or n}," for n, text in texts.items()),
+        ")[0][0]  # first output, first sample",
+    ]
+
+
+def _literal(value: Any) -> str | None:
+    """Python source of a value; `None` for what has none (pictures, tensors) or would tell a local path."""
+    if isinstance(value, list) and len(value) == 1 and isinstance(value[0], str):
+        value = value[0]
+    if isinstance(value, str):
+        return None if Path(value).is_absolute() else _quoted(value)
+    if isinstance(value, list | tuple):
+        return None if any(_literal(entry) is None for entry in value) else repr(value)
+    return repr(value) if isinstance(value, int | float | None) else None
+
+
+def _quoted(text: str) -> str:
+    return json.dumps(text, ensure_ascii=False)
+
+
+def _target(facts: CardFacts) -> str:
+    reward = " + ".join(f"{weight:g}·{_code(name)}" for name, weight in facts.rewards.items())
+    return (
+        f"## What it was tuned for\n\nThe target is p_base(x)·exp(λ r(x)), with λ = {facts.settings['reward_scale']:g} nats per "
+        f"unit of reward and r = {reward}: the base's own distribution, in which a sample gains likelihood with its reward; not "
+        f"the sample of the highest reward."
+    )
+
+
+def _settings_table(facts: CardFacts) -> str:
+    rows = [[name, str(value)] for name, value in facts.settings.items()]
+    made = ", ".join(f"{package} {version(package)}" for package in PACKAGES)
+    return f"## Settings\n\n{_table(['setting', 'value'], rows)}\n\nMade with {made}."
+
+
+def _results(facts: CardFacts) -> str:
+    evaluations = [line for line in facts.log_history if any(name.startswith("eval_") for name in line)]
+    updates = [line for line in facts.log_history if "loss" in line]
+    tables = [
+        _first_and_last(evaluations, "Samples of the pipeline's own scheduler, from fixed seeds:", "eval_"),
+        _first_and_last(updates, "Samples of the memoryless scheduler, during training:", ""),
+    ]
+    return "\n\n".join(["## Results", *(table for table in tables if table)]) if any(tables) else ""
+
+
+def _first_and_last(lines: Sequence[Mapping[str, Any]], title: str, prefix: str) -> str:
+    """Table of the first and the last step that there are lines of; one column if they are the same."""
+    steps = sorted({line["step"] for line in lines})
+    ends = {step: {k: v for line in lines if line["step"] == step for k, v in line.items()} for step in (*steps[:1], *steps[-1:])}
+    other = ("step", "epoch", "learning_rate", "evaluations_per_second")
+    found = dict.fromkeys(name for values in ends.values() for name in values if name.startswith(prefix))
+    names = [name for name in found if name not in other and not name.endswith(("runtime", "_per_second"))]
+    header = ["metric", *("before training" if step == 0 else f"update {step}" for step in ends)]
+    rows = [[name.removeprefix(prefix), *(_number(values.get(name)) for values in ends.values())] for name in names]
+    return f"{title}\n\n{_table(header, rows)}" if rows else ""
+
+
+def _limitations(facts: CardFacts) -> str:
+    scale, mode = facts.settings["guidance_scale"], facts.settings["cfg_mode"]
+    guidance = {
+        "rollout": f"Guidance ({scale:g}) acted on the training trajectories but not on the loss, so the result is near the "
+        f"target above, but not exactly it.",
+        "none": f"The target is that of the model without guidance; guidance ({scale:g}) was added for the samples only.",
+        "full": f"p_base is the base guided at {scale:g}; other scales sample another distribution.",
+    }
+    points = [
+        "The target is only as good as the reward: what the reward does not see is not protected, and a sample may score high "
+        "without being better (over-optimisation).",
+        "Training approximates the target; the tables say how far the reward rose, not how near the target is.",
+        "What the base does badly, its biases included, it still does.",
+    ]
+    points += [guidance[mode]] if facts.guided else []
+    points += ["Sampling starts from a noisy image: the target holds for each given start only."] if facts.given_start else []
+    return "## Limitations\n\n" + "\n".join(f"- {point}" for point in points)
+
+
+def _table(header: list[str], rows: list[list[str]]) -> str:
+    lines = [header, ["---"] * len(header), *([_code(name), *values] for name, *values in rows)]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def _code(text: str) -> str:
+    return f"`{text.replace('|', chr(92) + '|')}`"
+
+
+def _number(value: Any) -> str:
+    return "" if value is None else f"{value:.4g}"

@@ -1,0 +1,110 @@
+"""The files that are uploaded: the card, its samples, and whole pipelines that load without this package."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import json
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from diffusers import DiffusionPipeline
+from PIL import Image
+from torch import Tensor
+
+from ..schedulers import MemorylessScheduler
+from .card import CardFacts, Sample, model_card
+from .facts import medium_of, pipeline_tag_of
+
+__all__ = ["CARD_FILES", "pipeline_files", "save_pipeline", "write_card", "write_samples"]
+
+CARD_FILES = ["README.md", "image_*.png", "video_*.webp"]
+"""Patterns of what `write_card` writes. What is uploaded must be listed: other files tell local paths, or are pickles."""
+
+FRAME_MS = 62  # 16 frames a second; a pipeline does not say its rate
+# Written by the hosts' save methods into configs; the loaders need none of them.
+_LOCAL = ("_name_or_path", "name_or_path", "special_tokens_map_file")
+
+
+def write_card(folder: str | Path, facts: CardFacts, images: Tensor, prompts: Sequence[str]) -> None:
+    """Write README.md and the samples that it shows.
+
+    Args:
+        folder: created if missing; other files in it are left alone.
+        facts: of `card_facts`.
+        images: samples of the tuned model, in [0, 1]: images (N, C, H, W) or videos (N, F, C, H, W); waveforms are not written.
+        prompts: N, the first one that of `facts.call`.
+
+    Raises:
+        ValueError: if the numbers of images and prompts differ.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    samples = write_samples(folder, images, prompts)
+    tag = pipeline_tag_of(facts.call.keys(), images)
+    model_card(replace(facts, medium=medium_of(images), pipeline_tag=tag, samples=samples)).save(folder / "README.md")
+
+
+def write_samples(folder: str | Path, images: Tensor, prompts: Sequence[str]) -> list[Sample]:
+    """Write image_0.png, … or, for videos, animated video_0.webp, …; arguments and errors as in `write_card`."""
+    if len(images) != len(prompts):
+        raise ValueError(f"there are {len(images)} images for {len(prompts)} prompts; pass one prompt for each.")
+    medium = medium_of(images)
+    if medium == "audio":
+        return []
+    samples = []
+    for i, (image, prompt) in enumerate(zip(images, prompts, strict=True)):
+        file = f"image_{i}.png" if medium == "image" else f"video_{i}.webp"
+        first, *others = _pictures(image if medium == "video" else image[None])
+        animation = {"save_all": True, "append_images": others, "duration": FRAME_MS, "loop": 0} if medium == "video" else {}
+        first.save(Path(folder) / file, **animation)
+        samples.append(Sample(file, prompt))
+    return samples
+
+
+def _pictures(frames: Tensor) -> list[Image.Image]:
+    """(F, 3, H, W), or (F, 1, H, W) in grey, as pictures."""
+    values = (frames.detach().float().clamp(0, 1) * 255).round().byte().cpu()
+    return [Image.fromarray(frame.permute(1, 2, 0).numpy()) for frame in values.expand(-1, 3, -1, -1)]
+
+
+def save_pipeline(folder: str | Path, pipeline: DiffusionPipeline) -> None:
+    """Write a whole pipeline that anybody can load, without this package, and that tells no local path.
+
+    Raises:
+        ValueError: if a component carries adapters.
+    """
+    for name, part in pipeline.components.items():
+        if getattr(part, "_hf_peft_config_loaded", False):  # its weights would be saved under names that nobody loads
+            raise ValueError(
+                f"the {name} carries adapters, which a whole pipeline cannot be saved with; call fuse_lora() and "
+                f"unload_lora_weights() first."
+            )
+    saved = copy.copy(pipeline)
+    saved.scheduler = _host_scheduler(pipeline.scheduler)
+    saved.save_pretrained(folder)
+    parts = [Path(folder) / name for name in saved.components]
+    for file in [Path(folder) / "model_index.json", *(file for part in parts for file in part.rglob("*config.json"))]:
+        config = json.loads(file.read_text(encoding="utf-8"))
+        file.write_text(json.dumps(_without_local(config), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def pipeline_files(pipeline: DiffusionPipeline) -> list[str]:
+    """Patterns of the files that `save_pipeline` writes."""
+    return ["model_index.json", *(f"{name}/*" for name in pipeline.components)]
+
+
+def _host_scheduler(scheduler: Any) -> Any:
+    """The host's class in place of a memoryless one: without this package nobody could load the latter."""
+    if not isinstance(scheduler, MemorylessScheduler):
+        return scheduler
+    host = next(cls for cls in type(scheduler).__mro__ if cls.__module__.startswith("diffusers."))
+    return host(**{name: scheduler.config[name] for name in inspect.signature(host).parameters})
+
+
+def _without_local(config: Any) -> Any:
+    if isinstance(config, dict):
+        return {name: _without_local(value) for name, value in config.items() if name not in _LOCAL}
+    return [_without_local(value) for value in config] if isinstance(config, list) else config

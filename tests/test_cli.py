@@ -1,0 +1,321 @@
+"""The command line, end to end on a tiny pipeline: recipes, rewards by name, datasets in files, one-line errors."""
+
+import dataclasses
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from diffusers import StableDiffusion3Pipeline
+from safetensors.torch import load_file
+from tiny_pipelines import sd3
+from trl import ModelConfig
+
+from diffusers_adjoint import AdjointMatchingConfig
+from diffusers_adjoint.cli import TrainArguments, load_prompts, load_rewards, lora_config, main, parse_arguments
+from diffusers_adjoint.rewards import PickScore
+
+REWARDS = """
+import torch
+
+def brightness(images, prompts, **columns):
+    return images.mean((1, 2, 3))
+
+class Redness(torch.nn.Module):
+    def forward(self, images, prompts):
+        return images[:, 0].mean((1, 2))
+"""
+RECIPE = """
+model_name_or_path: {model}
+dataset_name: {prompts}
+reward_funcs: {rewards}:brightness
+output_dir: {output}
+use_peft: true
+lora_r: 2
+lora_alpha: 4
+reward_scale: 10
+learning_rate: 1e-3
+num_inference_steps: 3
+pipeline_kwargs: {{max_sequence_length: 8}}
+per_device_train_batch_size: 2
+max_steps: 2
+logging_steps: 1
+save_strategy: "no"
+report_to: none
+use_cpu: true
+log_images: false
+"""
+
+
+@pytest.fixture(scope="session")
+def model(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("sd3")
+    sd3().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def recipe(model, tmp_path, monkeypatch):
+    """A recipe file beside its prompts and rewards; the current directory is theirs."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))  # names of modules may be looked up in the current directory
+    (tmp_path / "my_rewards.py").write_text(REWARDS)
+    (tmp_path / "prompts.txt").write_text("a cat\n\n  \ntwo dogs\na tree\n")
+    parts = {"model": model, "prompts": "prompts.txt", "rewards": "my_rewards.py", "output": "out"}
+    (tmp_path / "recipe.yaml").write_text(RECIPE.format(**parts))
+    return str(tmp_path / "recipe.yaml")
+
+
+def failure(capsys, *argv) -> str:
+    """The one line on stderr of a command that fails with status 1."""
+    capsys.readouterr()
+    assert main(list(argv)) == 1
+    line = capsys.readouterr().err.strip().splitlines()[-1]
+    assert line.startswith("diffusers-adjoint: error: ") and line.endswith("."), line
+    return line
+
+
+def refusal(capsys, *argv) -> str:
+    """The last line on stderr of a command whose arguments are refused, with status 2."""
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as caught:
+        main(list(argv))
+    assert caught.value.code == 2
+    captured = capsys.readouterr().err
+    assert "Traceback" not in captured
+    return captured.strip().splitlines()[-1]
+
+
+# ----------------------------------------------------------------------------------------------------------------------- train
+
+
+def test_a_recipe_trains_and_saves_a_lora_that_loads(recipe, model, tmp_path):
+    assert main(["train", "--config", recipe]) == 0
+    pipeline = StableDiffusion3Pipeline.from_pretrained(model)
+    pipeline.load_lora_weights(tmp_path / "out")
+    adapter = pipeline.transformer.peft_config["default_0"]
+    assert (adapter.r, adapter.lora_alpha, adapter.lora_dropout, adapter.task_type) == (2, 4, 0.0, None)
+    weights = load_file(tmp_path / "out" / "pytorch_lora_weights.safetensors")
+    assert any(value.any() for name, value in weights.items() if "lora_B" in name)  # they start at zero
+
+
+def test_a_word_on_the_command_line_wins_over_the_recipe(recipe):
+    options = ["--max_steps", "7", "--pipeline_kwargs", '{"height": 16}', "--dtype", "bfloat16"]
+    options += ["--model_init_kwargs", '{"variant": "fp16"}']
+    for spelling in (["--config", recipe], [f"--config={recipe}"]):
+        arguments = parse_arguments([*spelling, *options])
+        assert arguments.config.max_steps == 7 and arguments.config.reward_scale == 10
+        assert arguments.config.learning_rate == 1e-3  # YAML reads 1e-3 as text
+        assert arguments.config.pipeline_kwargs == {"height": 16}
+        assert arguments.config.model_init_kwargs == {"variant": "fp16", "dtype": torch.bfloat16, "revision": "main"}
+        assert arguments.script.reward_funcs == ["my_rewards.py:brightness"]
+
+
+def test_without_peft_the_whole_pipeline_is_saved(recipe, tmp_path, model):
+    assert main(["train", "--config", recipe, "--use_peft", "false", "--max_steps", "1"]) == 0
+    tuned = StableDiffusion3Pipeline.from_pretrained(tmp_path / "out").transformer.state_dict()
+    base = StableDiffusion3Pipeline.from_pretrained(model).transformer.state_dict()
+    assert any(not torch.equal(tuned[name], base[name]) for name in base)
+
+
+def test_evaluation_and_resuming(recipe, tmp_path):
+    options = ["--eval_strategy", "steps", "--eval_steps", "1", "--dataset_test_split", "train[:1]", "--save_strategy", "steps"]
+    options += ["--save_steps", "1", "--reward_funcs", "my_rewards:Redness"]
+    assert main(["train", "--config", recipe, *options, "--max_steps", "1"]) == 0
+    assert main(["train", "--config", recipe, *options, "--max_steps", "2", "--resume_from_checkpoint", "true"]) == 0
+    state = json.loads((tmp_path / "out" / "checkpoint-2" / "trainer_state.json").read_text())
+    assert [line["step"] for line in state["log_history"] if "eval_rewards/Redness/mean" in line] == [1, 2]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("launcher", [[], ["accelerate.commands.launch", "--num_processes", "1", "--cpu", "-m"]])
+def test_module_runs_alone_and_under_accelerate(recipe, tmp_path, launcher):
+    python = [sys.executable, "-m", *launcher, "diffusers_adjoint.cli"]
+    done = subprocess.run([*python, "train", "--config", recipe], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "out" / "pytorch_lora_weights.safetensors").is_file()
+    done = subprocess.run([*python, "train", "--config", recipe, "--dataset_name", "none.txt"], capture_output=True, text=True)
+    assert done.returncode == 1 and "dataset_name='none.txt' does not exist" in done.stderr
+
+
+# ------------------------------------------------------------------------------------------------------------------- arguments
+
+
+def test_help_lists_every_option(capsys):
+    with pytest.raises(SystemExit) as caught:
+        main(["train", "--help"])
+    text = capsys.readouterr().out
+    assert caught.value.code == 0
+    for options in (TrainArguments, AdjointMatchingConfig, ModelConfig):
+        for field in dataclasses.fields(options):
+            assert not field.init or f"--{field.name}" in text, field.name
+    assert "--config CONFIG" in text  # which TrlParser itself keeps from the list
+
+
+def test_help_names_the_commands(capsys):
+    with pytest.raises(SystemExit):
+        main(["--help"])
+    text = capsys.readouterr().out
+    assert "train" in text and "demo" in text and "Fine-tune a pipeline on a reward" in text
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        ([], "the following arguments are required: command"),
+        (["tune"], "invalid choice: 'tune'"),
+        (["train", "--config"], "argument --config: expected one argument"),
+        (["train", "--config", "none.yaml"], "No such file"),
+        (["train", "--config", "broken.yaml"], "while parsing"),
+        (["train", "--config", "recipe.yaml", "--max_stepz", "3"], "unknown options --max_stepz 3"),
+        (["train", "--config", "unknown.yaml"], "unknown options --colour blue"),
+        (["train", "--config", "recipe.yaml", "--max_steps", "many"], "invalid int value: 'many'"),
+        (["train", "--config", "recipe.yaml", "--reward_scale", "-1"], "reward_scale=-1.0 is not a scale"),
+        (["train", "--config", "recipe.yaml", "--dtype", "auto"], "dtype='auto' is unknown to diffusers"),
+        (["train", "--config", "recipe.yaml", "--load_in_4bit"], "load_in_4bit is an option for language models"),
+        (["train", "--config", "recipe.yaml", "--attn_implementation", "sdpa"], "attn_implementation is an option"),
+        (["train", "--config", "recipe.yaml", "--model_init_kwargs", '{"dtype": "float16"}'], "pass dtype instead"),
+        (["train", "--output_dir", "out"], "model_name_or_path is missing"),
+    ],
+)
+def test_bad_arguments_end_with_status_2_and_one_line(recipe, tmp_path, capsys, argv, message):
+    (tmp_path / "broken.yaml").write_text("max_steps: [1\nx: }")
+    (tmp_path / "unknown.yaml").write_text("model_name_or_path: x\ncolour: blue\n")
+    assert message in refusal(capsys, *argv)
+
+
+def test_lora_dropout_of_trl_becomes_none_and_a_chosen_one_stays():
+    assert lora_config(ModelConfig(use_peft=False)) is None
+    assert lora_config(ModelConfig(use_peft=True)).lora_dropout == 0.0
+    assert lora_config(ModelConfig(use_peft=True, lora_dropout=0.2)).lora_dropout == 0.2  # the trainer warns of it
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [(None, None), (["to_q"], {"to_q"}), (["to_q", "to_k"], {"to_q", "to_k"}), ([".*attn.to_q"], ".*attn.to_q")],
+)
+def test_one_target_module_is_a_name_and_a_pattern_a_pattern(given, expected):
+    """trl.ModelConfig makes a string of a list of one, and PEFT takes a string for a pattern of whole names."""
+    assert lora_config(ModelConfig(use_peft=True, lora_target_modules=given)).target_modules == expected
+
+
+# --------------------------------------------------------------------------------------------------------------------- rewards
+
+
+def test_rewards_are_found_by_file_module_and_class(recipe):
+    by_file, by_module, module = load_rewards(["my_rewards.py:brightness", "my_rewards:brightness", "my_rewards:Redness"])
+    images = torch.rand(2, 3, 4, 4)
+    assert torch.equal(by_file(images, []), images.mean((1, 2, 3))) and torch.equal(by_module(images, []), by_file(images, []))
+    assert torch.equal(module(images, []), images[:, 0].mean((1, 2)))
+
+
+def test_a_reward_file_may_import_what_lies_beside_it(recipe, tmp_path):
+    (tmp_path / "deeper").mkdir()
+    (tmp_path / "deeper" / "beside_it.py").write_text("def f(images, prompts):\n    return images.sum((1, 2, 3))\n")
+    (tmp_path / "deeper" / "uses_it.py").write_text("from beside_it import f\n")
+    (reward,) = load_rewards(["deeper/uses_it.py:f"])
+    assert reward(torch.ones(2, 3, 2, 2), []).tolist() == [12.0, 12.0]
+
+
+def test_a_class_of_the_package_is_instantiated(monkeypatch):
+    started = []
+    monkeypatch.setattr(PickScore, "__init__", lambda self: started.append(self))  # the real one would download its weights
+    (reward,) = load_rewards(["PickScore"])
+    assert type(reward) is PickScore and started == [reward]
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("brightness", "reward 'brightness' is none of"),
+        ("WeightedReward", "reward 'WeightedReward' is none of"),
+        ("no_module:f", "there is no module 'no_module'"),
+        ("my_rewards.deeper:f", "there is no module 'my_rewards.deeper'"),
+        ("my_rewards:darkness", "my_rewards has no 'darkness'"),
+        ("my_rewards.py:darkness", "my_rewards.py has no 'darkness'"),
+        ("other.py:f", "there is no file 'other.py'"),
+    ],
+)
+def test_unknown_rewards_are_one_sentence(recipe, capsys, name, message):
+    assert message in failure(capsys, "train", "--config", recipe, "--reward_funcs", name)
+
+
+def test_an_import_that_fails_inside_a_reward_module_is_not_called_a_missing_module(recipe, tmp_path):
+    (tmp_path / "needy_rewards.py").write_text("import no_such_package")
+    with pytest.raises(ModuleNotFoundError, match="no_such_package"):
+        load_rewards(["needy_rewards:f"])
+
+
+# -------------------------------------------------------------------------------------------------------------------- datasets
+
+
+def prompts_in(name, **options):
+    return [row["prompt"] for row in load_prompts(TrainArguments(dataset_name=str(name), **options), "train")]
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_files_of_every_kind(tmp_path, streaming):
+    rows = [{"prompt": "a cat", "size": 1}, {"prompt": "two, dogs", "size": 2}]
+    (tmp_path / "p.txt").write_text("a cat\n\n   \ntwo, dogs\n")
+    (tmp_path / "p.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    (tmp_path / "p.json").write_text(json.dumps(rows))
+    (tmp_path / "p.csv").write_text('prompt,size\na cat,1\n"two, dogs",2\n')
+    for kind in ("txt", "jsonl", "json", "csv"):
+        assert prompts_in(tmp_path / f"p.{kind}", dataset_streaming=streaming) == ["a cat", "two, dogs"], kind
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    (folder / "train.csv").write_text("prompt\na tree\n")
+    assert prompts_in(folder, dataset_streaming=streaming) == ["a tree"]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--dataset_name", "none.txt"], "dataset_name='none.txt' does not exist"),
+        (["--dataset_name", "empty.json"], "dataset_name='empty.json' is empty"),
+        (["--dataset_name", "blank.txt"], "dataset_name='blank.txt' is empty"),
+        (["--dataset_name", "header.csv"], "corresponds to no data"),
+        (["--dataset_name", "header.csv", "--dataset_streaming"], "split 'train' of dataset_name='header.csv' has no row"),
+        (["--dataset_name", "broken.json"], "JSON parse error"),
+        (["--dataset_name", "recipe.yaml"], "is a file of unknown kind"),
+        (["--dataset_name", "nobody/nothing"], "cannot be read"),
+        (["--dataset_name", "captions.csv"], "the dataset has columns ['caption']; add a 'prompt' column"),
+        (["--eval_strategy", "steps", "--eval_steps", "1"], "split 'test' of dataset_name='prompts.txt' cannot be read"),
+        (["--model_name_or_path", "nobody/nothing"], "model_name_or_path='nobody/nothing' cannot be loaded"),
+        (["--lora_target_modules", "no_such_layer"], "has no module named no_such_layer"),
+    ],
+)
+def test_bad_data_and_models_are_one_sentence(recipe, tmp_path, capsys, options, message):
+    (tmp_path / "empty.json").touch()
+    (tmp_path / "blank.txt").write_text("\n \n")
+    (tmp_path / "header.csv").write_text("prompt\n")
+    (tmp_path / "broken.json").write_text("{x")
+    (tmp_path / "captions.csv").write_text("caption\na cat\n")
+    assert message in failure(capsys, "train", "--config", recipe, *options)
+
+
+def test_an_error_inside_a_reward_keeps_its_traceback(recipe, tmp_path):
+    (tmp_path / "bad_rewards.py").write_text("def f(images, prompts):\n    raise ValueError('mine')\n")
+    with pytest.raises(ValueError, match="mine"):
+        main(["train", "--config", recipe, "--reward_funcs", "bad_rewards:f"])
+
+
+# ------------------------------------------------------------------------------------------------------------------------ demo
+
+
+def test_demo_runs_the_script_of_a_checkout(tmp_path, capfd):
+    (tmp_path / "demo.py").write_text("import sys, data\nprint(data.WORDS, sys.argv[1:])\nsys.exit(3)\n")
+    (tmp_path / "data.py").write_text("WORDS = 'beside it'\n")
+    assert main(["demo", "--path", str(tmp_path), "--reward", "three"]) == 3
+    assert "beside it ['--reward', 'three']" in capfd.readouterr().out
+
+
+@pytest.mark.slow
+def test_demo_of_this_checkout_is_found(capfd):
+    assert main(["demo", "--reward", "nothing"]) == 1  # demo.py starts, and refuses the reward
+    assert "REWARD='nothing' is unknown" in capfd.readouterr().err
+
+
+def test_demo_without_a_checkout_is_one_sentence(tmp_path, capsys):
+    assert "there is no" in failure(capsys, "demo", "--path", str(tmp_path))

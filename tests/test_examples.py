@@ -1,0 +1,139 @@
+"""Every example with `--smoke`, every recipe, and what their headers say."""
+
+import runpy
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import DiffusionPipeline
+from safetensors.torch import load_file
+
+from diffusers_adjoint.cli import load_rewards, parse_arguments
+
+ROOT = Path(__file__).parents[1]
+EXAMPLES = ROOT / "examples"
+SHARED = {"common", "smoke"}
+NAMES = sorted({file.stem for file in EXAMPLES.glob("*.py")} - SHARED)
+MODELS = {
+    "flux1_dev": "black-forest-labs/FLUX.1-dev",
+    "flux2_klein": "black-forest-labs/FLUX.2-klein-base-4B",
+    "full_finetuning": "stable-diffusion-v1-5/stable-diffusion-v1-5",
+    "multi_reward": "stabilityai/stable-diffusion-3.5-medium",
+    "own_reward": "stable-diffusion-v1-5/stable-diffusion-v1-5",
+    "qwen_image": "Qwen/Qwen-Image",
+    "sd15": "stable-diffusion-v1-5/stable-diffusion-v1-5",
+    "sd35_medium": "stabilityai/stable-diffusion-3.5-medium",
+    "wan_video": "Wan-AI/Wan2.1-T2V-1.3B-Diffusers",
+}
+OWN_REWARDS = {"multi_reward", "own_reward", "wan_video"}  # their recipes name no reward
+
+
+@pytest.fixture
+def run(monkeypatch, tmp_path):
+    """Run an example as `python examples/NAME.py OPTIONS` does, in this process: imports are what takes long."""
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(sys, "path", [str(EXAMPLES), *sys.path])
+
+    def start(name, *options):
+        monkeypatch.setattr(sys, "argv", [f"{name}.py", *options, "--output_dir", str(tmp_path)])
+        runpy.run_path(str(EXAMPLES / f"{name}.py"), run_name="__main__")
+        return tmp_path
+
+    return start
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if name != "full_finetuning"])
+def test_example_trains_and_saves_a_lora(run, name):
+    folder = run(name, "--smoke")
+    weights = load_file(folder / "pytorch_lora_weights.safetensors")
+    assert all(value.isfinite().all() for value in weights.values())
+    assert any(value.any() for key, value in weights.items() if "lora_B" in key or "lora.up" in key)  # they start at zero
+
+
+def test_full_finetuning_saves_a_pipeline(run):
+    folder = run("full_finetuning", "--smoke")
+    from smoke import FOLDER
+
+    tuned = DiffusionPipeline.from_pretrained(folder).unet.state_dict()
+    base = DiffusionPipeline.from_pretrained(Path(FOLDER.name) / "full_finetuning").unet.state_dict()
+    assert any(not torch.equal(tuned[key], base[key]) for key in base)
+    with pytest.raises(ValueError, match="use_peft asks for an adapter"):
+        run("full_finetuning", "--smoke", "--use_peft", "true")
+
+
+def test_flux1_refuses_weights_without_guidance_embedding(run, tmp_path):
+    from tiny_images import flux_schnell
+
+    flux_schnell().save_pretrained(tmp_path / "schnell")
+    with pytest.raises(ValueError, match="has no guidance embedding"):
+        run("flux1_dev", "--smoke", "--model_name_or_path", str(tmp_path / "schnell"))
+
+
+@pytest.mark.slow
+def test_example_runs_as_a_script(tmp_path):
+    command = [sys.executable, str(EXAMPLES / "sd15.py"), "--smoke", "--output_dir", str(tmp_path)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "pytorch_lora_weights.safetensors").is_file()
+
+
+def test_frames_are_scored_evenly_with_their_own_prompt(run):
+    FrameReward = runpy.run_path(str(EXAMPLES / "wan_video.py"))["FrameReward"]
+
+    class Mean(torch.nn.Module):
+        def forward(self, images, prompts):
+            return images.mean((1, 2, 3)) * torch.tensor([float(prompt) for prompt in prompts])
+
+    videos = (
+        torch.arange(9.0)[None, :, None, None, None].expand(2, 9, 3, 2, 2) + torch.tensor([0.0, 1.0])[:, None, None, None, None]
+    )
+    assert FrameReward(Mean(), 3)(videos, ["1", "10"]).tolist() == [4.0, 50.0]  # frames 0, 4 and 8
+    assert FrameReward(Mean(), 20)(videos[:, :2], ["1", "10"]).tolist() == [0.5, 15.0]
+
+
+def test_rewards_of_the_examples_by_their_file(monkeypatch):
+    """What the headers tell to pass to `diffusers-adjoint train --reward_funcs`."""
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    warm_light, unsaturated = load_rewards(["examples/own_reward.py:warm_light", "examples/multi_reward.py:unsaturated"])
+    red = torch.tensor([1.0, 0.0, 0.0])[None, :, None, None].expand(1, 3, 4, 4)
+    assert warm_light(red, [""]).item() == 1.0
+    assert unsaturated(red, [""]).item() == pytest.approx(-0.05) and unsaturated(0.5 * torch.ones_like(red), [""]).item() == 0
+
+
+# ------------------------------------------------------------------------------------------------------------ recipes, headers
+
+
+def test_every_example_has_a_recipe_and_a_row():
+    assert sorted(file.stem for file in (EXAMPLES / "recipes").glob("*.yaml")) == NAMES == sorted(MODELS)
+    readme = (EXAMPLES / "README.md").read_text(encoding="utf-8")
+    assert all(f"`{name}.py`" in readme for name in NAMES)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_recipe_is_one_of_the_command_line(name, monkeypatch):
+    """An unknown key or a bad value would exit."""
+    monkeypatch.chdir(ROOT)
+    arguments = parse_arguments(["--config", f"examples/recipes/{name}.yaml", "--use_cpu", "true"])  # a recipe may ask for bf16
+    assert arguments.model.model_name_or_path == MODELS[name]
+    assert arguments.script.reward_funcs == ([] if name in OWN_REWARDS else ["PickScore"])
+    assert Path(arguments.script.dataset_name).is_file()
+    assert arguments.config.output_dir == f"out/{name}"
+    assert arguments.model.use_peft == (name != "full_finetuning")
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_header_says_how_to_run_and_what_was_run(name):
+    text = (EXAMPLES / f"{name}.py").read_text(encoding="utf-8")
+    header = text.split('"""')[1]
+    assert f"python examples/{name}.py" in header and f"python examples/{name}.py --smoke" in header
+    assert "Hardware: needs about " in header and "GPU memory (estimate)." in header
+    assert "Run so far: --smoke. Not run on the published weights: no GPU, no Hub here" in header
+    assert len(text.splitlines()) <= 120
+
+
+def test_prompts_are_thirty_different_lines():
+    prompts = (EXAMPLES / "prompts.txt").read_text(encoding="utf-8").splitlines()
+    assert len(prompts) == len(set(prompts)) == 30 and all(prompts)

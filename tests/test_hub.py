@@ -1,0 +1,509 @@
+"""What goes to the Hub, offline: what is written, that it loads as the card says, and that nothing of this machine is in it."""
+
+import json
+import re
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from datasets import Dataset
+from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler, StableDiffusion3Pipeline
+from families import FAMILIES
+from huggingface_hub import ModelCard
+from huggingface_hub.utils import filter_repo_objects
+from peft import LoraConfig
+from PIL import Image
+from tiny_pipelines import sd3, sd15
+from tiny_videos import wan22
+from transformers import TrainerState
+
+from diffusers_adjoint import (
+    AdjointMatchingConfig,
+    AdjointMatchingTrainer,
+    MemorylessFlowMatchEulerDiscreteScheduler,
+)
+from diffusers_adjoint.hub import (
+    CARD_FILES,
+    CardFacts,
+    Licence,
+    Sample,
+    base_model_of,
+    card_facts,
+    hub_id,
+    licence_of,
+    model_card,
+    pipeline_files,
+    pipeline_tag_of,
+    save_pipeline,
+    write_card,
+    write_samples,
+)
+from diffusers_adjoint.lora import WEIGHTS_NAME, add_lora, save_lora
+from diffusers_adjoint.replay import PipelineReplay
+from diffusers_adjoint.rewards import WeightedReward
+from diffusers_adjoint.schedulers import memoryless_scheduler
+
+PROMPTS = ["a cat", "two dogs"]
+TOKEN = "hf_" + "aBcD1234" * 4
+LORA_FILES = ["README.md", "image_0.png", "image_1.png", "pytorch_lora_weights.safetensors"]
+
+
+def brightness(images, prompts, **columns):
+    return images.mean((1, 2, 3))
+
+
+def facts_of(pipeline, folder, base_adapters, *, component=None, columns=None, kwargs=None, scale=1.0, **changes):
+    """As the trainer would ask for them."""
+    arguments = {"reward_scale": 40.0, "num_inference_steps": 3, "guidance_scale": scale, "hub_token": TOKEN, "use_cpu": True}
+    args = AdjointMatchingConfig(str(folder / "run"), **arguments | changes)
+    replay = PipelineReplay(
+        pipeline,
+        memoryless_scheduler(pipeline.scheduler),
+        3,
+        guidance_scale=scale,
+        pipeline_kwargs=kwargs,
+        component=component,
+    )
+    state = TrainerState(global_step=7, log_history=[{"loss": 1.0, "reward": 0.25, "step": 7, "epoch": 1.0}])
+    columns = {name: values[:1] for name, values in ({"prompt": PROMPTS} if columns is None else columns).items()}
+    reward = WeightedReward([brightness], [2.0])
+    return card_facts(replay, reward, args, state, columns, repo_id="me/bright", base_adapters=base_adapters)
+
+
+def move(network, seed=1):
+    """In place of training: every trainable weight somewhere else."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in network.parameters():
+            if parameter.requires_grad:
+                parameter += 0.3 * torch.randn(parameter.shape, generator=generator)
+
+
+def sample(pipeline, **kwargs):
+    pipeline.set_progress_bar_config(disable=True)
+    generators = [torch.Generator().manual_seed(i) for i in range(len(PROMPTS))]
+    arguments = {"guidance_scale": 1.0, "num_inference_steps": 3, "output_type": "pt", "return_dict": False} | kwargs
+    return pipeline(prompt=PROMPTS, generator=generators, **arguments)[0]
+
+
+def tuned_lora(build, component, seed=1):
+    """A pipeline with an adapter whose alpha is not its rank, and that is not what it was before."""
+    pipeline = build()
+    add_lora(pipeline, component, LoraConfig(r=2, lora_alpha=8))
+    move(getattr(pipeline, component), seed)
+    return pipeline
+
+
+def write_repository(folder, pipeline, facts, images):
+    """As the trainer does, into a folder of its own; returns the files that its upload would take."""
+    if facts.base_adapters is None:
+        save_pipeline(folder, pipeline)
+    else:
+        save_lora(pipeline, facts.component, folder)
+    write_card(folder, facts, images, PROMPTS)
+    weights = pipeline_files(pipeline) if facts.base_adapters is None else [WEIGHTS_NAME]
+    return sorted(filter_repo_objects(files_in(folder), allow_patterns=[*weights, *CARD_FILES]))
+
+
+def snippet(folder):
+    """The card's code, with the Hub's names replaced by local folders."""
+    code = re.search(r"```python\n(.*?)```", (folder / "README.md").read_text(encoding="utf-8"), re.DOTALL).group(1)
+    return code.replace('"me/bright"', f'"{folder}"').replace('"path/to/the/base"', f'"{folder.parent / "base"}"')
+
+
+def run(code, **names):
+    exec(code, names)
+    return names
+
+
+def files_in(folder):
+    return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
+
+
+def cached(cache, repo_id, folder):
+    """Lay a folder down as the Hub's client would after a download."""
+    repository = cache / f"models--{repo_id.replace('/', '--')}"
+    (repository / "refs").mkdir(parents=True)
+    (repository / "refs" / "main").write_text("0" * 40)
+    shutil.copytree(folder, repository / "snapshots" / ("0" * 40))
+
+
+# ---------------------------------------------------------------------------------------------------------------------- LoRA
+
+
+@pytest.mark.parametrize(("build", "component"), [(sd3, "transformer"), (sd15, "unet")], ids=["sd3", "sd15"])
+def test_a_lora_folder_gives_the_tuned_images_to_all_who_load_it(tmp_path, build, component):
+    build().save_pretrained(tmp_path / "base")
+    pipeline = tuned_lora(build, component)
+    images, folder = sample(pipeline), tmp_path / "lora"
+    written = write_repository(folder, pipeline, facts_of(pipeline, tmp_path, []), images)
+    assert written == files_in(folder) == LORA_FILES
+
+    loaded = build()
+    base = sample(loaded)
+    loaded.load_lora_weights(folder)
+    assert torch.equal(sample(loaded), images)
+    assert (images - base).abs().max() > 0.01
+    loaded.fuse_lora()
+    loaded.unload_lora_weights()
+    assert torch.allclose(sample(loaded), images, atol=1e-4)
+
+    cached(tmp_path / "cache", "me/bright", folder)
+    by_name = build()
+    by_name.load_lora_weights("me/bright", weight_name="pytorch_lora_weights.safetensors", cache_dir=tmp_path / "cache")
+    assert torch.equal(sample(by_name), images)
+
+    names = run(snippet(folder))
+    assert isinstance(names["image"], Image.Image)
+    assert torch.equal(sample(names["pipe"]), images)
+
+
+def test_a_lora_of_the_second_transformer_is_loaded_there(tmp_path):
+    wan = next(family for family in FAMILIES if family.name == "Wan 2.2")
+    wan22().save_pretrained(tmp_path / "base")
+    pipeline = tuned_lora(wan22, "transformer_2")
+    videos = sample(pipeline, **wan.kwargs)
+    facts = facts_of(pipeline, tmp_path, [], component="transformer_2", kwargs=wan.kwargs)
+    write_repository(tmp_path / "lora", pipeline, facts, videos)
+    assert files_in(tmp_path / "lora") == ["README.md", "pytorch_lora_weights.safetensors", "video_0.webp", "video_1.webp"]
+    names = run(snippet(tmp_path / "lora"))
+    assert torch.equal(sample(names["pipe"], **wan.kwargs), videos)
+    assert not torch.equal(sample(wan22(), **wan.kwargs), videos)
+
+
+def test_adapters_of_the_base_are_named_and_loaded_first(tmp_path):
+    sd3().save_pretrained(tmp_path / "base")
+    save_lora(tuned_lora(sd3, "transformer", seed=2), "transformer", tmp_path / "style")
+    pipeline = sd3()
+    pipeline.load_lora_weights(tmp_path / "style", adapter_name="style")
+    base = sample(pipeline)
+    base_adapters = add_lora(pipeline, "transformer", LoraConfig(r=2, lora_alpha=8))
+    move(pipeline.transformer)
+    images = sample(pipeline)
+    write_repository(tmp_path / "lora", pipeline, facts_of(pipeline, tmp_path, base_adapters), images)
+
+    before, comment, after = re.split(r"(# The base .*)\n", snippet(tmp_path / "lora"))
+    assert "load these first" in comment
+    assert '"style"' in after
+    loading = f'pipe.load_lora_weights("{tmp_path / "style"}", adapter_name="style")\n'
+    names = run(before + loading + after)
+    assert torch.equal(sample(names["pipe"]), images)
+    assert not torch.equal(base, images)
+
+
+# ----------------------------------------------------------------------------------------------------------- whole pipelines
+
+
+def test_a_full_fine_tuning_is_a_pipeline_that_loads_by_name(tmp_path, monkeypatch):
+    pipeline = sd3()
+    base = sample(pipeline)
+    move(pipeline.transformer)
+    images = sample(pipeline)
+    # What a user may have done to look at memoryless samples: nobody else has that class.
+    pipeline.scheduler = MemorylessFlowMatchEulerDiscreteScheduler.from_config(pipeline.scheduler.config)
+    folder = tmp_path / "full"
+    written = write_repository(folder, pipeline, facts_of(pipeline, tmp_path, None), images)
+    assert written == files_in(folder)
+    assert {"README.md", "image_0.png", "model_index.json", "transformer/config.json"} <= set(written)
+    index = json.loads((folder / "model_index.json").read_text())
+    assert index["scheduler"] == ["diffusers", "FlowMatchEulerDiscreteScheduler"]
+    assert isinstance(pipeline.scheduler, MemorylessFlowMatchEulerDiscreteScheduler)  # the user's own is as it was
+    config = json.loads((folder / "scheduler" / "scheduler_config.json").read_text())
+    original = FlowMatchEulerDiscreteScheduler(shift=3.0)
+    assert {name: config[name] for name in original.config if name[0] != "_"} == {
+        name: value for name, value in original.config.items() if name[0] != "_"
+    }
+    assert "integrator" not in config
+
+    cached(tmp_path / "cache", "me/bright", folder)
+    assert torch.equal(sample(DiffusionPipeline.from_pretrained("me/bright", cache_dir=tmp_path / "cache")), images)
+    assert not torch.equal(base, images)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
+    code = re.search(r"```python\n(.*?)```", (folder / "README.md").read_text(), re.DOTALL).group(1)
+    assert torch.equal(sample(run(code)["pipe"]), images)  # as it stands there
+
+
+def test_a_pipeline_with_adapters_is_not_saved_whole(tmp_path):
+    pipeline = tuned_lora(sd3, "transformer")
+    with pytest.raises(ValueError, match="the transformer carries adapters"):
+        save_pipeline(tmp_path, pipeline)
+    assert files_in(tmp_path) == []
+
+
+# ----------------------------------------------------------------------------------------------- nothing of this machine in it
+
+
+@pytest.mark.parametrize("full", [False, True], ids=["lora", "full"])
+def test_nothing_of_this_machine_is_written(tmp_path, full):
+    source = tmp_path / "someone" / "base"
+    sd3().save_pretrained(source)
+    pipeline = DiffusionPipeline.from_pretrained(source)
+    pipeline.tokenizer.init_kwargs["special_tokens_map_file"] = str(source / "special_tokens_map.json")
+    if not full:
+        add_lora(pipeline, "transformer", LoraConfig(r=2, base_model_name_or_path=str(source)))
+    facts = facts_of(pipeline, tmp_path, None if full else [], columns={"prompt": PROMPTS, "negative_prompt": [str(source)] * 2})
+    written = write_repository(tmp_path / "up", pipeline, facts, sample(pipeline))
+    junk = ["training_args.bin", "runs/events.out", "checkpoint-1/optimizer.pt", "checkpoint-1/README.md", "samples/eval-1.png"]
+    patterns = [*pipeline_files(pipeline), WEIGHTS_NAME, *CARD_FILES]
+    assert list(filter_repo_objects([*junk, *written], allow_patterns=patterns)) == written == files_in(tmp_path / "up")
+    texts = (
+        r"hf_\w{20}",
+        "output_dir",
+        r'name_or_path[\\"]*: *[\\"]*/',
+        re.escape(str(tmp_path)),
+        re.escape(str(Path.home())) + "/",
+    )
+    local = re.compile("|".join(texts).encode())
+    for name in written:
+        assert not local.search((tmp_path / "up" / name).read_bytes()), name
+        assert name.endswith((".md", ".png", ".json", ".safetensors", ".txt", ".model")), name  # none that is unpickled
+    assert (
+        local.search(rb'\\"name_or_path\\": \\"/x')
+        and local.search(b'"_name_or_path": "/x')
+        and local.search(str(source).encode())
+        and local.search(TOKEN.encode())
+    )
+
+
+def test_names_of_the_hub_and_no_others(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert hub_id("me/base-1.5_x") == "me/base-1.5_x"
+    assert [hub_id(name) for name in (None, "base", "/me/base", "./base", "../base", "a/b/c", tmp_path)] == [None] * 7
+    (tmp_path / "out" / "model").mkdir(parents=True)
+    assert hub_id("out/model") is None
+
+    sd3().save_pretrained(tmp_path / "base")
+    cached(tmp_path / "cache", "me/base", tmp_path / "base")
+    by_name = DiffusionPipeline.from_pretrained("me/base", cache_dir=tmp_path / "cache")
+    snapshot = DiffusionPipeline.from_pretrained(tmp_path / "cache" / "models--me--base" / "snapshots" / ("0" * 40))
+    folder = DiffusionPipeline.from_pretrained(tmp_path / "base")
+    assert [base_model_of(p) for p in (by_name, snapshot, folder, sd3())] == ["me/base", "me/base", None, None]
+
+
+# ------------------------------------------------------------------------------------------------------------------ the card
+
+
+def plain_facts(**changes):
+    facts = {
+        "repo_id": "me/bright",
+        "pipeline_class": StableDiffusion3Pipeline,
+        "component": "transformer",
+        "network_class": "SD3Transformer2DModel",
+        "dtype": "torch.bfloat16",
+        "call": {"prompt": ["a cat"], "num_inference_steps": 20, "guidance_scale": 4.0, "output_type": "pt"},
+        "settings": {"reward_scale": 40.0, "guidance_scale": 4.0, "cfg_mode": "rollout", "LoRA alpha": 8},
+        "rewards": {"brightness": 1.0, "<lambda>": 0.5},
+        "base_adapters": [],
+    }
+    return CardFacts(**facts | changes)
+
+
+def test_the_front_matter_is_what_the_hub_reads(tmp_path):
+    facts = plain_facts(
+        base_model="owner/base",
+        licence=Licence("other", "some-licence", "https://example.org/licence"),
+        dataset="me/prompts",
+        tags=["sd3"],
+        pipeline_tag="text-to-image",
+        samples=[Sample("image_0.png", 'a "cat": {{ 7 * 7 }}\n--- # é'), Sample("image_1.png", "")],
+    )
+    model_card(facts).save(tmp_path / "README.md")
+    data = ModelCard.load(tmp_path / "README.md").data.to_dict()
+    assert data == {
+        "base_model": "owner/base",
+        "base_model_relation": "adapter",
+        "library_name": "diffusers",
+        "pipeline_tag": "text-to-image",
+        "license": "other",
+        "license_name": "some-licence",
+        "license_link": "https://example.org/licence",
+        "datasets": "me/prompts",
+        "tags": ["text-to-image", "diffusers", "diffusers-training", "adjoint-matching", "sd3", "lora", "template:sd-lora"],
+        "widget": [
+            {"text": 'a "cat": {{ 7 * 7 }}\n--- # é', "output": {"url": "image_0.png"}},
+            {"text": "-", "output": {"url": "image_1.png"}},
+        ],
+    }
+
+
+def test_what_is_not_known_is_not_written():
+    card = model_card(plain_facts(base_adapters=None))
+    assert card.data.to_dict().keys() == {"library_name", "tags"}
+    assert "lora" not in card.data.tags
+    assert "<Gallery" not in card.text
+    assert "Results" not in card.text
+    full = model_card(plain_facts(base_adapters=None, base_model="owner/base")).data
+    assert full.base_model_relation == "finetune"
+
+
+def test_the_text_says_what_it_was_tuned_for():
+    text = model_card(plain_facts(base_model="owner/base")).text
+    assert "A LoRA of the transformer (SD3Transformer2DModel) of [owner/base](https://huggingface.co/owner/base)" in text
+    assert "λ = 40 nats per unit of reward and r = 1·`brightness` + 0.5·`<lambda>`" in text
+    assert "| `LoRA alpha` | 8 |" in text
+    assert "arxiv.org/abs/2409.08861" in text and "@inproceedings" in text
+    assert "dtype=torch.bfloat16" in text and 'prompt="a cat"' in text and "guidance_scale=4.0" in text
+    assert "output_type" not in text
+
+
+def test_guidance_is_a_limitation_where_it_acted():
+    def limits(mode, guided):
+        settings = {"reward_scale": 1.0, "guidance_scale": 4.0, "cfg_mode": mode}
+        return model_card(plain_facts(settings=settings, guided=guided)).text.split("## Limitations")[1].split("## Citation")[0]
+
+    assert len({limits(mode, True) for mode in ("rollout", "none", "full")}) == 3
+    assert "not exactly it" in limits("rollout", True)
+    assert limits("rollout", False) == limits("full", False)
+    assert "over-optimisation" in limits("rollout", False)
+    assert "noisy image" not in limits("rollout", False)
+    assert "noisy image" in model_card(plain_facts(given_start=True)).text
+
+
+def test_the_tables_hold_the_first_and_the_last_line_of_the_log():
+    history = [
+        {"eval_reward": 0.25, "eval_kl": 0.0, "step": 0, "eval_runtime": 3.0},
+        {"loss": 1.0, "reward": 0.26, "step": 1, "epoch": 0.1, "learning_rate": 1e-4},
+        {"eval_reward": 0.3, "eval_kl": 0.5, "step": 5, "eval_runtime": 3.0},
+        {"eval_a|b_reward": 7.0, "step": 9},
+        {"eval_reward": 0.123456, "eval_kl": 0.75, "step": 9, "eval_runtime": 3.0},
+        {"loss": 0.5, "reward": 0.36, "step": 9, "epoch": 1.0, "learning_rate": 1e-4},
+        {"train_loss": 0.7, "train_runtime": 9.0, "step": 9},
+    ]
+    results = model_card(plain_facts(log_history=history)).text.split("## Results")[1].split("## Limitations")[0]
+    rows = [line for line in results.splitlines() if line.startswith("|")]
+    assert rows == [
+        "| metric | before training | update 9 |",
+        "| --- | --- | --- |",
+        "| `reward` | 0.25 | 0.1235 |",
+        "| `kl` | 0 | 0.75 |",
+        "| `a\\|b_reward` |  | 7 |",
+        "| metric | update 1 | update 9 |",
+        "| --- | --- | --- |",
+        "| `loss` | 1 | 0.5 |",
+        "| `reward` | 0.26 | 0.36 |",
+    ]
+    once = model_card(plain_facts(log_history=history[:1])).text
+    assert "| metric | before training |\n" in once and "memoryless" not in once
+
+
+def test_a_licence_is_the_bases_or_none(tmp_path, monkeypatch):
+    licence_of.cache_clear()
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
+    cards = {
+        "me/free": "license: apache-2.0",
+        "me/other": "license: other\nlicense_name: some-licence\nlicense_link: LICENSE.md",
+        "me/linked": "license: other\nlicense_link: https://example.org/licence",
+        "me/silent": "library_name: diffusers",
+        "me/broken": "license: [",
+    }
+    for name, text in cards.items():
+        (tmp_path / name).mkdir(parents=True)
+        (tmp_path / name / "README.md").write_text(f"---\n{text}\n---\n# A model\n")
+        cached(tmp_path / "cache", name, tmp_path / name)
+    assert [licence_of(name) for name in [*cards, "me/absent"]] == [
+        Licence("apache-2.0"),
+        Licence("other", "some-licence", "https://huggingface.co/me/other/blob/main/LICENSE.md"),
+        Licence("other", None, "https://example.org/licence"),
+        None,
+        None,
+        None,
+    ]
+    licence_of.cache_clear()
+
+
+TASKS = {
+    "Stable Diffusion 3": "text-to-image",
+    "FLUX.1-Kontext": "image-to-image",
+    "Stable Diffusion 1.5, image to image": "image-to-image",
+    "DDPM": "unconditional-image-generation",
+    "DiT": "unconditional-image-generation",
+    "Wan 2.1": "text-to-video",
+    "Wan 2.2, image to video": "image-to-video",
+    "Stable Video Diffusion": "image-to-video",
+    "Stable Audio": "text-to-audio",
+}
+
+
+def test_tasks_without_a_name_have_none():
+    assert pipeline_tag_of({"prompt", "video"}, torch.zeros(1, 2, 3, 4, 4)) == "video-to-video"
+    assert pipeline_tag_of({"num_inference_steps"}, torch.zeros(1, 2, 3, 4, 4)) is None
+
+
+@pytest.mark.parametrize(
+    "family", [pytest.param(f, marks=() if f.fast else pytest.mark.slow) for f in FAMILIES], ids=[f.name for f in FAMILIES]
+)
+def test_the_call_on_the_card_runs(tmp_path, family):
+    """The samples' own arguments, as a user would type them, with what cannot be typed under the name of its argument."""
+    pipeline, scale = family.build(), family.guidance_scale
+    facts = facts_of(pipeline, tmp_path, None, columns=family.columns, kwargs=family.kwargs, scale=scale)
+    replay = PipelineReplay(
+        pipeline, memoryless_scheduler(pipeline.scheduler), 3, guidance_scale=scale, pipeline_kwargs=family.kwargs
+    )
+    columns = {name: values[:1] for name, values in family.columns.items()}
+    images = replay.sample(columns, [torch.Generator().manual_seed(0)])
+    assert pipeline_tag_of(facts.call.keys(), images) == TASKS.get(family.name, pipeline_tag_of(facts.call.keys(), images))
+    medium = {4: "image", 5: "video"}.get(images.ndim, "audio")
+    text = model_card(replace(facts, medium=medium)).text
+    call = re.search(r'else "cpu"\)\n(.*?)```', text, re.DOTALL).group(1)
+    assert run(call, **facts.call, pipe=pipeline)[medium] is not None
+
+
+# --------------------------------------------------------------------------------------------------------------- the samples
+
+
+def test_pictures_are_the_images(tmp_path):
+    images = torch.rand(3, 3, 4, 6, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    images[0, 0, 0, 0], images[0, 0, 0, 1] = 1.5, -1.0  # clipped, not wrapped around
+    images[2] = images[2, :1]
+    assert write_samples(tmp_path, images, ["a", "b", "c"]) == [Sample(f"image_{i}.png", "abc"[i]) for i in range(3)]
+    for i, image in enumerate(images.clamp(0, 1)):
+        read = torch.tensor(Image.open(tmp_path / f"image_{i}.png").get_flattened_data()).reshape(4, 6, 3).permute(2, 0, 1)
+        assert (read / 255 - image).abs().max() <= 0.5 / 255 + 1e-9
+    write_samples(tmp_path, images[2:, :1].bfloat16(), ["grey"])
+    assert Image.open(tmp_path / "image_0.png").mode == "RGB"
+
+
+def test_videos_move(tmp_path):
+    videos = torch.linspace(0, 1, 5).reshape(1, 5, 1, 1, 1).expand(1, 5, 3, 8, 8)
+    assert write_samples(tmp_path, videos, ["a"]) == [Sample("video_0.webp", "a")]
+    with Image.open(tmp_path / "video_0.webp") as video:
+        assert video.n_frames == 5
+        video.seek(4)
+        assert video.convert("RGB").getpixel((4, 4)) > (240, 240, 240)
+    assert write_samples(tmp_path, videos[:, :1], ["a"]) == [Sample("video_0.webp", "a")]
+
+
+def test_sound_is_not_written_and_prompts_are_counted(tmp_path):
+    assert write_samples(tmp_path, torch.zeros(1, 2, 100), ["a"]) == []
+    assert files_in(tmp_path) == []
+    with pytest.raises(ValueError, match="there are 2 images for 1 prompts; pass one prompt for each."):
+        write_samples(tmp_path, torch.zeros(2, 3, 4, 4), ["a"])
+
+
+# --------------------------------------------------------------------------------------------------------------- the trainer
+
+
+def test_a_trained_model_comes_back_from_its_folder(tmp_path):
+    sd3().save_pretrained(tmp_path / "base")
+    args = AdjointMatchingConfig(
+        str(tmp_path / "run"),
+        **{"num_inference_steps": 3, "max_steps": 2, "learning_rate": 1e-2, "reward_scale": 50.0, "logging_steps": 1},
+        **{"per_device_train_batch_size": 2, "report_to": "none", "disable_tqdm": True, "use_cpu": True, "save_strategy": "no"},
+        eval_on_start=True,
+    )
+    data = Dataset.from_dict({"prompt": PROMPTS})
+    trainer = AdjointMatchingTrainer(sd3(), brightness, args, data, data, peft_config=LoraConfig(r=2, lora_alpha=8))
+    trainer.train()
+    trainer.evaluate()
+    images, columns = sample(trainer.pipeline), {"prompt": PROMPTS[:1]}
+    facts = card_facts(trainer.replay, trainer.reward, args, trainer.state, columns, repo_id="me/bright", base_adapters=[])
+    write_repository(tmp_path / "up", trainer.pipeline, facts, images)
+    loaded = run(snippet(tmp_path / "up"))["pipe"]
+    loaded.vae.requires_grad_(False)  # as in training: torch picks the kernel of a convolution by it, and rounds otherwise
+    assert torch.equal(sample(loaded), images)
+    assert not torch.equal(sample(sd3()), images)
+    text = (tmp_path / "up" / "README.md").read_text()
+    assert "| metric | before training | update 2 |" in text and "| metric | update 1 | update 2 |" in text
+    assert "| `updates` | 2 |" in text and "| `images per update` | 2 |" in text and "| `LoRA alpha` | 8 |" in text
