@@ -12,6 +12,7 @@ from tiny_pipelines import sd3, sd15
 
 import diffusers_adjoint.trainer
 from diffusers_adjoint import AdjointMatchingConfig, AdjointMatchingTrainer
+from diffusers_adjoint.cli import main
 from diffusers_adjoint.lora import add_lora
 
 
@@ -93,6 +94,7 @@ class Case:
     args: dict[str, Any] = field(default_factory=dict)
     trainer: dict[str, Any] = field(default_factory=dict)
     train: dict[str, Any] = field(default_factory=dict)
+    cli: list[str] = field(default_factory=list)  # options of `diffusers-adjoint train`, in place of the rest
     error: type[Exception] = ValueError
 
 
@@ -129,6 +131,9 @@ def without_lora_saving():
 def lora(**kwargs):
     return LoraConfig(r=2, **kwargs)
 
+
+MODEL, DATA = ["--model_name_or_path", "pipeline"], ["--dataset_name", "prompts.txt"]
+REWARD = ["--reward_funcs", "math:sqrt"]
 
 CASES = {
     "K below 2": Case("num_inference_steps=1", "at least 2", {"num_inference_steps": 1}),
@@ -253,19 +258,57 @@ CASES = {
         "'always_none' returned a list", "tensor", trainer={"reward_funcs": always_none}, error=TypeError
     ),
     "reward is not a function of images=": Case("'positional' cannot be called", "images=", trainer={"reward_funcs": positional}),
+    "CLI: no model": Case(
+        "model_name_or_path is missing", "folder of a diffusers pipeline", cli=["--dataset_name", "prompts.txt"]
+    ),
+    "CLI: unknown option": Case("unknown options --lerning_rate", "--help lists", cli=[*MODEL, "--lerning_rate", "1"]),
+    "CLI: not a number": Case("invalid float value: 'big'", "--learning_rate", cli=[*MODEL, "--learning_rate", "big"]),
+    "CLI: unknown mode": Case("invalid choice: 'both'", "'rollout', 'none', 'full'", cli=[*MODEL, "--cfg_mode", "both"]),
+    "CLI: bad setting": Case("num_inference_steps=1 is too few", "at least 2", cli=[*MODEL, "--num_inference_steps", "1"]),
+    "CLI: no recipe": Case("No such file", "missing.yaml", cli=["--config", "missing.yaml"]),
+    "CLI: language model's option": Case("load_in_4bit", "leave it out", cli=[*MODEL, "--load_in_4bit", "true"]),
+    "CLI: unknown dtype": Case("dtype='auto'", "bfloat16", cli=[*MODEL, "--dtype", "auto"]),
+    "CLI: no reward": Case("reward_funcs is missing", "PickScore", cli=[*MODEL, *DATA]),
+    "CLI: unknown reward": Case("reward 'Beauty'", "module:function", cli=[*MODEL, *DATA, "--reward_funcs", "Beauty"]),
+    "CLI: no such reward module": Case("no module 'nowhere'", "file.py", cli=[*MODEL, *DATA, "--reward_funcs", "nowhere:f"]),
+    "CLI: no dataset": Case("dataset_name is missing", "file of prompts", cli=[*MODEL, *REWARD]),
+    "CLI: missing prompts": Case("'gone.txt' does not exist", "pass a file", cli=[*MODEL, *REWARD, "--dataset_name", "gone.txt"]),
+    "CLI: missing model": Case(
+        "model_name_or_path='nowhere' cannot be loaded",
+        "pipeline's name",
+        cli=[MODEL[0], "nowhere", *DATA, *REWARD],
+    ),
 }
 
 
+def refused_by_the_command(options, capsys):
+    """What is said instead of a traceback; the exit status is that of a bad option, 2, or of a bad input, 1."""
+    try:
+        status = main(["train", *options])
+    except SystemExit as end:
+        status = end.code
+    assert status in (1, 2)
+    said = capsys.readouterr().err.strip().splitlines()
+    assert "error: " in said[-1] and not any("Traceback" in line for line in said)
+    return said[-1]
+
+
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
-def test_refused_before_any_rollout_in_one_sentence(tmp_path, case, monkeypatch):
+def test_refused_before_any_rollout_in_one_sentence(tmp_path, case, monkeypatch, capsys):
     def rollout(*args, **kwargs):
         raise AssertionError("a rollout was started")
 
     monkeypatch.setattr(diffusers_adjoint.trainer, "sample_trajectory", rollout)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "prompts.txt").write_text("a cat\n")
     (tmp_path / "file").touch()
     (tmp_path / "folder").mkdir()
     (tmp_path / "weights").mkdir()
     (tmp_path / "weights" / "pytorch_lora_weights.safetensors").touch()
+    if case.cli:
+        sentence = refused_by_the_command(case.cli, capsys)
+        assert case.says in sentence and case.cure in sentence
+        return
     settings = {
         "output_dir": str(tmp_path / "out"),
         "num_inference_steps": 4,
