@@ -1,15 +1,18 @@
 """`evaluate()`: what it samples, measures, draws, and what it costs."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from datasets import Dataset
 from PIL import Image
 from tiny_pipelines import sd3, sd15
 from tiny_trainer import PROMPTS, brightness, make_trainer
+from transformers.integrations import TrackioCallback, WandbCallback
 
 from diffusers_adjoint.metrics import pairwise_diversity, saturated_share
 from diffusers_adjoint.rollout import Stream, path_kl, sample_trajectory, seeded_generator
-from diffusers_adjoint.sample_images import SampleImages, image_grid
+from diffusers_adjoint.sample_images import SampleImages, image_grid, to_trackers
 
 
 def rows(prompts=PROMPTS):
@@ -126,6 +129,18 @@ def test_pictures_of_training_and_evaluation(tmp_path):
     accumulator = EventAccumulator(str(events)).Reload()
     assert set(accumulator.Tags()["images"]) == {"train/samples", "eval/samples"}
     assert [event.step for event in accumulator.Images("train/samples")] == [2, 4]
+
+
+@pytest.mark.parametrize(("callback", "module"), [(WandbCallback, "_wandb"), (TrackioCallback, "_trackio")])
+def test_pictures_go_to_the_trackers(callback, module):
+    """Both take an image under a name; the host's callback holds the module it has started."""
+    logged = []
+    tracker = SimpleNamespace(Image=lambda grid: ("image", grid.size), log=logged.append)
+    started = object.__new__(callback)
+    setattr(started, module, tracker)
+    grid = Image.new("RGB", (4, 2))
+    to_trackers([started], grid, "eval/samples", 7)
+    assert logged == [{"eval/samples": ("image", (4, 2)), "train/global_step": 7}]
 
 
 def test_a_grid_shows_each_image_where_it_belongs():
