@@ -12,7 +12,7 @@ export TOKENIZERS_PARALLELISM := false
 # Everything here is small: a second thread mostly waits for the first, and burns the core that another process could use.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: demo test test-slow lint bench clean
+.PHONY: demo test test-slow lint docs bench clean
 
 demo: $(INSTALLED)
 	REWARD=$(REWARD) $(BIN)/python examples/digits/demo.py
@@ -28,6 +28,10 @@ lint: $(INSTALLED)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+# The variable silences a notice about another program's future; everything else stops the build.
+docs: $(INSTALLED)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
 bench: $(INSTALLED)
 	$(BIN)/python benchmarks/discretisation.py
 
@@ -39,5 +43,5 @@ clean:
 $(INSTALLED): setup.py constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install -c constraints.txt torch
-	$(BIN)/python -m pip install -c constraints.txt -e '.[dev]'
+	$(BIN)/python -m pip install -c constraints.txt -e '.[dev,docs]'
 	touch $@

@@ -33,10 +33,17 @@ REQUIREMENTS = [
     "tqdm>=4.70",
 ]
 EXTRAS: dict[str, list[str]] = {
-    # Rewards, metrics and docs need nothing more so far; the names exist so that install commands stay valid.
+    # Rewards and metrics need nothing more so far; the names exist so that install commands stay valid.
     "rewards": [],
     "metrics": [],
-    "docs": [],
+    "docs": [
+        "latex2mathml>=3.81",
+        "mkdocs>=1.6",
+        "mkdocs-material>=9.7",
+        "mkdocstrings>=1.0",
+        "mkdocstrings-python>=2.0",
+        "pymdown-extensions>=11.0,<12",
+    ],
     "dev": [
         "ftfy>=6.3",
         "matplotlib>=3.10",

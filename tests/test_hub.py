@@ -6,6 +6,7 @@ import shutil
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from datasets import Dataset
@@ -344,7 +345,11 @@ def test_the_text_says_what_it_was_tuned_for():
     assert "λ = 40 nats per unit of reward and r = 1·`brightness` + 0.5·`<lambda>`" in text
     assert "| `LoRA alpha` | 8 |" in text
     assert "arxiv.org/abs/2409.08861" in text and "@inproceedings" in text
-    assert "dtype=torch.bfloat16" in text and 'prompt="a cat"' in text and "guidance_scale=4.0" in text
+    assert (
+        'from_pretrained("owner/base", dtype=torch.bfloat16)' in text
+        and 'prompt="a cat"' in text
+        and "guidance_scale=4.0" in text
+    )
     assert "output_type" not in text
 
 
@@ -359,6 +364,27 @@ def test_guidance_is_a_limitation_where_it_acted():
     assert "over-optimisation" in limits("rollout", False)
     assert "noisy image" not in limits("rollout", False)
     assert "noisy image" in model_card(plain_facts(given_start=True)).text
+
+
+def test_the_facts_are_those_of_the_run(tmp_path):
+    pipeline = tuned_lora(sd3, "transformer")
+    facts = facts_of(pipeline, tmp_path, [], scale=4.0, num_generations=2, per_device_train_batch_size=3, seed=11)
+    assert facts.guided and not facts.given_start
+    told = {"updates": 7, "images per update": 6, "seed": 11, "LoRA rank": 2, "LoRA alpha": 8, "reward_scale": 40.0}
+    assert told.items() <= facts.settings.items()
+    assert facts.settings["LoRA modules"] == "to_k, to_out.0, to_q, to_v"
+    assert (facts.rewards, facts.dtype, facts.call["prompt"]) == ({"brightness": 2.0}, "torch.float32", ["a cat"])
+    assert not facts_of(pipeline, tmp_path, []).guided
+
+    family = next(family for family in FAMILIES if family.name == "Stable Diffusion 1.5, image to image")
+    pipeline, columns = family.build(), {name: values[:1] for name, values in family.columns.items()}
+    replay = PipelineReplay(pipeline, memoryless_scheduler(pipeline.scheduler), 5, pipeline_kwargs=family.kwargs)
+    replay.prepare(columns, [torch.Generator()])
+    args = AdjointMatchingConfig(str(tmp_path / "run"), use_cpu=True)
+    image_to_image = card_facts(
+        replay, WeightedReward([brightness]), args, TrainerState(), columns, repo_id="me/bright", base_adapters=None
+    )
+    assert image_to_image.given_start
 
 
 def test_the_tables_hold_the_first_and_the_last_line_of_the_log():
@@ -459,7 +485,7 @@ def test_pictures_are_the_images(tmp_path):
     images[2] = images[2, :1]
     assert write_samples(tmp_path, images, ["a", "b", "c"]) == [Sample(f"image_{i}.png", "abc"[i]) for i in range(3)]
     for i, image in enumerate(images.clamp(0, 1)):
-        read = torch.tensor(Image.open(tmp_path / f"image_{i}.png").get_flattened_data()).reshape(4, 6, 3).permute(2, 0, 1)
+        read = torch.tensor(np.asarray(Image.open(tmp_path / f"image_{i}.png"))).permute(2, 0, 1)
         assert (read / 255 - image).abs().max() <= 0.5 / 255 + 1e-9
     write_samples(tmp_path, images[2:, :1].bfloat16(), ["grey"])
     assert Image.open(tmp_path / "image_0.png").mode == "RGB"

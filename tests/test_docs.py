@@ -1,0 +1,220 @@
+"""The pages say what is true: their Python runs, their commands exist, their tables are complete."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+from accelerate.commands.launch import launch_command_parser
+from peft import LoraConfig
+from tiny_pipelines import sd3, sd15
+from tiny_rewards import tiny_clip
+from tiny_trainer import make_trainer
+from torch.distributed.run import get_args_parser
+from transformers import TrainingArguments
+
+import diffusers_adjoint
+from diffusers_adjoint import AdjointMatchingConfig
+from diffusers_adjoint.cli import COMMANDS, parse_arguments
+from diffusers_adjoint.lora import add_lora, save_lora
+
+ROOT = Path(__file__).parents[1]
+PAGES = {path.name: path for path in [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]}
+BLOCK = re.compile(r"^```(?P<info>[^\n`]+)\n(?P<code>.*?)^```$", re.MULTILINE | re.DOTALL)
+
+NOT_RUN = {"hub.md": 1}  # blocks marked "python no-run": it uploads
+
+# What cannot be had offline, or not in seconds: regular expression on the page → in the test. {sd3} and the like are folders.
+SUBSTITUTIONS = {
+    r'"stabilityai/stable-diffusion-3.5-medium"': '"{sd3}"',  # a tiny pipeline of the same class
+    r'"stable-diffusion-v1-5/stable-diffusion-v1-5"': '"{sd15}"',
+    r'"me/my-model"': '"{sd3}"',
+    r'"me/my-lora"': '"{lora}"',
+    r'"examples/digits/pipeline"': '"{digits}"',
+    r"PickScore\(\)": 'PickScore("{clip}", "{clip}")',
+    r"torch\.rand\(2, 3, 512, 512\)": "torch.rand(2, 3, 32, 32)",
+    r"max_steps=\d+": "max_steps=1",
+    r"(save|eval)_steps=\d+": r"\1_steps=1",
+    r"num_inference_steps=(10|20|200)\b": "num_inference_steps=4",
+    r"per_device_(train|eval)_batch_size=10": r"per_device_\1_batch_size=2",
+    r"num_generations_eval=8": "num_generations_eval=2",
+    r"for digit in digits": "for digit in digits[:2]",
+    r'output_dir="out"': 'output_dir="out", num_inference_steps=4',
+}
+# The command line that a page gives its script, shortened in the same way.
+ARGUMENTS = {
+    "migrating_from_ddpo.md": "--pretrained_model {sd15} --output_dir warm --reward_scale 50 --max_steps 1 "
+    "--num_inference_steps 4 --guidance_scale 5 --per_device_train_batch_size 1 --gradient_accumulation_steps 2"
+}
+
+
+def text_of(page: str) -> str:
+    return PAGES[page].read_text(encoding="utf-8")
+
+
+def blocks(page: str, language: str) -> list[tuple[str, str]]:
+    """(info string, code) of a page's blocks of one language."""
+    found = BLOCK.finditer(text_of(page))
+    return [(match["info"], match["code"]) for match in found if match["info"].split()[0] == language]
+
+
+def pages_with(language: str) -> list[str]:
+    return [page for page in PAGES if blocks(page, language)]
+
+
+# ------------------------------------------------------------------------------------------------------------------ Python blocks
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory) -> dict[str, str]:
+    """What the pages would download, in tiny form."""
+    home = tmp_path_factory.mktemp("hub")
+    for name, build in {"sd3": sd3, "sd15": sd15}.items():
+        build().save_pretrained(home / name)
+    tiny_clip(home / "clip")
+    add_lora(pipeline := sd3(), "transformer", LoraConfig(r=2))
+    save_lora(pipeline, "transformer", home / "lora")
+    return {name: str(home / name) for name in ("sd3", "sd15", "clip", "lora")} | {
+        "digits": str(ROOT / "examples/digits/pipeline")
+    }
+
+
+def substituted(code: str, folders: dict[str, str]) -> str:
+    for pattern, replacement in SUBSTITUTIONS.items():
+        code = re.sub(pattern, lambda match, text=replacement: match.expand(text.format(**folders)), code)
+    return code
+
+
+@pytest.mark.parametrize("page", pages_with("python"))
+def test_python_blocks_run(page, folders, tmp_path, monkeypatch):
+    """In order, in one namespace, as the script of a reader who copies a page from its top."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.argv", ["script.py", *ARGUMENTS.get(page, "").format(**folders).split()])
+    namespace = {"__name__": "__main__"}
+    for info, code in blocks(page, "python"):
+        if info == "python":
+            exec(compile(substituted(code, folders), f"{page}: {code.splitlines()[0]}", "exec"), namespace)
+
+
+def test_what_is_not_run_is_counted():
+    assert {info for page in PAGES for info, _ in blocks(page, "python")} <= {"python", "python no-run"}
+    marked = {page: sum(info == "python no-run" for info, _ in blocks(page, "python")) for page in PAGES}
+    assert {page: count for page, count in marked.items() if count} == NOT_RUN
+
+
+def test_every_substitution_is_needed():
+    code = "\n".join(code for page in PAGES for _, code in blocks(page, "python"))
+    assert [pattern for pattern in SUBSTITUTIONS if not re.search(pattern, code)] == []
+
+
+# ----------------------------------------------------------------------------------------------------------------------- commands
+
+
+def command_lines() -> list[tuple[str, list[str]]]:
+    """(page, words) of every line in a bash block, and of inline code that begins with a program."""
+    lines = []
+    for page in PAGES:
+        for _, code in blocks(page, "bash"):
+            lines += [(page, line) for line in code.replace("\\\n", " ").splitlines()]
+        inline = re.findall(r"`((?:make|python|pip|accelerate launch|diffusers-adjoint) [^`]+)`", BLOCK.sub("", text_of(page)))
+        lines += [(page, line.replace("\n", " ")) for line in inline if "…" not in line]
+    split = [(page, shlex.split(line, comments=True)) for page, line in lines]
+    return [(page, words) for page, words in split if words]
+
+
+def check_command(words: list[str]) -> None:
+    """Fails unless program, target, file, module and options exist; the options by the programs' own parsers."""
+    program, *rest = words
+    if program == "make":
+        targets = re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE)
+        assert {word for word in rest if "=" not in word} <= set(targets)
+    elif program == "diffusers-adjoint":
+        assert rest[0] in COMMANDS
+        if rest[0] == "train" and rest[1:] != ["--help"]:
+            parse_arguments(rest[1:])
+    elif program == "accelerate":
+        assert rest[0] == "launch"
+        launch = launch_command_parser().parse_args(rest[1:])
+        assert launch.config_file is None or Path(launch.config_file).is_file()
+        check_started(launch.training_script, launch.module, launch.training_script_args)
+    elif program == "torchrun":
+        run = get_args_parser().parse_args(rest)
+        check_started(run.training_script, run.module, run.training_script_args)
+    elif program == "python":
+        check_started(rest[0], False, rest[1:])
+    else:
+        assert words[:2] == ["pip", "install"], f"{program} is new here: say how to check it"
+
+
+def check_started(target: str, is_module: bool, arguments: list[str]) -> None:
+    if target == "diffusers_adjoint.cli":
+        check_command(["diffusers-adjoint", *arguments])
+    elif is_module:
+        assert importlib.util.find_spec(target) is not None
+    elif target not in ("script.py", "train.py"):  # the reader's own
+        source = Path(target).read_text(encoding="utf-8")
+        named = {word.split("=")[0] for word in arguments if word.startswith("--")}
+        assert all(option in source or "read_arguments" in source for option in named)
+
+
+@pytest.mark.parametrize(
+    ("page", "words"), command_lines(), ids=lambda value: " ".join(value) if isinstance(value, list) else value
+)
+def test_commands_exist(page, words, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    check_command(words)
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_files_named_in_the_text_exist(page):
+    text = text_of(page)
+    named = re.findall(r"[`(\s](?:\.\./)?((?:tests|examples|benchmarks|docs)/[\w./*-]*[\w/*])", text)
+    assert [name for name in named if not list(ROOT.glob(name))] == []
+
+
+# ------------------------------------------------------------------------------------------------------------------------- tables
+
+
+def test_the_table_of_metrics_is_complete(tmp_path):
+    """Everything that is logged has a row, and every row is logged."""
+    text = text_of("trainer.md")
+    rows = set(re.findall(r"^\| `([\w/<>]+)` \|", text[text.index("## What is logged") :], re.MULTILINE))
+    logged = set()
+    for folder, guidance in (("plain", 1.0), ("guided", 4.0)):
+        trainer = make_trainer(tmp_path / folder, max_steps=1, guidance_scale=guidance, eval_dataset=[{"prompt": "a cat"}])
+        trainer.train()
+        trainer.evaluate()
+        logged |= {name for line in trainer.state.log_history for name in line if not name.startswith(("train_", "total_"))}
+    assert rows == {name.replace("brightness", "<name>") for name in logged - {"step"}}
+
+
+def test_every_setting_of_ours_is_discussed():
+    ours = {field.name for field in dataclasses.fields(AdjointMatchingConfig)}
+    ours -= {field.name for field in dataclasses.fields(TrainingArguments)}
+    text = text_of("choosing_settings.md")
+    assert {name for name in ours if f"`{name}`" not in text} == set()
+
+
+def test_every_public_name_has_its_reference():
+    text = "".join(text_of(page) for page in ("api.md", "trainer.md"))
+    documented = set(re.findall(r"^::: diffusers_adjoint\.(\w+)$", text, re.MULTILINE))
+    assert documented == set(diffusers_adjoint.__all__)
+
+
+def test_recorded_numbers_agree_with_the_readme():
+    """The rows of the benchmark, of the demo and of its seeds stand in two places."""
+    digits = (ROOT / "examples/digits/README.md").read_text(encoding="utf-8")
+    known = [numbers(row) for row in (text_of("README.md") + digits).splitlines() if row.startswith("|")]
+    rows = [row for row in text_of("results.md").splitlines() if row.startswith("|") and len(numbers(row)) >= 4]
+    assert len(rows) == 6 + 6 + 7
+    for row in rows:
+        assert any(found[: len(numbers(row))] == numbers(row) for found in known), row
+
+
+def numbers(row: str) -> list[str]:
+    """Those with decimals, as written but for a leading zero."""
+    return re.findall(r"\.\d+", row)
