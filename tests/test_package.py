@@ -20,6 +20,7 @@ CORE = ("transition", "trajectory", "adjoint", "matching")
 LAYERS = (
     CORE,
     ("schedulers", "replay"),
+    ("sharding",),
     ("denoiser", "lora", "rewards"),
     ("rollout", "metrics"),
     (
@@ -34,7 +35,7 @@ LAYERS = (
         "evaluation",
         "hub",
     ),
-    ("pipeline_trainer", "trainer", "ddpo", "cli"),
+    ("publishing", "pipeline_trainer", "trainer", "ddpo", "cli"),
 )
 LEVEL = {module: level for level, modules in enumerate(LAYERS) for module in modules}
 DISTRIBUTIONS = {"PIL": "pillow", "yaml": "pyyaml"}  # where the import's name is not the distribution's

@@ -48,6 +48,9 @@ class PipelineDenoiser(nn.Module):
             self.network.requires_grad_(True)
         self.evaluations = 0  # one an image and step, for the log
         self._base_active = False
+        # FSDP's units. The network is one of them, because pipelines call it without this module when they sample.
+        units = {type(self.network).__name__, *(self.network._no_split_modules or [])}
+        self._no_split_modules = sorted(units & {type(module).__name__ for module in self.network.modules()})
         self.train(False)
 
     def forward(self, x: Tensor, index: int, conditioning: Conditioning, guided: bool = False) -> Tensor:

@@ -40,13 +40,14 @@ def evaluate_rows(
     prompts = prompts_of(repeated)
     generators = _generators(args.seed, range(first_row * times, (first_row + rows) * times), Stream.EVALUATION)
     with torch.no_grad():
+        kl = _path_kl(denoiser, args, columns, first_row)  # first: FSDP wants the wrapped module called before the network in it
         images = denoiser.replay.sample(repeated, generators)
         values = reward(images, prompts, **without_prompt(repeated))
         measured = {"reward": reward.total(values)} | {f"rewards/{name}": value for name, value in values.items()}
         if images.ndim in (4, 5):  # images and videos; sound has no range to be saturated in
             measured["saturated"] = saturated_share(images.flatten(1, -3))
         result = {name: value.view(rows, times) for name, value in measured.items()}
-        result[kl_name(denoiser, args)] = _path_kl(denoiser, args, columns, first_row).view(rows, 1)
+        result[kl_name(denoiser, args)] = kl.view(rows, 1)
     if times > 1:
         result["diversity"] = _diversity(images.reshape(rows, times, -1)).to(images.device)
     return result, SampleImages.first(args.num_images_to_log, images, repeated, measured["reward"])

@@ -22,6 +22,8 @@ from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors.torch import load_file
 from torch import nn
 
+from .sharding import gathered, spread_like
+
 __all__ = ["ADAPTER", "adapter_off", "add_lora", "load_lora", "save_lora"]
 
 logger = logging.get_logger(__name__)
@@ -138,7 +140,7 @@ def _switch_on(network: PeftAdapterMixin, base_adapters: list[str]) -> None:
         parameter.requires_grad_(f".{ADAPTER}." in f".{name}.")
 
 
-def save_lora(pipeline: DiffusionPipeline, component: str, folder: str | Path) -> None:
+def save_lora(pipeline: DiffusionPipeline, component: str, folder: str | Path, *, write: bool = True) -> None:
     """Write `pytorch_lora_weights.safetensors` that `pipeline.load_lora_weights(folder)` reads, alpha included.
 
     Args:
@@ -146,9 +148,12 @@ def save_lora(pipeline: DiffusionPipeline, component: str, folder: str | Path) -
         component: name of the denoiser, "transformer" or "unet"; "transformer_2" is read back by
             `load_lora_weights(folder, load_into_transformer_2=True)`.
         folder: created if missing.
+        write: `False` on the processes that only contribute their part of the weights.
     """
     network = getattr(pipeline, component)
-    weights = get_peft_model_state_dict(network, adapter_name=ADAPTER)
+    weights = gathered(get_peft_model_state_dict(network, adapter_name=ADAPTER), keep=write)
+    if not write:
+        return
     if component == "unet":
         weights = convert_state_dict_to_diffusers(weights)
     # Without the metadata the reader takes alpha = r, and the tuned model comes back scaled wrongly, silently.
@@ -172,4 +177,4 @@ def load_lora(network: nn.Module, component: str, folder: str | Path) -> None:
     expected = get_peft_model_state_dict(network, adapter_name=ADAPTER)
     if weights.keys() != expected.keys() or any(weights[key].shape != expected[key].shape for key in expected):
         raise ValueError(f"{file} does not fit the adapter in training; resume with the peft_config it was trained with.")
-    set_peft_model_state_dict(network, weights, adapter_name=ADAPTER)
+    set_peft_model_state_dict(network, spread_like(weights, expected), adapter_name=ADAPTER)

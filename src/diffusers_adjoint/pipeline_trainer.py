@@ -1,49 +1,67 @@
-"""What `transformers.Trainer` must be told about a diffusers pipeline: batches, saving, resuming, evaluation, the Hub."""
+"""What `transformers.Trainer` must be told about a diffusers pipeline: devices, batches, saving, resuming, evaluation."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator
+import copy
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import DiffusionPipeline
-from huggingface_hub import CommitOperationAdd, HfApi
+from accelerate.utils import DynamoBackend, save_fsdp_optimizer
 from torch import Tensor, nn
-from transformers import Trainer, TrainerControl
-from transformers.trainer import TRAINER_STATE_NAME
+from torch.distributed.fsdp import MixedPrecisionPolicy
+from transformers import TrainerControl
+from transformers.trainer import SCHEDULER_NAME, TRAINER_STATE_NAME
 from transformers.trainer_callback import ExportableState
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, HubStrategy
-from transformers.utils import PushInProgress
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from .callbacks import SaveOnInterrupt
 from .checkpoint import checkpoint_to_resume, discard_leftovers, rotate, whole_files, whole_folder
-from .config import AdjointMatchingConfig
-from .denoiser import PipelineDenoiser
-from .hub import CARD_FILES, CardFacts, card_facts, pipeline_files, save_pipeline, write_card
-from .inputs import collate_columns, first_row, repeat_rows, rows_of
+from .hub import save_pipeline
+from .inputs import repeat_rows, rows_of
 from .lora import WEIGHTS_NAME, load_lora, save_lora
-from .replay import PipelineReplay
-from .rewards import WeightedReward
+from .publishing import PublishingTrainer
 from .sample_images import SampleImages, image_grid, save_grid, to_trackers
 from .sample_log import summarise
+from .sharding import spread_like, whole_network
 
 __all__ = ["PipelineTrainer"]
 
 
-class PipelineTrainer(Trainer):
+class PipelineTrainer(PublishingTrainer):
     """A `Trainer` of a pipeline's denoiser that knows no loss: the habits of the host, kept for another kind of model."""
 
-    args: AdjointMatchingConfig
-    pipeline: DiffusionPipeline
-    replay: PipelineReplay
-    denoiser: PipelineDenoiser
-    reward: WeightedReward
     control: TrainerControl
-    push_in_progress: Any
-    _pictures: SampleImages | None = None  # of the last rollout
-    _evaluated: SampleImages | None = None  # of the last evaluation
+
+    # ---------------------------------------------------------------------------------------------------------- several devices
+
+    def create_accelerator_and_postprocess(self) -> None:
+        super().create_accelerator_and_postprocess()
+        self._compile_network()
+        if self.is_fsdp_enabled:
+            plugin = self.accelerator.state.fsdp_plugin
+            _require_fsdp2(plugin)
+            # Its own mixed precision would round states and step means, not only what the network computes.
+            if self.accelerator.mixed_precision != "no":
+                plugin.mixed_precision_policy = MixedPrecisionPolicy()
+                self.denoiser.forward = self._with_autocast(self.denoiser.forward)  # type: ignore[method-assign]
+
+    def _compile_network(self) -> None:
+        """`torch_compile` for the network alone: the host would compile the pipeline's own code around it."""
+        if not self.args.torch_compile:
+            return
+        self.accelerator.state.dynamo_plugin.backend = DynamoBackend.NO
+        for network in (self.denoiser.network, self.denoiser.frozen):
+            if network is not None:
+                network.compile(backend=self.args.torch_compile_backend, mode=self.args.torch_compile_mode)
+
+    def _with_autocast(self, forward: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        def inner(*args: Any, **kwargs: Any) -> Tensor:
+            with self.accelerator.autocast():
+                return forward(*args, **kwargs)
+
+        return inner
 
     # --------------------------------------------------------------------------------------------------------------- batches
 
@@ -74,21 +92,31 @@ class PipelineTrainer(Trainer):
         with whole_files(Path(output_dir or self.args.output_dir), self.args.should_save, self._wait) as partial:
             if self.denoiser.base_adapters is not None:
                 self._write_weights(partial)
-            elif self.args.should_save:
-                save_pipeline(partial, self.pipeline)
+            elif (network := whole_network(self.denoiser.network, self.args.should_save)) is not None:
+                pipeline = copy.copy(self.pipeline)
+                pipeline.__dict__[self.replay.component] = network
+                save_pipeline(partial, pipeline)
         if self.args.push_to_hub and not _internal_call:
             self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
 
     def _write_weights(self, folder: Path) -> None:
-        if not self.args.should_save:
-            return
-        if self.denoiser.base_adapters is None:
-            self.denoiser.network.save_pretrained(folder / self.replay.component)
-        else:
-            save_lora(self.pipeline, self.replay.component, folder)
+        """Every process must call this: FSDP spreads the weights over all of them."""
+        if self.denoiser.base_adapters is not None:
+            save_lora(self.pipeline, self.replay.component, folder, write=self.args.should_save)
+        elif (network := whole_network(self.denoiser.network, self.args.should_save)) is not None:
+            network.save_pretrained(folder / self.replay.component)
 
     def _wait(self) -> None:
         self.accelerator.wait_for_everyone()
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        if not self.is_fsdp_enabled:
+            super()._save_optimizer_and_scheduler(output_dir)
+            return
+        # The host would add the weights of the base and of its frozen copy.
+        save_fsdp_optimizer(self.accelerator.state.fsdp_plugin, self.accelerator, self.optimizer, self.model, output_dir)
+        if self.args.should_save:
+            torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / SCHEDULER_NAME)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         """The host's checkpoint, except that a folder `checkpoint-N` is whole or absent, and that the weights are ours."""
@@ -151,7 +179,7 @@ class PipelineTrainer(Trainer):
         network, folder = self.denoiser.network, Path(resume_from_checkpoint)
         if self.denoiser.base_adapters is None:
             saved = type(network).from_pretrained(folder / self.replay.component, dtype=network.dtype)
-            network.load_state_dict(saved.state_dict())
+            network.load_state_dict(spread_like(saved.state_dict(), network.state_dict()))
         else:
             load_lora(network, self.replay.component, folder)
 
@@ -220,107 +248,9 @@ class PipelineTrainer(Trainer):
                 if parameter.grad is not None:
                     parameter.grad.fill_(torch.inf)
 
-    # --------------------------------------------------------------------------------------------------------------- the Hub
 
-    def create_model_card(
-        self, model_name: str | None = None, dataset_name: str | None = None, tags: str | list[str] | None = None, **kwargs: Any
-    ) -> None:
-        """Write README.md, with the samples it shows, into `output_dir`.
-
-        Args:
-            model_name: Hub id or plain name; that of `output_dir` when not given.
-            dataset_name: Hub id of the prompts.
-            tags: further tags.
-            kwargs: what other trainers' cards take; unused.
-        """
-        if self.is_world_process_zero():
-            facts, samples = self._card_facts(model_name, dataset_name, tags)
-            write_card(self.args.output_dir, facts, samples.images, samples.prompts)
-
-    def _card_facts(
-        self, model_name: str | None, dataset_name: str | None, tags: str | list[str] | None
-    ) -> tuple[CardFacts, SampleImages]:
-        samples = self._evaluated or self._pictures or SampleImages(torch.zeros(0, 3, 1, 1), [], torch.zeros(0))
-        takes_prompt = self.replay.arguments.takes_prompt
-        row = samples.row or collate_columns([first_row(self.train_dataset, "train_dataset", takes_prompt)])
-        facts = card_facts(
-            self.replay,
-            self.reward,
-            self.args,
-            self.state,
-            row,
-            repo_id=model_name or self.hub_model_id or Path(self.args.output_dir).resolve().name,
-            base_adapters=self.denoiser.base_adapters,
-            dataset_name=dataset_name,
-            tags=[tags] if isinstance(tags, str) else tags or [],
-        )
-        return facts, samples
-
-    def push_to_hub(
-        self,
-        commit_message: str | None = "End of training",
-        blocking: bool = True,
-        token: str | None = None,
-        revision: str | None = None,
-        private: bool | None = None,
-        **kwargs: Any,
-    ) -> Any:
-        """Upload the LoRA, or the whole pipeline, with a card and sample images; nothing else of `output_dir`.
-
-        Arguments and result as in `transformers.Trainer`; `kwargs` go to `create_model_card`.
-        """
-        self.callback_handler.on_push_begin(self.args, self.state, self.control)
-        if self.hub_model_id is None:
-            self.init_hf_repo(token=token, private=private)
-        self.save_model(_internal_call=True)
-        if not self.is_world_process_zero():
-            return None
-        self._finish_current_push()
-        return self._upload(commit_message, token, revision, run_as_future=not blocking, **kwargs)
-
-    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
-        """What `hub_strategy` asks for, in the background, after a checkpoint."""
-        strategy, busy = self.args.hub_strategy, self.push_in_progress is not None and not self.push_in_progress.is_done()
-        if strategy == HubStrategy.END or (busy and not self.args.hub_always_push):
-            return
-        self.save_model(_internal_call=True)
-        if not self.is_world_process_zero():
-            return
-        self.callback_handler.on_push_begin(self.args, self.state, self.control)
-        message, folder = f"Training in progress, step {self.state.global_step}", Path(checkpoint_folder)
-        jobs = [self._upload(message, None, None, run_as_future=True)]
-        if strategy in (HubStrategy.CHECKPOINT, HubStrategy.ALL_CHECKPOINTS):
-            name = "last-checkpoint" if strategy == HubStrategy.CHECKPOINT else folder.name
-            jobs.append(self._upload_checkpoint(folder, name, f"{message}, checkpoint"))
-        if busy:
-            self.push_in_progress.jobs.extend(jobs)
-        else:
-            self.push_in_progress = PushInProgress(jobs)
-
-    def _upload(self, message: str | None, token: str | None, revision: str | None, *, run_as_future: bool, **card: Any) -> Any:
-        self.create_model_card(**{"model_name": self.hub_model_id} | card)
-        weights = [WEIGHTS_NAME] if self.denoiser.base_adapters is not None else pipeline_files(self.pipeline)
-        return HfApi().upload_folder(
-            repo_id=self.hub_model_id,
-            folder_path=self.args.output_dir,
-            allow_patterns=[*weights, *CARD_FILES],  # trackers' files and pictures of training tell local paths, or nothing
-            commit_message=message,
-            token=token or self.args.hub_token,
-            run_as_future=run_as_future,
-            revision=revision or self.args.hub_revision,
-        )
-
-    def _upload_checkpoint(self, folder: Path, name: str, message: str) -> Any:
-        files: dict[str, str | bytes] = {p.relative_to(folder).as_posix(): str(p) for p in folder.rglob("*") if p.is_file()}
-        state = json.loads((folder / TRAINER_STATE_NAME).read_text())
-        if best := state["best_model_checkpoint"]:
-            state["best_model_checkpoint"] = Path(best).name  # not where it lies on this machine
-        files[TRAINER_STATE_NAME] = json.dumps(state, indent=2).encode()
-        return HfApi().create_commit(
-            repo_id=self.hub_model_id,
-            operations=[CommitOperationAdd(f"{name}/{path}", content) for path, content in files.items()],
-            commit_message=message,
-            token=self.args.hub_token,
-            run_as_future=True,
-            revision=self.args.hub_revision,
-        )
+def _require_fsdp2(plugin: Any) -> None:
+    if plugin.fsdp_version != 2:
+        raise ValueError(f"FSDP version {plugin.fsdp_version} is not supported; pass fsdp_version: 2.")
+    if plugin.cpu_ram_efficient_loading:  # the host would leave the pipeline's other networks empty on all processes but one
+        raise ValueError("fsdp_cpu_ram_efficient_loading does not know of pipelines; pass false.")

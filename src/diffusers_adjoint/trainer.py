@@ -260,14 +260,17 @@ class AdjointMatchingTrainer(PipelineTrainer):
             zero_unless(keep, v) for v in (trajectory.states[chosen], path.base_means[chosen], adjoints)
         )
         total, kl = batch.start.new_zeros(()), batch.start.new_zeros(len(keep))
+        deepspeed = {"scale_wrt_gas": False} if self.is_deepspeed_enabled else {}  # `share` has scaled the loss already
+        ends_update = self.accelerator.gradient_state.sync_gradients
         with self._progress("loss", len(chosen)):
             for i, k in enumerate(chosen):
                 last = i == len(chosen) - 1
+                self.accelerator.gradient_state._set_sync_gradients(ends_update and last)  # DeepSpeed steps in a backward pass
                 with contextlib.nullcontext() if last else self.accelerator.no_sync(model):
                     mean = model(states[i], k, batch.conditioning, self._guided_loss)
                     losses = clip_loss(matching_loss(mean, base_means[i], trajectory.stds[k], adjoints[i]), self.args.loss_clip)
                     loss = (losses * keep).mean() * batch.share
-                    self.accelerator.backward(loss)
+                    self.accelerator.backward(loss, **deepspeed)
                 total += loss.detach()
                 kl += step_kl(mean.detach(), base_means[i], trajectory.stds[k]) / steps.inclusion[i]
         self._kept += keep.sum()

@@ -1,0 +1,82 @@
+"""Started on two processes, DDP or FSDP2: trains a tiny pipeline, evaluates, saves, resumes, and writes what it ends with."""
+
+import os
+import sys
+
+import torch
+import torch.distributed
+from accelerate.state import PartialState
+from accelerate.utils import DistributedType
+from datasets import Dataset
+from peft import LoraConfig
+from tiny_pipelines import sd3
+from torch.distributed.tensor import DTensor
+
+from diffusers_adjoint import AdjointMatchingConfig, AdjointMatchingTrainer
+
+PROMPTS = Dataset.from_dict({"prompt": ["a cat", "a dog", "a red car", "the sea"] * 2})
+
+
+def brightness(images, prompts, **columns):
+    return images.mean((1, 2, 3))
+
+
+def build(folder: str, *, lora: bool, batch: int, accumulation: int, **kwargs) -> AdjointMatchingTrainer:
+    """Updates of four images, in the dataset's order."""
+    args = AdjointMatchingConfig(
+        output_dir=folder,
+        num_inference_steps=4,
+        num_loss_steps=2,
+        reward_scale=50.0,
+        max_steps=2,
+        per_device_train_batch_size=batch,
+        gradient_accumulation_steps=accumulation,
+        train_sampling_strategy="sequential",
+        **{"optim": "sgd", "learning_rate": 0.1, "save_strategy": "no"} | kwargs,
+        max_grad_norm=0.01,
+        logging_steps=1,
+        log_images=False,
+        report_to="none",
+        disable_tqdm=True,
+        use_cpu=True,
+    )
+    # accelerate has FSDP for accelerators only; nothing of it but this name stands against the CPU.
+    if args.world_size > 1 and "FSDP_VERSION" in os.environ:
+        PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
+    config = LoraConfig(r=2, lora_alpha=4) if lora else None
+    return AdjointMatchingTrainer(sd3(), brightness, args, PROMPTS, PROMPTS.select(range(2)), peft_config=config)
+
+
+def trained(trainer: AdjointMatchingTrainer) -> dict[str, torch.Tensor]:
+    parameters = {n: p.detach() for n, p in trainer.denoiser.network.named_parameters() if p.requires_grad}
+    return {n: (p.full_tensor() if isinstance(p, DTensor) else p).clone() for n, p in parameters.items()}
+
+
+def logged(trainer: AdjointMatchingTrainer, name: str) -> list[float]:
+    return [line[name] for line in trainer.state.log_history if name in line]
+
+
+if __name__ == "__main__":
+    folder, lora = sys.argv[1], sys.argv[2] == "lora"
+    trainer = build(folder, lora=lora, batch=1, accumulation=2, eval_strategy="steps", eval_steps=1, eval_on_start=True)
+    trainer.train()
+    result = {
+        "world_size": torch.distributed.get_world_size(),
+        "sharded": [n for n, p in trainer.denoiser.network.named_parameters() if isinstance(p, DTensor)],
+        "weights": trained(trainer),
+        "grad_norm": logged(trainer, "grad_norm"),
+        "eval_reward": logged(trainer, "eval_reward"),
+    }
+    trainer.save_model()
+    # Once more, with an optimizer that has a state to be resumed.
+    adam = {"lora": lora, "batch": 1, "accumulation": 2, "optim": "adamw_torch", "save_strategy": "steps", "save_steps": 1}
+    straight = build(f"{folder}/run", **adam)
+    straight.train()
+    resumed = build(f"{folder}/run", **adam)
+    resumed.train(resume_from_checkpoint=f"{folder}/run/checkpoint-1")
+    result |= {"straight": trained(straight), "resumed": trained(resumed)}
+    autocast = build(folder, lora=lora, batch=1, accumulation=2, bf16=True)
+    autocast.train()
+    result["kl_bf16"] = logged(autocast, "kl")
+    if trainer.is_world_process_zero():
+        torch.save(result, f"{folder}/result.pt")
