@@ -67,9 +67,9 @@ def test_its_kl_is_the_path_kl_of_memoryless_paths(tmp_path):
 
 @pytest.mark.parametrize(
     ("guidance", "mode", "name", "evaluations"),
-    # K = 4: the samples, 4 for two images at once; the model and the base along a path, 4 each.
+    # K = 4: the samples, 4 for each of two images; the model and the base along a path, 4 each.
     # Where paths are guided and the loss is not, the paths need evaluations of their own, but for the last step.
-    [(1.0, "rollout", "eval_kl", 4 + 8), (4.0, "full", "eval_kl", 4 + 8), (4.0, "rollout", "eval_kl_unguided", 4 + 8 + 3)],
+    [(1.0, "rollout", "eval_kl", 8 + 8), (4.0, "full", "eval_kl", 8 + 8), (4.0, "rollout", "eval_kl_unguided", 8 + 8 + 3)],
 )
 def test_nothing_is_evaluated_twice(tmp_path, guidance, mode, name, evaluations):
     trainer = make_trainer(
@@ -82,9 +82,7 @@ def test_nothing_is_evaluated_twice(tmp_path, guidance, mode, name, evaluations)
     )
     metrics = trainer.evaluate()
     assert name in metrics
-    rows_of_one = 2 if guided else 1
-    # The network sees two samples in each of four calls for the images; guided calls have twice the rows.
-    assert images[:4] == [2 * rows_of_one] * 4
+    assert images[-8:] == [2 if guided else 1] * 8  # the samples come last, one at a time; guided calls have twice the rows
     assert len(images) == evaluations
 
 

@@ -35,22 +35,31 @@ def evaluate_rows(
         squared difference of two images of one prompt, a value of the image, in [0, 1]; "kl", nats, of memoryless paths, one a
         row. And the images.
     """
-    times = args.num_generations_eval
-    repeated, rows = repeat_rows(columns, times), rows_of(columns)
-    prompts = prompts_of(repeated)
+    times, rows = args.num_generations_eval, rows_of(columns)
     generators = _generators(args.seed, range(first_row * times, (first_row + rows) * times), Stream.EVALUATION)
     with torch.no_grad():
         kl = _path_kl(denoiser, args, columns, first_row)  # first: FSDP wants the wrapped module called before the network in it
-        images = denoiser.replay.sample(repeated, generators)
-        values = reward(images, prompts, **without_prompt(repeated))
-        measured = {"reward": reward.total(values)} | {f"rewards/{name}": value for name, value in values.items()}
-        if images.ndim in (4, 5):  # images and videos; sound has no range to be saturated in
-            measured["saturated"] = saturated_share(images.flatten(1, -3))
-        result = {name: value.view(rows, times) for name, value in measured.items()}
-        result[kl_name(denoiser, args)] = kl.view(rows, 1)
+        # One call for each image of a row: no more samples are in memory than the evaluation batch has rows.
+        calls = [_sample(denoiser, reward, columns, generators[i::times]) for i in range(times)]
+    result = {name: torch.stack([measured[name] for _, measured in calls], 1) for name in calls[0][1]}
+    result[kl_name(denoiser, args)] = kl.view(rows, 1)
+    images = torch.stack([shown for shown, _ in calls], 1)
     if times > 1:
-        result["diversity"] = _diversity(images.reshape(rows, times, -1)).to(images.device)
-    return result, SampleImages.first(args.num_images_to_log, images, repeated, measured["reward"])
+        result["diversity"] = _diversity(images.flatten(2)).to(images.device)
+    repeated, rewards = repeat_rows(columns, times), result["reward"].flatten()
+    return result, SampleImages.first(args.num_images_to_log, images.flatten(0, 1), repeated, rewards)
+
+
+def _sample(
+    denoiser: PipelineDenoiser, reward: WeightedReward, columns: dict[str, list[Any]], generators: list[torch.Generator]
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """One image of each row, and what is measured on it alone, (B,)."""
+    images = denoiser.replay.sample(columns, generators)
+    values = reward(images, prompts_of(columns), **without_prompt(columns))
+    measured = {"reward": reward.total(values)} | {f"rewards/{name}": value for name, value in values.items()}
+    if images.ndim in (4, 5):  # images and videos; sound has no range to be saturated in
+        measured["saturated"] = saturated_share(images.flatten(1, -3))
+    return images, measured
 
 
 def kl_name(denoiser: PipelineDenoiser, args: AdjointMatchingConfig) -> str:
