@@ -219,6 +219,34 @@ def test_a_sliced_or_tiled_decoder_trains(tmp_path):
     assert difference(weights(plain), weights(tiled)) > 0  # tiles do not see each other
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("lora", [True, False], ids=["lora", "full"])
+def test_a_compiled_denoiser_gives_the_same_weights(tmp_path, lora):
+    plain = make_trainer(tmp_path, lora=lora)
+    start = weights(plain)
+    plain.train()
+    compiled = make_trainer(tmp_path, lora=lora, torch_compile=True, torch_compile_backend="eager")
+    compiled.train()
+    assert compiled.denoiser.network._compiled_call_impl is not None
+    assert difference(weights(plain), weights(compiled)) == 0.0  # traced, and run by the same kernels
+    assert difference(weights(plain), start) > 0
+    compiled.save_model()
+    assert torch.equal(sample(compiled.pipeline), sample(plain.pipeline))
+
+
+def test_an_8_bit_optimizer(tmp_path):
+    pytest.importorskip("torchao", reason="no release for this Python")
+    trainer = make_trainer(tmp_path, optim="adamw_torch_8bit", peft_config=LoraConfig(r=64, target_modules=["to_q", "linear_1"]))
+    start = weights(trainer)
+    trainer.train()
+    assert difference(start, weights(trainer)) > 0
+    assert any("8bit" in type(state).__name__.lower() for states in states_of(trainer) for state in states.values())
+
+
+def states_of(trainer):
+    return trainer.optimizer.optimizer.state.values()
+
+
 # ------------------------------------------------------------------------------------------------------------- saving, precision
 
 
