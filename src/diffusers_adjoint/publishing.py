@@ -34,7 +34,7 @@ class PublishingTrainer(Trainer):
     replay: PipelineReplay
     denoiser: PipelineDenoiser
     reward: WeightedReward
-    push_in_progress: Any
+    push_in_progress: Any = None
     _pictures: SampleImages | None = None  # of the last rollout
     _evaluated: SampleImages | None = None  # of the last evaluation
 
@@ -96,11 +96,14 @@ class PublishingTrainer(Trainer):
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
         """What `hub_strategy` asks for, in the background, after a checkpoint."""
-        strategy, busy = self.args.hub_strategy, self.push_in_progress is not None and not self.push_in_progress.is_done()
-        if strategy == HubStrategy.END or (busy and not self.args.hub_always_push):
+        strategy = self.args.hub_strategy
+        if strategy == HubStrategy.END:
             return
-        self.save_model(_internal_call=True)
+        self.save_model(_internal_call=True)  # by all processes; only the first one knows of uploads
         if not self.is_world_process_zero():
+            return
+        busy = self.push_in_progress is not None and not self.push_in_progress.is_done()
+        if busy and not self.args.hub_always_push:
             return
         self.callback_handler.on_push_begin(self.args, self.state, self.control)
         message, folder = f"Training in progress, step {self.state.global_step}", Path(checkpoint_folder)

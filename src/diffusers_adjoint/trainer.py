@@ -148,7 +148,6 @@ class AdjointMatchingTrainer(PipelineTrainer):
         self.reward.to(args.device)
         self._idle_steps: list[int] = []  # of the trained network; found at the start of training
         self._samples = SampleLog()
-        self._pictures: SampleImages | None = None  # of the last rollout
         self._kept = torch.zeros((), device=args.device)  # images of this update, on this process, that train
         self._tilt_announced = False
         self._clock = (time.perf_counter(), 0)
@@ -182,6 +181,8 @@ class AdjointMatchingTrainer(PipelineTrainer):
         loss = self._match(model, batch, trajectory, path, reward, steps)
         if inputs["last"]:
             self._skip_empty_update(model)
+            if self.is_world_process_zero():
+                self._pictures = SampleImages.first(self.args.num_images_to_log, reward.images, batch.columns, reward.rewards)
             if not self._tilt_announced:
                 self._announce_tilt()
         return loss
@@ -275,7 +276,6 @@ class AdjointMatchingTrainer(PipelineTrainer):
                 kl += step_kl(mean.detach(), base_means[i], trajectory.stds[k]) / steps.inclusion[i]
         self._kept += keep.sum()
         self._record(reward, kl, path.adjoints[-1], keep)
-        self._pictures = SampleImages.first(self.args.num_images_to_log, reward.images, batch.columns, reward.rewards)
         return total
 
     def _skip_empty_update(self, model: nn.Module) -> None:
