@@ -55,7 +55,6 @@ EXTRAS: dict[str, list[str]] = {
         "scipy>=1.15",
         "sentencepiece>=0.2",
         "tensorboard>=2.20",
-        'torchao>=0.18; python_version >= "3.11"',
         "torchsde>=0.2.6",
     ],
 }

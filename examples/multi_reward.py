@@ -52,7 +52,7 @@ def main() -> None:
         eval_dataset=load_prompts(script, script.dataset_test_split),
         peft_config=lora_config(arguments.model),
     )
-    trainer.train()
+    trainer.train(resume_from_checkpoint=arguments.resume)
     trainer.save_model()  # with --push_to_hub true, to the Hub too
 
 

@@ -34,7 +34,7 @@ def main() -> None:
         train_dataset=dataset.map(lambda row: {"negative_prompt": NEGATIVE_PROMPT}),
         peft_config=lora_config(arguments.model),
     )
-    trainer.train()
+    trainer.train(resume_from_checkpoint=arguments.resume)
     trainer.save_model()  # with --push_to_hub true, to the Hub too
 
 

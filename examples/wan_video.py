@@ -69,7 +69,7 @@ def main() -> None:
         train_dataset=load_prompts(script, script.dataset_train_split),
         peft_config=lora_config(arguments.model),
     )
-    trainer.train()
+    trainer.train(resume_from_checkpoint=arguments.resume)
     trainer.save_model()  # with --push_to_hub true, to the Hub too
 
 

@@ -39,10 +39,6 @@ def own_parameter(images, prompts, **columns):
     return PARAMETER.expand(len(images))
 
 
-def always_none(images, prompts, **columns):
-    return [None] * len(images)
-
-
 def positional(pixels, prompts):
     return pixels.mean((1, 2, 3))
 
@@ -60,6 +56,12 @@ def sd15_with(scheduler):
 def sd3_with_adapter(name="style"):
     pipeline = sd3()
     pipeline.transformer.add_adapter(LoraConfig(r=2, target_modules=["to_q"]), adapter_name=name)
+    return pipeline
+
+
+def text_adapter():
+    pipeline = sd3()
+    pipeline.text_encoder.add_adapter(LoraConfig(r=2, target_modules=["q_proj"]))
     return pipeline
 
 
@@ -254,10 +256,24 @@ CASES = {
     "reward of something else": Case(
         "'own_parameter' do not depend on the images", "functions of the images", trainer={"reward_funcs": own_parameter}
     ),
-    "no reward for any image": Case(
-        "'always_none' returned a list", "tensor", trainer={"reward_funcs": always_none}, error=TypeError
-    ),
     "reward is not a function of images=": Case("'positional' cannot be called", "images=", trainer={"reward_funcs": positional}),
+    "weight not a number": Case("reward_weights=[nan]", "finite", {"reward_weights": [float("nan")]}),
+    "guidance not a number": Case("guidance_scale=nan", "pass 1", {"guidance_scale": float("nan")}),
+    "no accumulation": Case("gradient_accumulation_steps=0", "at least 1", {"gradient_accumulation_steps": 0}),
+    "columns taken away": Case("remove_unused_columns=True", "leave it out", {"remove_unused_columns": True}),
+    "an empty cell": Case(
+        "prompt 1 is of type NoneType",
+        "a string in each row",
+        trainer={"train_dataset": Dataset.from_dict({"prompt": ["a", None]})},
+    ),
+    "one of several evaluations without prompts": Case(
+        "['caption']",
+        "'prompt' column",
+        trainer={"eval_dataset": {"good": prompts_only(), "bad": Dataset.from_dict({"caption": ["a"]})}},
+    ),
+    "adapter of a text encoder below all weights": Case(
+        "the text_encoder carries adapters", "unload_lora_weights()", trainer={"model": text_adapter, "peft_config": None}
+    ),
     "CLI: no model": Case(
         "model_name_or_path is missing", "folder of a diffusers pipeline", cli=["--dataset_name", "prompts.txt"]
     ),

@@ -11,6 +11,8 @@ from tiny_pipelines import sd3, sd15
 from tiny_trainer import PROMPTS, brightness, difference, make_trainer, weights
 from transformers import TrainerCallback
 
+from diffusers_adjoint.checkpoint import discard_leftovers
+
 STEPS = {"save_strategy": "steps", "save_steps": 1, "max_steps": 3, "learning_rate": 1e-3}
 
 
@@ -242,3 +244,68 @@ def test_another_adapter_does_not_fit(tmp_path):
     other = make_trainer(tmp_path, peft_config=LoraConfig(r=3), **STEPS)
     with pytest.raises(ValueError, match="resume with the peft_config it was trained with"):
         other.train(resume_from_checkpoint=True)
+
+
+def test_a_checkpoint_is_kept_whatever_an_earlier_run_left(tmp_path):
+    make_trainer(tmp_path, **STEPS).train()
+    make_trainer(tmp_path, save_total_limit=1, **STEPS | {"max_steps": 2}).train()
+    assert checkpoints(tmp_path) == ["checkpoint-2"]
+
+
+def test_a_kill_while_a_checkpoint_is_replaced_loses_none(tmp_path):
+    make_trainer(tmp_path, **STEPS | {"max_steps": 1}).train()
+    (tmp_path / "checkpoint-1").rename(tmp_path / "_checkpoint-1.replaced")
+    (tmp_path / "_checkpoint-1.partial").mkdir()
+    discard_leftovers(tmp_path)
+    assert checkpoints(tmp_path) == ["checkpoint-1"]
+    make_trainer(tmp_path, **STEPS | {"max_steps": 1}).train()
+    assert checkpoints(tmp_path) == ["checkpoint-1"]
+
+
+@pytest.mark.parametrize("strategy", ["steps", "best"])
+def test_an_interrupt_saves_whatever_is_best(tmp_path, strategy):
+    def interrupting(images, prompts, **columns):
+        if trainer.is_in_train and trainer.state.global_step == 1 and not torch.is_inference_mode_enabled():
+            signal.raise_signal(signal.SIGTERM)
+        return brightness(images, prompts)
+
+    trainer = make_trainer(
+        tmp_path,
+        reward=interrupting,
+        eval_dataset=Dataset.from_dict({"prompt": PROMPTS[:1]}),
+        eval_strategy="steps",
+        eval_steps=1,
+        save_total_limit=1,
+        load_best_model_at_end=True,
+        save_on_interrupt=True,
+        **STEPS | {"save_strategy": strategy, "max_steps": 4},
+    )
+    scores = iter([1.0, 0.0, 0.0])  # the first is the best
+    trainer._measure = lambda dataset: ({"reward": torch.tensor([next(scores)])}, None)
+    with pytest.raises(SystemExit):
+        trainer.train()
+    assert checkpoints(tmp_path) == ["checkpoint-1", "checkpoint-2"]
+
+
+def test_a_signal_after_the_last_update_lets_the_script_go_on(tmp_path):
+    class Late(TrainerCallback):
+        def on_train_end(self, args, state, control, **kwargs):
+            signal.raise_signal(signal.SIGTERM)
+
+    trainer = make_trainer(tmp_path, save_on_interrupt=True)
+    trainer.add_callback(Late())
+    assert trainer.train().global_step == 2
+
+
+def test_a_stream_that_ends_within_an_update_leaves_no_gradient(tmp_path):
+    rows = IterableDataset.from_generator(lambda: ({"prompt": f"number {i}"} for i in range(6)))
+    present = []
+
+    class Gradients(TrainerCallback):
+        def on_step_begin(self, args, state, control, **kwargs):
+            present.append(any(p.grad is not None for p in trainer.denoiser.network.parameters()))
+
+    trainer = make_trainer(tmp_path, rows=rows, gradient_accumulation_steps=2, max_steps=3)
+    trainer.add_callback(Gradients())
+    trainer.train()
+    assert present == [False] * 3

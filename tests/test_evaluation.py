@@ -97,6 +97,36 @@ def test_several_datasets_have_their_own_names(tmp_path):
     assert alone["eval_reward"] == trainer.evaluate()["eval_things_reward"]
 
 
+def test_an_image_that_is_no_number_is_left_out(tmp_path, monkeypatch):
+    trainer = make_trainer(tmp_path, eval_dataset=rows(PROMPTS[:2]))
+    good = trainer.evaluate()
+    original = trainer.replay.sample
+
+    def spoilt(columns, generators):
+        images = original(columns, generators)
+        images[1] = torch.nan
+        return images
+
+    monkeypatch.setattr(trainer.replay, "sample", spoilt)
+    bad = trainer.evaluate()
+    assert all(0 < bad[name] < 1 for name in ("eval_reward", "eval_saturated", "eval_diversity") if good[name] > 0)
+
+
+def test_the_best_model_is_that_of_the_highest_reward(tmp_path):
+    settings = {
+        "load_best_model_at_end": True,
+        "eval_strategy": "steps",
+        "eval_steps": 1,
+        "save_strategy": "steps",
+        "save_steps": 1,
+    }
+    trainer = make_trainer(tmp_path, eval_dataset=rows(PROMPTS[:1]), **settings)
+    assert (trainer.args.metric_for_best_model, trainer.args.greater_is_better) == ("eval_reward", True)
+    trainer.train()
+    rewards = [line["eval_reward"] for line in trainer.state.log_history if "eval_reward" in line]
+    assert trainer.state.best_metric == max(rewards)
+
+
 def test_a_missing_dataset_is_told(tmp_path):
     with pytest.raises(ValueError, match="there is no eval_dataset; pass one here or to the trainer"):
         make_trainer(tmp_path).evaluate()

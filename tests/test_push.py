@@ -153,11 +153,22 @@ def test_a_downloaded_checkpoint_goes_on(tmp_path, hub):
     assert trainer.state.global_step == 2
 
 
-def test_a_card_is_written_with_each_checkpoint(tmp_path):
-    trainer = make_trainer(tmp_path, save_strategy="steps", save_steps=1)
+def test_a_card_is_written_with_the_model(tmp_path):
+    trainer = make_trainer(tmp_path)
     trainer.train()
+    trainer.save_model()
     card = ModelCard.load(tmp_path / "README.md")
     assert card.data.widget[0]["output"]["url"] == "image_0.png" and (tmp_path / "image_0.png").is_file()
+
+
+@pytest.mark.parametrize("how", ["called", "on start"])
+def test_the_card_shows_the_tuned_model(tmp_path, hub, how):
+    trainer = make_trainer(tmp_path / "out", eval_dataset=rows(), eval_on_start=how == "on start", **PUSH)
+    if how == "called":
+        trainer.evaluate()
+    trainer.train()
+    trainer.push_to_hub()
+    assert len([name for name in hub.files if name.startswith("image_")]) == 2  # of the last rollout; an evaluation has four
 
 
 def test_pushing_an_untrained_model_works(tmp_path, hub):

@@ -10,7 +10,9 @@ from accelerate.utils import DistributedType
 from datasets import Dataset
 from peft import LoraConfig
 from tiny_pipelines import sd3
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
+from transformers import TrainerCallback
 
 from diffusers_adjoint import AdjointMatchingConfig, AdjointMatchingTrainer
 
@@ -19,6 +21,15 @@ PROMPTS = Dataset.from_dict({"prompt": ["a cat", "a dog", "a red car", "the sea"
 
 def brightness(images, prompts, **columns):
     return images.mean((1, 2, 3))
+
+
+class Averages(TrainerCallback):
+    """gloo in older torch adds FSDP's gradients up where it is asked for their mean: let FSDP divide the sum."""
+
+    def on_train_begin(self, args, state, control, model, **kwargs):
+        for module in model.modules():
+            if isinstance(module, FSDPModule):
+                module.set_force_sum_reduction_for_comms(True)
 
 
 def build(folder: str, *, lora: bool, batch: int, accumulation: int, **kwargs) -> AdjointMatchingTrainer:
@@ -44,7 +55,8 @@ def build(folder: str, *, lora: bool, batch: int, accumulation: int, **kwargs) -
     if args.world_size > 1 and "FSDP_VERSION" in os.environ:
         PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
     config = LoraConfig(r=2, lora_alpha=4) if lora else None
-    return AdjointMatchingTrainer(sd3(), brightness, args, PROMPTS, PROMPTS.select(range(2)), peft_config=config)
+    prompts = (PROMPTS, PROMPTS.select(range(2)))
+    return AdjointMatchingTrainer(sd3(), brightness, args, *prompts, callbacks=[Averages()], peft_config=config)
 
 
 def trained(trainer: AdjointMatchingTrainer) -> dict[str, torch.Tensor]:

@@ -33,7 +33,7 @@ class SaveOnInterrupt(TrainerCallback):
     def __init__(self, accelerator: Accelerator) -> None:
         self._accelerator = accelerator
         self._previous: dict[int, Any] = {}
-        self._received = 0  # number of the signal
+        self._received = self._acted_on = 0  # number of the signal: this process's, and what all of them agreed on
 
     def __enter__(self) -> SaveOnInterrupt:
         if threading.current_thread() is not threading.main_thread():
@@ -43,8 +43,8 @@ class SaveOnInterrupt(TrainerCallback):
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self._restore()
-        if error is None and self._received:
-            raise KeyboardInterrupt if self._received == signal.SIGINT else SystemExit(128 + self._received)
+        if error is None and self._received:  # after the last update: what was asked for is done anyway
+            logger.warning(f"{signal.Signals(self._received).name} came when training was over, and is passed over.")
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
         self._received = number
@@ -56,7 +56,13 @@ class SaveOnInterrupt(TrainerCallback):
             signal.signal(number, handler)
 
     def on_step_end(self, args: Any, state: Any, control: TrainerControl, **kwargs: Any) -> None:
-        received = torch.tensor(self._received, device=self._accelerator.device)
-        self._received = int(self._accelerator.gather(received.reshape(1)).max())
-        if self._received:
+        received = torch.tensor([self._received], device=self._accelerator.device)
+        self._acted_on = int(self._accelerator.gather(received).max())
+        if self._acted_on:
             control.should_save = control.should_training_stop = True
+            control.should_evaluate = False  # it would take its time, and may decide against saving
+
+    def on_save(self, args: Any, state: Any, control: TrainerControl, **kwargs: Any) -> None:
+        # Here, because the host's end of training deletes checkpoints that are not the best.
+        if self._acted_on:
+            raise KeyboardInterrupt if self._acted_on == signal.SIGINT else SystemExit(128 + self._acted_on)

@@ -28,10 +28,12 @@ def whole_folder(folder: Path, writes: bool, barrier: Callable[[], None]) -> Ite
     with _partial_folder(folder, writes, barrier) as partial:
         yield partial
     if writes:
+        replaced = folder.with_name(f"_{folder.name}.replaced")
         if folder.exists():
-            _discard(folder)
+            folder.rename(replaced)
         partial.rename(folder)
         _flush(folder.parent)
+        shutil.rmtree(replaced, ignore_errors=True)
     barrier()
 
 
@@ -84,7 +86,10 @@ def _discard(folder: Path) -> None:
 
 
 def discard_leftovers(run_dir: Path) -> None:
-    """Delete what killed processes left half written or half deleted."""
+    """Delete what killed processes left half written or half deleted; put back what was being replaced."""
+    for replaced in run_dir.glob(f"_{PREFIX_CHECKPOINT_DIR}-*.replaced"):
+        if not (folder := run_dir / replaced.stem.removeprefix("_")).exists():
+            replaced.rename(folder)
     for folder in [*run_dir.glob(f"_{PREFIX_CHECKPOINT_DIR}-*"), *run_dir.glob("_model.partial")]:
         shutil.rmtree(folder)
 
@@ -100,12 +105,16 @@ def _checkpoints(run_dir: Path) -> list[Path]:
     return sorted((path for path in run_dir.glob("*") if _step_of(path) >= 0), key=_step_of)
 
 
-def rotate(run_dir: Path, limit: int | None, best: str | None) -> None:
-    """Keep the newest `limit` checkpoints, and the best one among or besides them."""
-    checkpoints = _checkpoints(run_dir)
+def rotate(run_dir: Path, limit: int | None, newest: Path, best: str | None) -> None:
+    """Keep the last `limit` checkpoints to be written, and the best one among or besides them.
+
+    Args:
+        newest: the one just written, whatever lies there from an earlier run.
+    """
     if not limit or limit < 0:
         return
-    protected = {checkpoints[-1].resolve()} | ({Path(best).resolve()} if best else set())
+    protected = {newest.resolve()} | ({Path(best).resolve()} if best else set())
+    checkpoints = sorted(_checkpoints(run_dir), key=lambda folder: folder.stat().st_mtime)
     others = [folder for folder in checkpoints if folder.resolve() not in protected]
     for folder in others[: max(len(checkpoints) - max(limit, len(protected)), 0)]:
         _discard(folder)

@@ -68,6 +68,12 @@ class Arguments:
     config: AdjointMatchingConfig
     model: ModelConfig
 
+    @property
+    def resume(self) -> str | bool | None:
+        """`--resume_from_checkpoint`: a folder, or the last checkpoint, which a command line can only spell as a word."""
+        value = self.config.resume_from_checkpoint
+        return {"true": True, "false": False}.get(str(value).lower(), value)
+
 
 def parse_arguments(argv: Sequence[str], script_type: type = TrainArguments, prog: str = f"{PROGRAM} train") -> Arguments:
     """Read options and the `--config` file; an option wins over the file. Bad ones exit with status 2 and one line.
@@ -231,13 +237,14 @@ def train(argv: Sequence[str]) -> int:
     trainer = AdjointMatchingTrainer(
         pipeline, reward_funcs, config, train_dataset, eval_dataset=eval_dataset, peft_config=lora_config(model)
     )
-    trainer.train(resume_from_checkpoint=_resume(config.resume_from_checkpoint))
-    trainer.save_model()
+    trainer.train(resume_from_checkpoint=arguments.resume)
     if eval_dataset is not None:
         trainer.evaluate()
     if config.push_to_hub:
         local = Path(script.dataset_name).exists()  # the names of local files stay here
         trainer.push_to_hub(dataset_name=None if local else script.dataset_name)
+    else:
+        trainer.save_model()
     return 0
 
 
@@ -246,11 +253,6 @@ def _load_pipeline(name: str, init_kwargs: dict[str, Any]) -> Any:
         return load_pipeline(name, init_kwargs)
     except OSError as error:
         raise ValueError(f"model_name_or_path={name!r} cannot be loaded ({_one_line(error)}); pass a pipeline's name.") from error
-
-
-def _resume(value: str | bool | None) -> str | bool | None:
-    """A folder, or the last checkpoint, which a command line can only spell as a word."""
-    return {"true": True, "false": False}.get(str(value).lower(), value)
 
 
 def demo(argv: Sequence[str]) -> int:

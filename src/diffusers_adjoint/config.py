@@ -96,6 +96,7 @@ class AdjointMatchingConfig(TrainingArguments):
         lr_scheduler_type (`str`, defaults to `"constant"`): no warm-up, no decay.
         per_device_train_batch_size (`int`, defaults to 4): prompts per rollout.
         per_device_eval_batch_size (`int`, defaults to 4): prompts sampled together in `evaluate()`.
+        metric_for_best_model (`str`, *optional*): "eval_reward", where one is needed.
         remove_unused_columns (`bool`, defaults to `False`): dataset columns reach the reward functions.
         model_init_kwargs (`dict`, *optional*): for `DiffusionPipeline.from_pretrained`, when the model is given by name.
     """
@@ -111,6 +112,7 @@ class AdjointMatchingConfig(TrainingArguments):
         default=False, metadata={"help": "Keep False: dataset columns reach the reward functions."}
     )
 
+    metric_for_best_model: str | None = field(default=None, metadata={"help": "Where one is needed; eval_reward when not given."})
     model_init_kwargs: dict[str, Any] | str | None = field(
         default=None,
         metadata={"help": "Arguments of DiffusionPipeline.from_pretrained, when the model is given by name."},
@@ -174,6 +176,8 @@ class AdjointMatchingConfig(TrainingArguments):
         return config_from_ddpo(config, **changes)
 
     def __post_init__(self) -> None:
+        if self.metric_for_best_model is None and (self.load_best_model_at_end or self.save_strategy == "best"):
+            self.metric_for_best_model = "eval_reward"  # the host's default is a loss, which evaluation has none of
         super().__post_init__()
         self._check_choices()
         self._check_numbers()
@@ -198,8 +202,14 @@ class AdjointMatchingConfig(TrainingArguments):
             )
         if not (math.isfinite(self.reward_scale) and self.reward_scale >= 0):
             raise ValueError(f"reward_scale={self.reward_scale} is not a scale; pass a finite number ≥ 0 and negate the reward.")
-        if self.guidance_scale < 1:
-            raise ValueError(f"guidance_scale={self.guidance_scale} is below 1; pass 1 for no guidance.")
+        if not (math.isfinite(self.guidance_scale) and self.guidance_scale >= 1):
+            raise ValueError(f"guidance_scale={self.guidance_scale} is not a number from 1 on; pass 1 for no guidance.")
+        if not all(map(math.isfinite, self.reward_weights or [])):
+            raise ValueError(f"reward_weights={self.reward_weights} are not all finite; pass numbers, 0 to log a reward only.")
+        if self.gradient_accumulation_steps < 1:
+            raise ValueError(f"gradient_accumulation_steps={self.gradient_accumulation_steps} makes no update; pass at least 1.")
+        if self.remove_unused_columns:
+            raise ValueError("remove_unused_columns=True would take the columns from the rewards; leave it out.")
         for name in ("num_generations", "num_generations_eval", "num_images_to_log"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} makes no image; pass at least 1.")

@@ -16,7 +16,7 @@ from peft import LoraConfig
 from PIL import Image
 from torch import Tensor, nn
 from torch.utils.data import IterableDataset
-from transformers import TrainerCallback
+from transformers import Trainer, TrainerCallback
 from transformers.utils import logging
 
 from .ddpo_config import AlignPropConfig, DDPOConfig, config_from_ddpo, follows_alignprop, old_fields
@@ -112,6 +112,12 @@ class DDPOTrainer(AdjointMatchingTrainer):
     def save_pretrained(self, save_directory: str) -> None:
         """`save_model` by its old name."""
         self.save_model(save_directory)
+
+    def push_to_hub(self, repo_id: str | None = None, **kwargs: Any) -> Any:  # type: ignore[override]  # as in train
+        """Upload to `repo_id`, the first argument of the old method; further ones as in `AdjointMatchingTrainer`."""
+        if repo_id is not None and repo_id != self.args.hub_model_id:
+            self.args.hub_model_id, self.hub_model_id = repo_id, None
+        return super().push_to_hub(**kwargs)
 
 
 AlignPropTrainer = DDPOTrainer  # its arguments are the same, and the config tells which hook is meant
@@ -233,7 +239,10 @@ class _Tracker:
 
     def log(self, values: dict[str, float], step: int | None = None, **kwargs: Any) -> None:
         """Numbers of the current update; `step` is the hook's global_step whatever is passed."""
-        self.trainer.log(dict(values))
+        control = self.trainer.control
+        logs = control.should_log  # the host takes every call for the log line that it is about to write
+        Trainer.log(self.trainer, dict(values))
+        control.should_log = logs
 
     def log_images(self, values: dict[str, Any], step: int | None = None, **kwargs: Any) -> None:
         """Images by name: (N, 3, H, W) in [0, 1], or a list of PIL images."""

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
-from diffusers import ModelMixin
+from diffusers import DiffusionPipeline, ModelMixin
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
@@ -44,6 +44,7 @@ class PipelineDenoiser(nn.Module):
         self.frozen: ModelMixin | None = None
         if base_adapters is None:
             _require_trainable(self.network)
+            _require_no_adapters(replay.pipeline)
             self.frozen = copy.deepcopy(self.network).requires_grad_(False)
             self.network.requires_grad_(True)
         self.evaluations = 0  # one an image and step, for the log
@@ -93,8 +94,12 @@ def _require_trainable(network: ModelMixin) -> None:
             f"full fine-tuning of a {network.dtype} network rounds most updates away; load the pipeline in float32 and set "
             f"bf16=True, or pass a peft_config."
         )
-    if any(isinstance(module, BaseTunerLayer) for module in network.modules()):
-        raise ValueError(
-            f"{type(network).__name__} carries adapters, which full fine-tuning cannot save; call fuse_lora() and "
-            f"unload_lora_weights() first, or pass a peft_config."
-        )
+
+
+def _require_no_adapters(pipeline: DiffusionPipeline) -> None:
+    for name, part in pipeline.components.items():
+        if isinstance(part, nn.Module) and any(isinstance(module, BaseTunerLayer) for module in part.modules()):
+            raise ValueError(
+                f"the {name} carries adapters, which a whole pipeline cannot be saved with; call fuse_lora() and "
+                f"unload_lora_weights() first, or pass a peft_config."
+            )

@@ -58,7 +58,8 @@ def _sample(
     values = reward(images, prompts_of(columns), **without_prompt(columns))
     measured = {"reward": reward.total(values)} | {f"rewards/{name}": value for name, value in values.items()}
     if images.ndim in (4, 5):  # images and videos; sound has no range to be saturated in
-        measured["saturated"] = saturated_share(images.flatten(1, -3))
+        finite = images.flatten(1).isfinite().all(1)  # a 16-bit decoder may overflow
+        measured["saturated"] = torch.where(finite, saturated_share(images.flatten(1, -3).nan_to_num(0.5, 0.5, 0.5)), torch.nan)
     return images, measured
 
 
@@ -87,5 +88,5 @@ def _generators(seed: int, numbers: Sequence[int], stream: Stream) -> list[torch
 
 def _diversity(images: Tensor) -> Tensor:
     """(B, images, values) → (B, 1)."""
-    per_row = [pairwise_diversity(row[None]).mean / images.shape[2] for row in images]
+    per_row = [pairwise_diversity(row[None]).mean / images.shape[2] if row.isfinite().all() else torch.nan for row in images]
     return torch.tensor(per_row).view(-1, 1)

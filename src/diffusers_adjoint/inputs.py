@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline
+from torch import nn
+from transformers.trainer_utils import has_length
 from transformers.utils import logging
 
 from .config import AdjointMatchingConfig
@@ -18,8 +20,10 @@ from .replay.arguments import CallArguments
 from .replay.view import denoiser_names, text_encoders
 from .rewards import WeightedReward
 
-__all__ = ["collate_columns", "columns_to_check", "first_row", "load_pipeline", "prompts_of", "repeat_rows", "require_prompts"]
-__all__ += ["require_writable", "rows_of", "text_encoders_on", "warn_of_given_start", "warn_of_guidance"]
+__all__ = ["collate_columns", "columns_to_check", "first_row", "load_pipeline", "parts_of", "place"]
+__all__ += ["prompts_of", "repeat_rows", "require_prompts"]
+__all__ += ["require_writable", "rows_of", "text_encoders_on", "warn_of_flat_rewards", "warn_of_given_start"]
+__all__ += ["warn_of_guidance"]
 __all__ += ["without_prompt"]
 
 logger = logging.get_logger(__name__)
@@ -35,6 +39,11 @@ def load_pipeline(model: str | Path | DiffusionPipeline, init_kwargs: dict[str, 
         model = DiffusionPipeline.from_pretrained(model, **(init_kwargs or {}))
     denoiser_names(model)
     return model
+
+
+def parts_of(dataset: Any) -> list[Any]:
+    """The datasets of a dict of them, or the one, or none."""
+    return list(dataset.values()) if isinstance(dataset, dict) else [] if dataset is None else [dataset]
 
 
 def require_prompts(dataset: Any) -> None:
@@ -64,16 +73,27 @@ def columns_to_check(
     Raises:
         ValueError: for rows that lack something, have a column too many or misspelt, in either dataset.
     """
-    evaluates = eval_dataset is not None and not isinstance(eval_dataset, dict)
-    largest = max(args.per_device_train_batch_size * args.num_generations, args.per_device_eval_batch_size if evaluates else 1)
+    rows = args.per_device_train_batch_size * args.num_generations
+    largest = 1 if args.auto_find_batch_size else max(rows, args.per_device_eval_batch_size if parts_of(eval_dataset) else 1)
     columns = collate_columns([first_row(train_dataset, "train_dataset", arguments.takes_prompt)] * min(2, largest))
     _require_fitting(columns, arguments, reward)
-    if evaluates:
-        evaluated = collate_columns([first_row(eval_dataset, "eval_dataset", arguments.takes_prompt)])
+    for part in parts_of(eval_dataset):
+        evaluated = collate_columns([first_row(part, "eval_dataset", arguments.takes_prompt)])
         if missing := arguments.taken(columns).keys() - arguments.taken(evaluated).keys():
             raise ValueError(f"the eval_dataset has no column {min(missing)!r}, but the train_dataset has; add it.")
         _require_fitting(evaluated, arguments, reward)
+        if args.world_size > 1 and not has_length(part):
+            raise ValueError("a streamed eval_dataset cannot be divided evenly among processes; pass a Dataset.")
+    for part in [train_dataset, *parts_of(eval_dataset)]:
+        if "prompt" in (getattr(part, "column_names", None) or ()) and has_length(part):
+            _require_strings(part["prompt"])
     return columns
+
+
+def _require_strings(prompts: Iterable[Any]) -> None:
+    for number, prompt in enumerate(prompts):
+        if not isinstance(prompt, str):
+            raise ValueError(f"prompt {number} is of type {type(prompt).__name__}; pass a string in each row.")
 
 
 def _require_fitting(columns: dict[str, list[Any]], arguments: CallArguments, reward: WeightedReward) -> None:
@@ -99,6 +119,7 @@ def first_row(dataset: Any, name: str, needs_prompt: bool) -> dict[str, Any]:
 
 def collate_columns(rows: list[dict[str, Any]]) -> dict[str, list[Any]]:
     """Collate rows to columns of plain lists; nothing is padded or turned into tensors."""
+    _require_strings(row["prompt"] for row in rows if "prompt" in row)  # a stream is not looked through before training
     return {name: [row[name] for row in rows] for name in rows[0]}
 
 
@@ -125,6 +146,15 @@ def warn_of_given_start(replay: PipelineReplay) -> None:
         )
 
 
+def warn_of_flat_rewards(gradient: torch.Tensor) -> None:
+    """Say that there is nothing to learn from, where there may be."""
+    if not gradient.any():
+        logger.warning(
+            "the gradient of the rewards is exactly 0 on the first row: rounding, a comparison or a clamp takes it away; leave "
+            "these out, unless the reward is meant to be flat there."
+        )
+
+
 def rows_of(columns: dict[str, list[Any]]) -> int:
     """B, the rows of a batch."""
     return len(next(iter(columns.values())))
@@ -147,12 +177,28 @@ def without_prompt(columns: dict[str, list[Any]]) -> dict[str, list[Any]]:
 
 @contextmanager
 def text_encoders_on(pipeline: DiffusionPipeline, device: torch.device) -> Iterator[None]:
-    """The pipeline's text encoders on `device` within this context, on the CPU after it."""
-    encoders = text_encoders(pipeline).values()
-    for encoder in encoders:
-        encoder.to(device)
+    """Within this context the pipeline's text encoders are on `device` while they encode, and on the CPU while it denoises."""
+    encoders = list(text_encoders(pipeline).values())
+    networks = [getattr(pipeline, name) for name in denoiser_names(pipeline)]
+
+    def move(to: torch.device | str) -> None:
+        for encoder in encoders:
+            encoder.to(to)
+
+    hooks = [encoder.register_forward_pre_hook(lambda *_: move(device)) for encoder in encoders]
+    hooks += [network.register_forward_pre_hook(lambda *_: move("cpu")) for network in networks]
+    move(device)  # some are not called as modules
     try:
         yield
     finally:
-        for encoder in encoders:
-            encoder.to("cpu")
+        for hook in hooks:
+            hook.remove()
+        move("cpu")
+
+
+def place(pipeline: DiffusionPipeline, device: torch.device, offload_text_encoders: bool) -> None:
+    """The pipeline's networks on `device`; the text encoders, if asked so, on the CPU."""
+    away = text_encoders(pipeline).keys() if offload_text_encoders else ()
+    for name, part in pipeline.components.items():
+        if isinstance(part, nn.Module):
+            part.to("cpu" if name in away else device)

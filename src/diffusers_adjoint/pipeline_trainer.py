@@ -11,10 +11,12 @@ import torch
 from accelerate.utils import DynamoBackend, save_fsdp_optimizer
 from torch import Tensor, nn
 from torch.distributed.fsdp import MixedPrecisionPolicy
+from torch.distributed.tensor import DTensor
 from transformers import TrainerControl
 from transformers.trainer import SCHEDULER_NAME, TRAINER_STATE_NAME
 from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from transformers.utils import logging
 
 from .callbacks import SaveOnInterrupt
 from .checkpoint import checkpoint_to_resume, discard_leftovers, rotate, whole_files, whole_folder
@@ -27,6 +29,8 @@ from .sample_log import summarise
 from .sharding import spread_like, whole_network
 
 __all__ = ["PipelineTrainer"]
+
+logger = logging.get_logger(__name__)
 
 
 class PipelineTrainer(PublishingTrainer):
@@ -63,11 +67,18 @@ class PipelineTrainer(PublishingTrainer):
 
         return inner
 
+    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
+        """Of all processes: under FSDP, older torch makes a number of this process's share, and that would be logged."""
+        norm = super()._get_grad_norm(model, grad_norm=grad_norm)
+        return norm.full_tensor() if isinstance(norm, DTensor) else norm
+
     # --------------------------------------------------------------------------------------------------------------- batches
 
     def get_batch_samples(self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device) -> tuple[list[Any], Any]:
         """Number the images of an update across micro-batches and processes, in the order one process would see them."""
         batches, items = super().get_batch_samples(epoch_iterator, num_batches, device)
+        if len(batches) < num_batches:  # a stream has ended: without its last micro-batch no update is made of the others
+            batches = []
         repeated = [repeat_rows(columns, self.args.num_generations) for columns in batches]
         sizes = [rows_of(columns) for columns in repeated]
         inputs = []
@@ -96,6 +107,8 @@ class PipelineTrainer(PublishingTrainer):
                 pipeline = copy.copy(self.pipeline)
                 pipeline.__dict__[self.replay.component] = network
                 save_pipeline(partial, pipeline)
+        if not _internal_call and output_dir is None:
+            self.create_model_card()
         if self.args.push_to_hub and not _internal_call:
             self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
 
@@ -133,11 +146,10 @@ class PipelineTrainer(PublishingTrainer):
                 self._save_rng_state(str(partial))
             if self.args.should_save:
                 self._write_state(partial)
-        self.create_model_card()
         if self.args.push_to_hub:
             self._push_from_checkpoint(str(folder))
         if self.args.should_save:
-            rotate(run_dir, self.args.save_total_limit, self.state.best_model_checkpoint)
+            rotate(run_dir, self.args.save_total_limit, folder, self.state.best_model_checkpoint)
 
     def _write_state(self, folder: Path) -> None:
         """Progress, and what the callbacks want to remember."""
@@ -166,6 +178,7 @@ class PipelineTrainer(PublishingTrainer):
         if self.args.should_save:
             discard_leftovers(run_dir)
         self._check_before_training()
+        self._evaluated = None
         if not self.args.save_on_interrupt:
             return super().train(checkpoint, trial, ignore_keys_for_eval)
         with SaveOnInterrupt(self.accelerator) as interrupt:
@@ -213,17 +226,15 @@ class PipelineTrainer(PublishingTrainer):
         if dataset is None:
             raise ValueError("there is no eval_dataset; pass one here or to the trainer.")
         if isinstance(dataset, dict):
-            return {
-                name: value
-                for key, part in dataset.items()
-                for name, value in self.evaluate(part, ignore_keys, f"{metric_key_prefix}_{key}").items()
-            }
-        samples, pictures = self._measure(dataset)
-        self._evaluated = pictures
+            # By name where it is the trainer's own, as the host does: it keeps the workers of each name's loader.
+            parts = {key: part if eval_dataset is not None else key for key, part in dataset.items()}
+            evaluations = [self.evaluate(part, ignore_keys, f"{metric_key_prefix}_{key}") for key, part in parts.items()]
+            return {name: value for metrics in evaluations for name, value in metrics.items()}
+        samples, self._evaluated = self._measure(dataset)
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in summarise(samples).items()}
         self.log(metrics)
-        if pictures is not None:
-            self._show(metric_key_prefix, pictures)
+        if self._evaluated is not None:
+            self._show(metric_key_prefix, self._evaluated)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
@@ -239,8 +250,17 @@ class PipelineTrainer(PublishingTrainer):
         save_grid(grid, Path(self.args.output_dir) / "samples", name, step)
         to_trackers(self.callback_handler.callbacks, grid, f"{name}/samples", step)
 
+    def _gradient_is_finite(self, model: nn.Module) -> bool:
+        """Whether the weights survive this update; with a gradient scaler, which looks itself, `True`."""
+        if self.accelerator.scaler is not None:
+            return True
+        norm = nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
+        return bool((norm.full_tensor() if isinstance(norm, DTensor) else norm).isfinite())
+
     def _drop_gradients(self, model: nn.Module) -> None:
         """Make the coming step of the optimizer do nothing."""
+        if self.is_world_process_zero():
+            logger.warning(f"update {self.state.global_step + 1} is skipped: rewards or gradients are NaN or infinite.")
         if self.accelerator.scaler is None:
             model.zero_grad()
         else:  # it insists on gradients, and skips the step itself when one overflows

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import broadcast_object_list
 from diffusers import DiffusionPipeline
 from huggingface_hub import CommitOperationAdd, HfApi
 from transformers import Trainer
@@ -99,11 +100,12 @@ class PublishingTrainer(Trainer):
         strategy = self.args.hub_strategy
         if strategy == HubStrategy.END:
             return
-        self.save_model(_internal_call=True)  # by all processes; only the first one knows of uploads
-        if not self.is_world_process_zero():
+        busy = [self.push_in_progress is not None and not self.push_in_progress.is_done()]
+        broadcast_object_list(busy)  # only the first process knows of uploads
+        if busy[0] and not self.args.hub_always_push:
             return
-        busy = self.push_in_progress is not None and not self.push_in_progress.is_done()
-        if busy and not self.args.hub_always_push:
+        self.save_model(_internal_call=True)
+        if not self.is_world_process_zero():
             return
         self.callback_handler.on_push_begin(self.args, self.state, self.control)
         message, folder = f"Training in progress, step {self.state.global_step}", Path(checkpoint_folder)
@@ -111,7 +113,7 @@ class PublishingTrainer(Trainer):
         if strategy in (HubStrategy.CHECKPOINT, HubStrategy.ALL_CHECKPOINTS):
             name = "last-checkpoint" if strategy == HubStrategy.CHECKPOINT else folder.name
             jobs.append(self._upload_checkpoint(folder, name, f"{message}, checkpoint"))
-        if busy:
+        if busy[0]:
             self.push_in_progress.jobs.extend(jobs)
         else:
             self.push_in_progress = PushInProgress(jobs)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,6 +19,7 @@ from .inputs import prompts_of
 __all__ = ["SampleImages", "image_grid", "save_grid", "to_trackers"]
 
 CELL, CAPTION, FONT_SIZE, MARGIN = 256, 34, 13, 4  # pixels
+CHARACTERS = 38  # of a prompt; as many as a cell is wide
 COLUMNS = 4
 
 
@@ -59,16 +61,14 @@ def image_grid(samples: SampleImages) -> Image.Image:
     if not samples.drawable:
         raise ValueError(f"samples of shape {tuple(samples.images.shape)} are no pictures; pass (N, 3, H, W) or (N, F, 3, H, W).")
     pictures = [_picture(image) for image in samples.images]
-    width, height = pictures[0].width + MARGIN, pictures[0].height + MARGIN + CAPTION
+    width, height = CELL + MARGIN, pictures[0].height + MARGIN + CAPTION
     columns = min(COLUMNS, len(pictures))
     grid = Image.new("RGB", (columns * width, -(-len(pictures) // columns) * height), "white")
     draw, font = ImageDraw.Draw(grid), ImageFont.load_default(FONT_SIZE)
     for i, (picture, prompt, reward) in enumerate(zip(pictures, samples.prompts, samples.rewards.tolist(), strict=True)):
         x, y = i % columns * width, i // columns * height
         grid.paste(picture, (x, y))
-        caption = f"{reward:.4g}\n{prompt}"
-        while draw.textbbox((0, 0), caption, font=font)[2] > width - MARGIN:
-            caption = caption[:-2] + "…"
+        caption = f"{reward:.4g}\n{textwrap.shorten(prompt, CHARACTERS, placeholder='…')}"
         draw.text((x, y + picture.height), caption, fill="black", font=font)
     return grid
 

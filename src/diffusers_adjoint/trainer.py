@@ -24,11 +24,14 @@ from .inputs import (
     collate_columns,
     columns_to_check,
     load_pipeline,
+    parts_of,
+    place,
     prompts_of,
     require_prompts,
     require_writable,
     rows_of,
     text_encoders_on,
+    warn_of_flat_rewards,
     warn_of_given_start,
     warn_of_guidance,
     without_prompt,
@@ -125,7 +128,7 @@ class AdjointMatchingTrainer(PipelineTrainer):
             component=args.trained_component,
         )
         if self.replay.arguments.takes_prompt:
-            for dataset in (train_dataset, eval_dataset):
+            for dataset in [train_dataset, *parts_of(eval_dataset)]:
                 require_prompts(dataset)
         warn_of_guidance(self.replay, args.guidance_scale, args.cfg_mode)
         self.pipeline = pipeline
@@ -144,7 +147,7 @@ class AdjointMatchingTrainer(PipelineTrainer):
             callbacks=callbacks,
             optimizers=optimizers,
         )
-        pipeline.to(args.device)
+        place(pipeline, args.device, args.offload_text_encoders)
         self.reward.to(args.device)
         self._idle_steps: list[int] = []  # of the trained network; found at the start of training
         self._samples = SampleLog()
@@ -181,9 +184,11 @@ class AdjointMatchingTrainer(PipelineTrainer):
         loss = self._match(model, batch, trajectory, path, reward, steps)
         if inputs["last"]:
             self._skip_empty_update(model)
+            if self.state.global_step == 0:
+                self._evaluated = None  # its pictures are the base's
             if self.is_world_process_zero():
                 self._pictures = SampleImages.first(self.args.num_images_to_log, reward.images, batch.columns, reward.rewards)
-            if not self._tilt_announced:
+            if self.state.global_step == 0 and not self._tilt_announced:  # later, the rewards are not the base's
                 self._announce_tilt()
         return loss
 
@@ -282,8 +287,9 @@ class AdjointMatchingTrainer(PipelineTrainer):
         """Without one image to learn from, an optimizer would still move, by its momentum and weight decay."""
         kept = self.accelerator.reduce(self._kept, reduction="sum")
         self._kept.zero_()
-        if kept == 0:
-            logger.warning(f"update {self.state.global_step + 1} is skipped: no image has a finite reward, gradient and adjoint.")
+        if kept == 0 or not self._gradient_is_finite(model):
+            if self.args.on_nonfinite == "raise":
+                raise ValueError("the gradient of the loss is NaN or infinite; mend the inputs, or pass on_nonfinite='skip'.")
             self._drop_gradients(model)
 
     def _progress(self, what: str, steps: int) -> contextlib.AbstractContextManager[None]:
@@ -319,8 +325,7 @@ class AdjointMatchingTrainer(PipelineTrainer):
 
     def _check_before_training(self) -> None:
         """Pipeline, grid and rewards on one row, before any rollout."""
-        # Newer hosts call the field `activation_checkpointing` and keep this name in step. Trainer switches it on too, but later:
-        # the check must not need more memory than training.
+        # Trainer switches it on too, but later: the check must not need more memory than training.
         if self.args.gradient_checkpointing:
             if self.replay.exchanges_processors:  # they are put back before the backward pass would recompute with them
                 raise ValueError(f"{self.replay.name} exchanges attention processors; pass gradient_checkpointing=False.")
@@ -337,7 +342,7 @@ class AdjointMatchingTrainer(PipelineTrainer):
         batch = self._prepare_batch({"columns": columns, "first_image": 0, "share": 1.0})
         self._idle_steps = self.replay.idle_steps(batch.start, batch.conditioning, guided=self._guided_loss)
         self._choose_steps()
-        self._reward_gradient(batch.start, batch)
+        warn_of_flat_rewards(self._reward_gradient(batch.start, batch).gradient)
 
     # ------------------------------------------------------------------------------------------------ logging, evaluation
 
@@ -347,7 +352,7 @@ class AdjointMatchingTrainer(PipelineTrainer):
             self._samples.add(f"rewards/{name}", values)
         # An image left out has no control; the mean skips NaN.
         self._samples.add(kl_name(self.denoiser, self.args), torch.where(keep, kl, torch.nan))
-        self._samples.add("adjoint_norm", adjoint.flatten(1).norm(dim=1))
+        self._samples.add("adjoint_norm", torch.where(keep, adjoint.flatten(1).norm(dim=1), torch.nan))
         self._samples.add("skipped", (~keep).float())
 
     def _announce_tilt(self) -> None:

@@ -52,7 +52,7 @@ def write_samples(folder: str | Path, images: Tensor, prompts: Sequence[str]) ->
     if len(images) != len(prompts):
         raise ValueError(f"there are {len(images)} images for {len(prompts)} prompts; pass one prompt for each.")
     medium = medium_of(images)
-    if medium == "audio":
+    if medium == "audio" or images.shape[-3] not in (1, 3):  # no picture that a browser knows
         return []
     samples = []
     for i, (image, prompt) in enumerate(zip(images, prompts, strict=True)):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -77,13 +78,15 @@ class WeightedReward:
             ValueError: if it does not return one value for each image.
         """
         return {
-            name: _checked(function(images=images, prompts=prompts, **_taken(function, columns)), name, len(images))
+            name: _checked(function(images=images, prompts=prompts, **_taken(function, columns)), name, images)
             for name, function in zip(self.names, self.functions, strict=True)
         }
 
     def total(self, values: dict[str, Tensor]) -> Tensor:
         """Σ_i w_i f_i, shape (B,), from the values of a call."""
-        return torch.stack([w * values[name] for w, name in zip(self.weights, self.names, strict=True)]).sum(0)
+        # A weight of 0 logs a reward without aiming at it, so its NaN must not count.
+        terms = [w * values[name] for w, name in zip(self.weights, self.names, strict=True) if w]
+        return torch.stack(terms or [0.0 * values[self.names[0]]]).sum(0)
 
 
 @dataclass(frozen=True)
@@ -120,8 +123,7 @@ def reward_gradient(
         decoded = decode(x)
         # A fresh leaf in float32: gradients in the pixels are small, a 16-bit decoder's output would round them away.
         images = decoded.detach().to(torch.promote_types(decoded.dtype, torch.float32)).requires_grad_()
-        values = reward(images, prompts, **columns)
-        _require_graph(values)
+        values = {name: _with_graph(name, value, images) for name, value in reward(images, prompts, **columns).items()}
         total = reward.total(values)
     in_pixels = torch.autograd.grad(total.sum(), images, allow_unused=True)[0]
     gradient = None if in_pixels is None else vector_jacobian(decoded, x, in_pixels)
@@ -130,18 +132,21 @@ def reward_gradient(
     return RewardGradient(total.detach(), {name: value.detach() for name, value in values.items()}, gradient, images.detach())
 
 
-def _require_graph(values: dict[str, Tensor]) -> None:
-    for name, value in values.items():
-        if not value.requires_grad:
-            raise ValueError(
-                f"reward {name!r} is not differentiable in the images; remove torch.no_grad(), .detach(), .item(), PIL or uint8 "
-                "conversion from it, Adjoint Matching needs ∂reward/∂pixels."
-            )
+def _with_graph(name: str, value: Tensor, images: Tensor) -> Tensor:
+    if value.requires_grad:
+        return value
+    if not value.isfinite().any():  # no reward for any of these images, and so nothing to differentiate
+        return value + 0.0 * images.flatten(1).sum(1)
+    raise ValueError(
+        f"reward {name!r} is not differentiable in the images; remove torch.no_grad(), .detach(), .item(), PIL or uint8 "
+        "conversion from it, Adjoint Matching needs ∂reward/∂pixels."
+    )
 
 
-def _checked(value: Any, name: str, batch: int) -> Tensor:
+def _checked(value: Any, name: str, images: Tensor) -> Tensor:
+    batch = len(images)
     if isinstance(value, list | tuple):
-        value = _stacked(value)
+        value = _stacked(value, images)
     if not isinstance(value, Tensor):
         raise TypeError(f"reward {name!r} returned a {type(value).__name__}; return a tensor of shape ({batch},).")
     if value.shape != (batch,):
@@ -149,12 +154,12 @@ def _checked(value: Any, name: str, batch: int) -> Tensor:
     return value if value.dtype == torch.float64 else value.float()
 
 
-def _stacked(values: Sequence[Any]) -> Any:
+def _stacked(values: Sequence[Any], images: Tensor) -> Any:
     """A tensor out of one scalar tensor for each image, `None` (no reward for this image) as NaN; others come back unchanged."""
-    given = [value for value in values if isinstance(value, Tensor) and value.ndim == 0]
-    if not given or any(value is not None and not isinstance(value, Tensor) for value in values):
+    if any(value is not None and not (isinstance(value, Tensor) and value.ndim == 0) for value in values):
         return values
-    return torch.stack([given[0].new_tensor(torch.nan) if value is None else value for value in values])
+    given = next((value for value in values if value is not None), images.new_zeros(()))
+    return torch.stack([given.new_tensor(torch.nan) if value is None else value for value in values])
 
 
 def _taken(function: RewardFunction, columns: dict[str, list[Any]]) -> dict[str, list[Any]]:
@@ -169,6 +174,10 @@ def _taken(function: RewardFunction, columns: dict[str, list[Any]]) -> dict[str,
 def _unique_names(functions: Sequence[RewardFunction]) -> list[str]:
     names: list[str] = []
     for function in functions:
-        name = getattr(function, "__name__", type(function).__name__)
-        names.append(name if name not in names else f"{name}_{sum(n.startswith(name) for n in names)}")
+        name = candidate = getattr(function, "__name__", type(function).__name__)
+        for number in itertools.count(1):
+            if candidate not in names:
+                break
+            candidate = f"{name}_{number}"
+        names.append(candidate)
     return names
