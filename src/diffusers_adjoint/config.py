@@ -92,6 +92,7 @@ class AdjointMatchingConfig(TrainingArguments):
 
     Args:
         logging_steps (`float`, defaults to 10): updates between two lines of the log.
+        save_steps (`float`, defaults to 50): updates between two checkpoints; a run has hundreds of them, not thousands.
         learning_rate (`float`, defaults to 1e-4): for LoRA; a full fine-tuning wants about 1e-5.
         lr_scheduler_type (`str`, defaults to `"constant"`): no warm-up, no decay.
         per_device_train_batch_size (`int`, defaults to 4): prompts per rollout.
@@ -104,6 +105,7 @@ class AdjointMatchingConfig(TrainingArguments):
     _VALID_DICT_FIELDS = TrainingArguments._VALID_DICT_FIELDS + ["pipeline_kwargs", "model_init_kwargs"]
 
     logging_steps: float = field(default=10, metadata={"help": "Updates between two lines of the log."})
+    save_steps: float = field(default=50, metadata={"help": "Updates between two checkpoints."})
     learning_rate: float = field(default=1e-4, metadata={"help": "Initial learning rate of the optimizer."})
     lr_scheduler_type: str = field(default="constant", metadata={"help": "Learning rate schedule."})
     per_device_train_batch_size: int = field(default=4, metadata={"help": "Prompts per rollout and device."})
