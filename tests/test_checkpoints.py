@@ -11,8 +11,6 @@ from tiny_pipelines import sd3, sd15
 from tiny_trainer import PROMPTS, brightness, difference, make_trainer, weights
 from transformers import TrainerCallback
 
-from diffusers_adjoint.checkpoint import discard_leftovers
-
 STEPS = {"save_strategy": "steps", "save_steps": 1, "max_steps": 3, "learning_rate": 1e-3}
 
 
@@ -256,10 +254,13 @@ def test_a_kill_while_a_checkpoint_is_replaced_loses_none(tmp_path):
     make_trainer(tmp_path, **STEPS | {"max_steps": 1}).train()
     (tmp_path / "checkpoint-1").rename(tmp_path / "_checkpoint-1.replaced")
     (tmp_path / "_checkpoint-1.partial").mkdir()
-    discard_leftovers(tmp_path)
-    assert checkpoints(tmp_path) == ["checkpoint-1"]
-    make_trainer(tmp_path, **STEPS | {"max_steps": 1}).train()
-    assert checkpoints(tmp_path) == ["checkpoint-1"]
+    started = []
+    again = make_trainer(tmp_path, **STEPS)
+    again.add_callback(FirstStep(started))
+    again.train(resume_from_checkpoint=True)
+    assert started == [1]
+    make_trainer(tmp_path, **STEPS | {"max_steps": 1}).train()  # writes checkpoint-1 anew
+    assert checkpoints(tmp_path) == ["checkpoint-1", "checkpoint-2", "checkpoint-3"]
 
 
 @pytest.mark.parametrize("strategy", ["steps", "best"])

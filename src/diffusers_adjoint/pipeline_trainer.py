@@ -174,9 +174,10 @@ class PipelineTrainer(PublishingTrainer):
         run_dir = Path(self.args.output_dir)
         plain = not (self.is_fsdp_enabled or self.is_deepspeed_enabled or self.args.save_only_model)
         needed = [self._weights_name, TRAINER_STATE_NAME] + (["optimizer.pt", "scheduler.pt"] if plain else [])
-        checkpoint = checkpoint_to_resume(resume_from_checkpoint, run_dir, needed)
         if self.args.should_save:
             discard_leftovers(run_dir)
+        self._wait()
+        checkpoint = checkpoint_to_resume(resume_from_checkpoint, run_dir, needed)
         self._check_before_training()
         self._evaluated = None
         if not self.args.save_on_interrupt:
