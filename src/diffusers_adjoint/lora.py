@@ -76,7 +76,7 @@ def _active_adapters(network: PeftAdapterMixin) -> list[str]:
     name = type(network).__name__
     if any(layer.merged for layer in layers):
         raise ValueError(f"{name} carries a fused adapter; call unload_lora_weights() after fuse_lora().")
-    if layers and ADAPTER in network.peft_config:
+    if network._hf_peft_config_loaded and ADAPTER in network.peft_config:
         raise ValueError(
             f"{name} already carries an adapter {ADAPTER!r}; call delete_adapters({ADAPTER!r}), or fuse_lora() and "
             f"unload_lora_weights() to train on top of it."
