@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Callable
 
@@ -39,7 +40,7 @@ def summarise(samples: dict[str, Tensor]) -> dict[str, float]:
     summary: dict[str, float] = {}
     for name, values in samples.items():
         values = values[values.isfinite()]
-        spread = values.std(correction=min(1, max(len(values) - 1, 0))).item()
+        spread = values.std(correction=min(1, len(values) - 1)).item() if len(values) else math.nan
         if name.startswith("rewards/"):
             summary |= {f"{name}/mean": values.mean().item(), f"{name}/std": spread}
         else:
