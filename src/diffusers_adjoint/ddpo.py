@@ -181,6 +181,7 @@ class _OldReward(nn.Module):
         self.__name__ = getattr(function, "__name__", type(function).__name__)  # for logs and messages
 
     def forward(self, images: Tensor, prompts: list[str], metadata: list[Any]) -> Any:
+        """The old function's rewards; its errors are told in terms of what is needed here."""
         try:
             result = self.function(images, tuple(prompts), tuple(metadata))
         except RuntimeError as error:

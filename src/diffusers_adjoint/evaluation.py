@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -10,18 +9,17 @@ from torch import Tensor
 
 from .config import AdjointMatchingConfig
 from .denoiser import PipelineDenoiser
-from .inputs import prompts_of, repeat_rows, rows_of, without_prompt
+from .inputs import prompts_of, rows_of, without_prompt
 from .metrics import pairwise_diversity, saturated_share
 from .rewards import WeightedReward
-from .rollout import Stream, sampled_path_kl, seeded_generator
-from .sample_images import SampleImages
+from .rollout import Stream, sampled_path_kl, seeded_generators
 
 __all__ = ["evaluate_rows", "kl_name"]
 
 
 def evaluate_rows(
     denoiser: PipelineDenoiser, reward: WeightedReward, args: AdjointMatchingConfig, columns: dict[str, list[Any]], first_row: int
-) -> tuple[dict[str, Tensor], SampleImages]:
+) -> tuple[dict[str, Tensor], Tensor]:
     """Sample `num_generations_eval` images of each row and measure them; nothing is differentiated.
 
     Seeds depend on the row's number only, so that evaluations compare across steps, runs and numbers of processes.
@@ -33,10 +31,10 @@ def evaluate_rows(
     Returns:
         name → (B, images) or (B, 1): "reward", "rewards/<name>"; "saturated", share of values that are 0 or 1; "diversity", mean
         squared difference of two images of one prompt, a value of the image, in [0, 1]; "kl", nats, of memoryless paths, one a
-        row. And the images.
+        row. And the images, (B · images, …), those of a row together.
     """
     times, rows = args.num_generations_eval, rows_of(columns)
-    generators = _generators(args.seed, range(first_row * times, (first_row + rows) * times), Stream.EVALUATION)
+    generators = seeded_generators(args.seed, 0, range(first_row * times, (first_row + rows) * times), Stream.EVALUATION)
     with torch.no_grad():
         kl = _path_kl(denoiser, args, columns, first_row)  # first: FSDP wants the wrapped module called before the network in it
         # One call for each image of a row: no more samples are in memory than the evaluation batch has rows.
@@ -46,8 +44,7 @@ def evaluate_rows(
     images = torch.stack([shown for shown, _ in calls], 1)
     if times > 1:
         result["diversity"] = _diversity(images.flatten(2)).to(images.device)
-    repeated, rewards = repeat_rows(columns, times), result["reward"].flatten()
-    return result, SampleImages.first(args.num_images_to_log, images.flatten(0, 1), repeated, rewards)
+    return result, images.flatten(0, 1)
 
 
 def _sample(
@@ -74,16 +71,12 @@ def _path_kl(denoiser: PipelineDenoiser, args: AdjointMatchingConfig, columns: d
     guided_loss = args.cfg_mode == "full"
     start, conditioning = denoiser.replay.prepare(
         columns,
-        _generators(args.seed, rows, Stream.EVALUATION_START),
+        seeded_generators(args.seed, 0, rows, Stream.EVALUATION_START),
         guided=args.cfg_mode != "none",
         unguided=not guided_loss,
     )
-    noise = _generators(args.seed, rows, Stream.EVALUATION_NOISE)
+    noise = seeded_generators(args.seed, 0, rows, Stream.EVALUATION_NOISE)
     return sampled_path_kl(denoiser, start, conditioning, noise, guided_rollout=args.cfg_mode != "none", guided_loss=guided_loss)
-
-
-def _generators(seed: int, numbers: Sequence[int], stream: Stream) -> list[torch.Generator]:
-    return [seeded_generator(seed, 0, number, stream) for number in numbers]
 
 
 def _diversity(images: Tensor) -> Tensor:

@@ -20,11 +20,9 @@ from .replay.arguments import CallArguments
 from .replay.view import denoiser_names, text_encoders
 from .rewards import WeightedReward
 
-__all__ = ["collate_columns", "columns_to_check", "first_row", "load_pipeline", "parts_of", "place"]
-__all__ += ["prompts_of", "repeat_rows", "require_prompts"]
-__all__ += ["require_writable", "rows_of", "text_encoders_on", "warn_of_flat_rewards", "warn_of_given_start"]
-__all__ += ["warn_of_guidance"]
-__all__ += ["without_prompt"]
+__all__ = ["collate_columns", "columns_to_check", "first_row", "load_pipeline", "parts_of", "place", "prompts_of"]
+__all__ += ["repeat_rows", "require_prompts", "require_writable", "rows_of", "text_encoders_on", "warn_of_flat_rewards"]
+__all__ += ["warn_of_given_start", "warn_of_guidance", "without_prompt"]
 
 logger = logging.get_logger(__name__)
 
@@ -102,6 +100,7 @@ def _require_fitting(columns: dict[str, list[Any]], arguments: CallArguments, re
 
 
 def first_row(dataset: Any, name: str, needs_prompt: bool) -> dict[str, Any]:
+    """The first row of the dataset called `name`; ValueError if there is none, or it lacks a prompt or has a reserved column."""
     if dataset is None:
         raise ValueError(f"{name} is missing; pass a dataset with a row for each prompt.")
     row = next(iter(dataset), None)
@@ -198,7 +197,10 @@ def text_encoders_on(pipeline: DiffusionPipeline, device: torch.device) -> Itera
 
 def place(pipeline: DiffusionPipeline, device: torch.device, offload_text_encoders: bool) -> None:
     """The pipeline's networks on `device`; the text encoders, if asked so, on the CPU."""
-    away = text_encoders(pipeline).keys() if offload_text_encoders else ()
+    if not offload_text_encoders:
+        pipeline.to(device)  # it leaves alone what cannot be moved, such as quantised networks
+        return
+    away = text_encoders(pipeline).keys()
     for name, part in pipeline.components.items():
         if isinstance(part, nn.Module):
             part.to("cpu" if name in away else device)

@@ -41,6 +41,7 @@ class PipelineTrainer(PublishingTrainer):
     # ---------------------------------------------------------------------------------------------------------- several devices
 
     def create_accelerator_and_postprocess(self) -> None:
+        """The host's, then what compilation and FSDP must do otherwise for a network inside a pipeline."""
         super().create_accelerator_and_postprocess()
         self._compile_network()
         if self.is_fsdp_enabled:

@@ -18,7 +18,8 @@ from .matching import step_kl
 from .replay import Conditioning
 from .trajectory import Trajectory, rollout
 
-__all__ = ["Stream", "path_kl", "sample_trajectory", "sampled_path_kl", "seeded_generator", "stacked_noise", "zero_unless"]
+__all__ = ["Stream", "path_kl", "sample_trajectory", "sampled_path_kl", "seeded_generator", "seeded_generators"]
+__all__ += ["stacked_noise", "zero_unless"]
 
 
 class Stream(IntEnum):
@@ -36,6 +37,11 @@ def seeded_generator(seed: int, update: int, sample: int, stream: Stream) -> tor
     """CPU generator that depends on its arguments only; on the CPU so that every device draws the same numbers."""
     state = np.random.SeedSequence((seed, update, sample, stream)).generate_state(1, np.uint64)
     return torch.Generator().manual_seed(int(state[0] >> np.uint64(1)))  # manual_seed takes 63 bits
+
+
+def seeded_generators(seed: int, update: int, samples: Sequence[int], stream: Stream) -> list[torch.Generator]:
+    """One `seeded_generator` for each sample."""
+    return [seeded_generator(seed, update, sample, stream) for sample in samples]
 
 
 def stacked_noise(like: Tensor, generators: Sequence[torch.Generator]) -> Tensor:

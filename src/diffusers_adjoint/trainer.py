@@ -27,6 +27,7 @@ from .inputs import (
     parts_of,
     place,
     prompts_of,
+    repeat_rows,
     require_prompts,
     require_writable,
     rows_of,
@@ -43,7 +44,7 @@ from .progress import progress
 from .replay import Conditioning, PipelineReplay
 from .replay.selfcheck import check_replay
 from .rewards import RewardGradient, WeightedReward, reward_gradient
-from .rollout import Stream, sample_trajectory, seeded_generator, zero_unless
+from .rollout import Stream, sample_trajectory, seeded_generator, seeded_generators, zero_unless
 from .sample_images import SampleImages
 from .sample_log import SampleLog, announce_tilt, summarise
 from .schedulers import memoryless_scheduler
@@ -184,11 +185,10 @@ class AdjointMatchingTrainer(PipelineTrainer):
         loss = self._match(model, batch, trajectory, path, reward, steps)
         if inputs["last"]:
             self._skip_empty_update(model)
-            if self.state.global_step == 0:
-                self._evaluated = None  # its pictures are the base's
             if self.is_world_process_zero():
                 self._pictures = SampleImages.first(self.args.num_images_to_log, reward.images, batch.columns, reward.rewards)
-            if self.state.global_step == 0 and not self._tilt_announced:  # later, the rewards are not the base's
+            if self.state.global_step == 0:  # an evaluation shows the base, and only now are the rewards the base's
+                self._evaluated = None
                 self._announce_tilt()
         return loss
 
@@ -206,7 +206,7 @@ class AdjointMatchingTrainer(PipelineTrainer):
         return RolloutBatch(start, conditioning, self._generators(images, Stream.STEP_NOISE), columns, inputs["share"])
 
     def _generators(self, images: Sequence[int], stream: Stream) -> list[torch.Generator]:
-        return [seeded_generator(self.args.seed, self.state.global_step, i, stream) for i in images]
+        return seeded_generators(self.args.seed, self.state.global_step, images, stream)
 
     def _choose_steps(self) -> LossSteps:
         """The same steps for every image of an update, so that neither micro-batches nor ranks change them."""
@@ -217,8 +217,8 @@ class AdjointMatchingTrainer(PipelineTrainer):
         return choose_loss_steps(stds, count, self.args.loss_step_selection, generator)
 
     def _rollout(self, batch: RolloutBatch) -> Trajectory:
-        guided = self.args.cfg_mode in ("rollout", "full")
         with self._progress("rollout", len(self.replay.stds) - 1):
+            guided = self.args.cfg_mode != "none"
             return sample_trajectory(self.denoiser, batch.start, batch.conditioning, batch.noise, guided=guided)
 
     def _adjoint(self, batch: RolloutBatch, trajectory: Trajectory, steps: LossSteps) -> tuple[AdjointPath, RewardGradient]:
@@ -357,10 +357,10 @@ class AdjointMatchingTrainer(PipelineTrainer):
 
     def _announce_tilt(self) -> None:
         """One line about λ after the first update, from the rewards of all its images."""
-        self._tilt_announced = True
         rewards = self._samples.gathered("reward", self.accelerator.gather)
-        if self.is_world_process_zero():
+        if self.is_world_process_zero() and not self._tilt_announced:
             announce_tilt(self.args.reward_scale * rewards[rewards.isfinite()])
+        self._tilt_announced = True
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Adds reward, reward_std, rewards/<name>/mean and /std, kl or kl_unguided (nats), adjoint_norm, skipped,
@@ -381,14 +381,14 @@ class AdjointMatchingTrainer(PipelineTrainer):
     def _measure(self, dataset: Any) -> tuple[dict[str, Tensor], SampleImages | None]:
         samples, pictures, first = SampleLog(), None, 0
         batches = self.get_eval_dataloader(dataset)
-        for columns in tqdm(
-            batches, "evaluation", leave=False, disable=self.args.disable_tqdm or not self.is_local_process_zero()
-        ):
+        for columns in tqdm(batches, "evaluation", leave=False, disable=not self._shows_progress):
             rows = rows_of(columns)
             offset = first * self.args.world_size + self.args.process_index * rows
             with self._text_encoders():
-                measured, shown = evaluate_rows(self.denoiser, self.reward, self.args, columns, offset)
-            pictures = pictures or shown
+                measured, images = evaluate_rows(self.denoiser, self.reward, self.args, columns, offset)
+            if pictures is None:
+                repeated = repeat_rows(columns, self.args.num_generations_eval)
+                pictures = SampleImages.first(self.args.num_images_to_log, images, repeated, measured["reward"].flatten())
             for name, values in measured.items():
                 # Drops the rows that fill up the last batch of several processes.
                 samples.add(name, self.accelerator.gather_for_metrics(values))

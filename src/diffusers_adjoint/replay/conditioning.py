@@ -108,6 +108,7 @@ class Preparations:
 
         @functools.wraps(function)
         def recorded(*args: Any, **kwargs: Any) -> Any:
+            """The value, noted if the call is the pipeline's own, and where the generators stand after it."""
             self._depth += 1
             try:
                 value = function(*args, **kwargs)

@@ -180,6 +180,7 @@ def make_recorder(scheduler: Any, generators: list[torch.Generator], stop_after:
 
     @functools.wraps(scheduler_class.step)
     def step(self: Any, model_output: Tensor, timestep: Any, sample: Tensor, *args: Any, **kwargs: Any) -> Any:
+        """The scheduler's own step on the first B samples, recorded, and repeated for the copies."""
         if not self.record:
             self.first_sample = sample
         as_output, copies = kwargs.pop("return_dict", True), len(sample) // batch_size
