@@ -9,6 +9,13 @@ r(x) = c·x − ½ (x − μ)ᵀ Q (x − μ). Then everything that Adjoint Matc
 - a sampler applied to a Gaussian law is an affine chain, whose optimal control is a discrete Riccati recursion
   (`AffineChain`): exact on the grid, no step-size error.
 
+Beyond samplers, two problems of stochastic optimal control, min_u E[∫_0^1 ½‖u‖² + f(X, t) dt + g(X_1)] under
+dX = (b(X, t) + σ u) dt + σ dB (of the kinds in arXiv 2312.02027; here with ½ before quadratic costs):
+
+- `LinearQuadratic`: optimal control by the matrix exponential; P = Q = 0 leaves the Ornstein–Uhlenbeck process with a linear
+  terminal cost, whose control is the deterministic −σ ∘ exp(Aᵀ(1 − t)) q;
+- `DoubleWell`: not Gaussian, one dimension; optimal control by the linear equation of ψ = e^{−V}, on a grid (`hopf_cole`).
+
 Nothing here imports the package: these are the references it is checked against.
 """
 
@@ -17,12 +24,25 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import torch
+from scipy.linalg import solve_banded
 from torch import Tensor
 
-__all__ = ["AffineChain", "GaussianMixture", "QuadraticReward", "gaussian", "mixture_1d", "model_output", "sliced_w2"]
+__all__ = [
+    "AffineChain",
+    "DoubleWell",
+    "GaussianMixture",
+    "LinearQuadratic",
+    "QuadraticReward",
+    "gaussian",
+    "hopf_cole",
+    "mixture_1d",
+    "model_output",
+    "sliced_w2",
+]
 
 
 @dataclass(frozen=True)
@@ -164,7 +184,7 @@ class AffineChain:
     Args:
         jacobians: A_k, shape (K, d, d).
         offsets: b_k, shape (K, d).
-        stds: s_k ≥ 0, shape (K,).
+        stds: s_k ≥ 0, shape (K,), or (K, d) for a diagonal that acts coordinate by coordinate.
     """
 
     jacobians: Tensor
@@ -193,30 +213,177 @@ class AffineChain:
             covariance = jacobian @ covariance @ jacobian.T + std**2 * torch.eye(len(mean), dtype=mean.dtype)
         return gaussian(mean, covariance)
 
-    def optimal_control(self, reward: QuadraticReward) -> tuple[Tensor, Tensor]:
-        """Gains G_k (K, d, d) and offsets g_k (K, d) of w_k* = G_k x_k + g_k, which minimises E[½ Σ‖w_k‖² − r(x_K)].
+    def optimal_control(self, reward: QuadraticReward, running: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Gains G_k (K, d, d) and offsets g_k (K, d) of the best control w_k* = G_k x_k + g_k.
 
-        Riccati: with value ½ xᵀ M x + l·x after the step, w* = −s (I + s² M)⁻¹ (M (A x + b) + l).
+        It minimises E[Σ ½‖w_k‖² + ½ x_kᵀ P_k x_k − r(x_K)]; P_k, shape (K, d, d), symmetric, is `running` (step length
+        included), zero by default. Riccati: with value ½ xᵀ M x + l·x after the step and S = diag(s),
+        w* = −S (I + M S²)⁻¹ (M (A x + b) + l).
         """
         curvature, slope = reward.curvature, -reward.grad(torch.zeros_like(reward.centre))
         eye = torch.eye(len(slope), dtype=slope.dtype)
         gains, offsets = [], []
-        for jacobian, offset, std in zip(self.jacobians.flip(0), self.offsets.flip(0), self.stds.flip(0), strict=True):
-            damped = torch.linalg.inv(eye + std**2 * curvature)
-            gains.append(-std * damped @ curvature @ jacobian)
-            offsets.append(-std * damped @ (curvature @ offset + slope))
+        for k in reversed(range(len(self.stds))):
+            jacobian, offset, std = self.jacobians[k], self.offsets[k], self.stds[k]
+            damped = torch.linalg.inv(eye + curvature * std**2)
+            gains.append(-std[..., None] * (damped @ curvature @ jacobian))
+            offsets.append(-std * (damped @ (curvature @ offset + slope)))
             slope = jacobian.T @ damped @ (curvature @ offset + slope)
             curvature = jacobian.T @ damped @ curvature @ jacobian
+            if running is not None:
+                curvature = curvature + running[k]
         return torch.stack(gains[::-1]), torch.stack(offsets[::-1])
 
     def controlled(self, gains: Tensor, offsets: Tensor) -> AffineChain:
         """The chain under w_k = G_k x_k + g_k."""
-        std = self.stds[:, None]
+        std = self.stds.reshape(len(self.stds), -1)  # a column, or one entry per coordinate
         return AffineChain(self.jacobians + std[..., None] * gains, self.offsets + std * offsets, self.stds)
 
     def mean(self, k: int, x: Tensor) -> Tensor:
         """Step mean, (B, d) → (B, d)."""
         return x @ self.jacobians[k].T + self.offsets[k]
+
+
+@dataclass(frozen=True)
+class LinearQuadratic:
+    """dX = (A X + σ u) dt + σ dB on [0, 1], costs f = ½ xᵀ P x and g = ½ xᵀ Q x + q·x. Everything float64.
+
+    Args:
+        matrix: A, shape (d, d).
+        running: P ≥ 0, shape (d, d), symmetric.
+        terminal: Q ≥ 0, shape (d, d), symmetric.
+        slope: q, shape (d,).
+        sigma: σ, diagonal, shape (d,).
+    """
+
+    matrix: Tensor
+    running: Tensor
+    terminal: Tensor
+    slope: Tensor
+    sigma: Tensor
+
+    def drift(self, x: Tensor, t: float | Tensor) -> Tensor:
+        """b, (B, d) → (B, d)."""
+        return x @ self.matrix.T
+
+    def running_cost(self, x: Tensor, t: float | Tensor) -> Tensor:
+        """f, (B, d) → (B,)."""
+        return 0.5 * (x @ self.running * x).sum(-1)
+
+    def terminal_cost(self, x: Tensor) -> Tensor:
+        """g, (B, d) → (B,)."""
+        return 0.5 * (x @ self.terminal * x).sum(-1) + x @ self.slope
+
+    def control(self, x: Tensor, t: float | Tensor) -> Tensor:
+        """u* = −σ ∘ (F_t x + f_t), (B, d) → (B, d).
+
+        The Riccati equation −Ḟ = AᵀF + F A − F σ² F + P, F_1 = Q, −ḟ = (Aᵀ − F σ²) f, f_1 = q, linearised: along the optimal
+        mean path the state x and the costate p = F x + f obey ẋ = A x − σ² p, ṗ = −P x − Aᵀ p, so that one matrix
+        exponential carries (x_1, Q x_1 + q) back to time t.
+        """
+        d = len(self.slope)
+        flow = torch.cat([torch.cat([self.matrix, -torch.diag(self.sigma**2)], 1), torch.cat([-self.running, -self.matrix.T], 1)])
+        back = torch.linalg.matrix_exp(flow * (t - 1))
+        of_end = back[:, :d] + back[:, d:] @ self.terminal  # ∂(x_t, p_t)/∂x_1
+        gain = of_end[d:] @ torch.linalg.inv(of_end[:d])
+        offset = (back[d:, d:] - gain @ back[:d, d:]) @ self.slope
+        return -self.sigma * (x @ gain.T + offset)
+
+    def chain(self, times: Tensor) -> AffineChain:
+        """Euler steps over t_0 < … < t_K, `times` of shape (K + 1,): A_k = I + h A, b_k = 0, s_k = √h σ."""
+        h = times.diff()
+        eye = torch.eye(len(self.slope), dtype=times.dtype)
+        return AffineChain(
+            eye + h[:, None, None] * self.matrix, times.new_zeros(len(h), len(eye)), h.sqrt()[:, None] * self.sigma
+        )
+
+    def chain_costs(self, times: Tensor) -> tuple[QuadraticReward, Tensor]:
+        """What `chain(times).optimal_control` takes: the reward −g, and P_k = h P, shape (K, d, d)."""
+        reward = QuadraticReward(-self.slope, self.terminal, torch.zeros_like(self.slope))
+        return reward, times.diff()[:, None, None] * self.running
+
+
+@dataclass(frozen=True)
+class DoubleWell:
+    """dX = (−Ψ'(X) + σ u) dt + σ dB on [0, 1], d = 1, with Ψ = κ (x² − 1)², f = 0 and g = ν (x − 1)².
+
+    Mass above 0 at the end, without control and under the optimum: .5 and .98 from x_0 = 0, .08 and .81 from x_0 = −1.
+    The grid's own error in u* is 4e-4 for |x| ≤ 1.5, 6e-3 for |x| ≤ 2 (there u* reaches 9), against one four times as fine.
+
+    Args:
+        barrier: κ, the height of Ψ at 0.
+        pull: ν.
+        sigma: σ.
+    """
+
+    barrier: float = 1.0
+    pull: float = 1.5
+    sigma: float = 1.0
+
+    def drift(self, x: Tensor, t: float | Tensor) -> Tensor:
+        """b = −Ψ', (B, 1) → (B, 1)."""
+        return -4 * self.barrier * x * (x**2 - 1)
+
+    def terminal_cost(self, x: Tensor) -> Tensor:
+        """g, (B, 1) → (B,)."""
+        return self.pull * (x[:, 0] - 1) ** 2
+
+    def control(self, x: Tensor, t: float | Tensor) -> Tensor:
+        """u* = −σ V', (B, 1) → (B, 1); |x| ≤ 3, as at the border beyond."""
+        points, _, slopes = self._solution
+        return -self.sigma * _bilinear(points, slopes, x, t)
+
+    def value(self, x: Tensor, t: float | Tensor = 0.0) -> Tensor:
+        """V = −log ψ = E[cost from (x, t) on] under u*, (B, 1) → (B,)."""
+        points, values, _ = self._solution
+        return _bilinear(points, values, x, t)[:, 0]
+
+    @cached_property
+    def _solution(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Grid, V and V' on it."""
+        points, values = hopf_cole(self.drift, self.terminal_cost, self.sigma)
+        return points, values, torch.gradient(values, spacing=(points,), dim=1, edge_order=2)[0]
+
+
+def hopf_cole(
+    drift: Callable[[Tensor, float], Tensor],
+    terminal_cost: Callable[[Tensor], Tensor],
+    sigma: float,
+    half_width: float = 3.0,
+    points: int = 1201,
+    steps: int = 1000,
+) -> tuple[Tensor, Tensor]:
+    """Value V of dX = (b + σ u) dt + σ dB at cost E[∫_0^1 ½ u² dt + g(X_1)], d = 1: grid (N,), and V at k/K (K + 1, N).
+
+    ψ = e^{−V} obeys ∂_t ψ + b ψ' + ½ σ² ψ'' = 0, ψ(·, 1) = e^{−g} (Fleming and Soner, "Controlled Markov Processes and
+    Viscosity Solutions", chapter VI): central differences and Crank–Nicolson, second order in space and time. The grid spans
+    ±`half_width`; there the drift must point inwards, and carries ψ alone: a path that far out does not stay. b is the same
+    at all times.
+    """
+    x = torch.linspace(-half_width, half_width, points, dtype=torch.float64)
+    dx, half = 2 * half_width / (points - 1), 0.5 / steps
+    psi = torch.exp(-terminal_cost(x[:, None]))
+    history = [psi]
+    b = drift(x[:, None], 0.0)[:, 0]
+    left, right = (half * (0.5 * (sigma / dx) ** 2 + sign * b / (2 * dx)) for sign in (-1, 1))
+    left[0], right[0], left[-1], right[-1] = 0, half * b[0] / dx, -half * b[-1] / dx, 0
+    # `roll` brings the neighbour's value; what it carries round the ends meets a zero coefficient.
+    bands = torch.stack([-right.roll(1), 1 + left + right, -left.roll(-1)]).numpy()
+    for _ in range(steps):
+        known = psi + left * (psi.roll(1) - psi) + right * (psi.roll(-1) - psi)
+        psi = torch.from_numpy(solve_banded((1, 1), bands, known.numpy()))
+        history.append(psi)
+    return x, -torch.stack(history[::-1]).log()
+
+
+def _bilinear(points: Tensor, table: Tensor, x: Tensor, t: float | Tensor) -> Tensor:
+    """A table over (k/K, points), shape (K + 1, N), at (t, x); both are held inside the grid."""
+    level = min(max(float(t), 0.0), 1.0) * (len(table) - 1)
+    k = min(int(level), len(table) - 2)
+    row = torch.lerp(table[k], table[k + 1], level - k)
+    place = (x - points[0]) / (points[1] - points[0])
+    i = place.long().clamp(0, len(points) - 2)
+    return torch.lerp(row[i], row[i + 1], (place - i).clamp(0, 1))
 
 
 def sliced_w2(samples: Tensor, law: GaussianMixture, directions: int = 32) -> float:

@@ -1,8 +1,9 @@
 """Reward fine-tuning of diffusers pipelines with Adjoint Matching (arXiv 2409.08861), in the shape of a TRL trainer."""
 
-from .adjoint import AdjointPath, lean_adjoint
+from .adjoint import AdjointPath, full_adjoint, lean_adjoint
 from .config import AdjointMatchingConfig
 from .matching import LossSteps, choose_loss_steps, clip_loss, control, matching_loss, step_kl
+from .objectives import ChainLoss, continuous_adjoint_loss, discrete_adjoint
 from .schedulers import (
     MemorylessDDIMScheduler,
     MemorylessEDMEulerScheduler,
@@ -19,6 +20,7 @@ __all__ = [
     "AdjointMatchingConfig",
     "AdjointMatchingTrainer",
     "AdjointPath",
+    "ChainLoss",
     "LossSteps",
     "MemorylessDDIMScheduler",
     "MemorylessEDMEulerScheduler",
@@ -27,7 +29,10 @@ __all__ = [
     "Transition",
     "choose_loss_steps",
     "clip_loss",
+    "continuous_adjoint_loss",
     "control",
+    "discrete_adjoint",
+    "full_adjoint",
     "lean_adjoint",
     "matching_loss",
     "memoryless_scheduler",

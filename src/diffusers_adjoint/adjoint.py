@@ -1,13 +1,19 @@
-r"""The lean adjoint: how the terminal cost depends on an earlier state when the *frozen base* carries it to the end.
+r"""Adjoints: how the cost still to come depends on an earlier state of a path.
 
-Continuous time (2409.08861, eqs. 38–39):  dã/dt = −(∇ₓb)ᵀ ã − ∇ₓf,  ã(1) = ∇g(X_1) = −λ∇r(X_1), with b the base drift.
-On the grid, exactly (and for any sampler whose step mean is μ_k):
+**Lean** (2409.08861, eqs. 38–39), when the *frozen base* carries that state to the end:
+dã/dt = −(∇ₓb)ᵀ ã − ∇ₓf,  ã(1) = ∇g(X_1) = −λ∇r(X_1), with b the base drift. On the grid, exactly (and for any sampler whose
+step mean is μ_k):
 
     ã_k = (∂μ_k^base/∂x)ᵀ ã_{k+1} + ∇f_k(x_k),       k = K − 1, …, lowest
 
-The reward is differentiated at the noiseless end point x̂_K = μ_{K−1}^base(x_{K−1}) (paper, app. G.1); that mean's
-graph also serves the first vector–Jacobian product, so no step is evaluated twice. One step's activations are alive at a
-time.
+**Full** (eqs. 30–31), when the *controlled* process does and pays for its control on the way; with w_k = (μ_k^θ − μ_k^base)/s_k²,
+
+    a_k = (∂μ_k^θ/∂x)ᵀ a_{k+1} + ∇f_k(x_k) + ∇ₓ ½‖s_k w_k‖²  =  (∂μ_k^θ/∂x)ᵀ (a_{k+1} + w_k) − (∂μ_k^base/∂x)ᵀ w_k + ∇f_k(x_k)
+
+The lean one is what is left of it where E[a] is optimal: it needs one network instead of two, and no derivative of the control.
+
+The terminal cost is differentiated at the noiseless end point x̂_K, the mean of step K − 1 (paper, app. G.1); that mean's graph
+also serves the first vector–Jacobian product, so no step is evaluated twice. One step's activations are alive at a time.
 """
 
 from __future__ import annotations
@@ -20,12 +26,12 @@ from torch import Tensor
 
 from .trajectory import MeanFunction, Trajectory
 
-__all__ = ["AdjointPath", "lean_adjoint", "vector_jacobian"]
+__all__ = ["AdjointPath", "full_adjoint", "lean_adjoint", "vector_jacobian"]
 
 
 @dataclass(frozen=True)
 class AdjointPath:
-    """Lean adjoints and the base means met on the way.
+    """Lean or full adjoints, and the base means met on the way.
 
     Args:
         adjoints: ã_0 … ã_K, shape (K + 1, B, …); NaN below the lowest step asked for, so that nobody uses it by
@@ -69,6 +75,57 @@ def lean_adjoint(
         ValueError: if `lowest` or `lowest_base_mean` is outside 0 … K, shapes disagree, or `base_mean` does not depend
             on x through autograd.
     """
+
+    def base(k: int, x: Tensor) -> tuple[Tensor, Tensor]:
+        found = _checked(base_mean(k, x), x, "base_mean")
+        return found, found
+
+    return _solve(base, trajectory, terminal, lowest, lowest_base_mean, running_cost_grad)
+
+
+def full_adjoint(
+    mean: MeanFunction,
+    base_mean: MeanFunction,
+    trajectory: Trajectory,
+    terminal: Tensor | Callable[[Tensor], Tensor],
+    lowest: int = 0,
+    *,
+    lowest_base_mean: int | None = None,
+    running_cost_grad: Callable[[int, Tensor], Tensor] | None = None,
+) -> AdjointPath:
+    """Solve the full adjoint backwards along a trajectory of the controlled process (2409.08861, eqs. 30–31).
+
+    Args:
+        mean: (k, x) → μ_k^θ(x) of the model whose paths these are, differentiable in x; evaluated once for each step from K − 1
+            down to `lowest`.
+        base_mean: (k, x) → μ_k^base(x); evaluated once a step, too.
+        terminal: the tensor a_K, or a callable x̂_K → a_K = ∇g(x̂_K) that receives step K − 1's *controlled* mean, detached.
+        trajectory, lowest, lowest_base_mean, running_cost_grad: as for `lean_adjoint`.
+
+    Returns:
+        AdjointPath, detached.
+
+    Raises:
+        ValueError: as for `lean_adjoint`.
+    """
+
+    def both(k: int, x: Tensor) -> tuple[Tensor, Tensor]:
+        base = _checked(base_mean(k, x), x, "base_mean")
+        carries = k >= lowest or k == len(trajectory) - 1  # below, the base's mean alone is asked for
+        return _checked(mean(k, x), x, "mean") if carries else base, base
+
+    return _solve(both, trajectory, terminal, lowest, lowest_base_mean, running_cost_grad)
+
+
+def _solve(
+    means: Callable[[int, Tensor], tuple[Tensor, Tensor]],
+    trajectory: Trajectory,
+    terminal: Tensor | Callable[[Tensor], Tensor],
+    lowest: int,
+    lowest_base_mean: int | None,
+    running_cost_grad: Callable[[int, Tensor], Tensor] | None,
+) -> AdjointPath:
+    """Both adjoints; `means` gives the mean that carries the adjoint and the base's, which are one tensor for the lean one."""
     states, steps = trajectory.states, len(trajectory)
     last_mean = max(lowest - 1, 0) if lowest_base_mean is None else lowest_base_mean
     for name, step in (("lowest", lowest), ("lowest_base_mean", last_mean)):
@@ -86,21 +143,30 @@ def lean_adjoint(
         # A fresh leaf: the vector–Jacobian product of this step must not reach any other step.
         x = states[k].detach().requires_grad_(with_graph)
         with torch.set_grad_enabled(with_graph):
-            mean = base_mean(k, x)
-        base_means[k] = _checked_mean(mean, x).detach()
+            mean, base = means(k, x)
+        base_means[k] = base.detach()
         if k == steps - 1 and not isinstance(terminal, Tensor):
             adjoints[steps] = _checked_terminal(terminal(mean.detach().to(states.dtype)), states[0])
         if with_graph:
-            adjoints[k] = _vector_jacobian(mean, x, adjoints[k + 1])
+            adjoints[k] = _carry(mean, base, x, trajectory.stds[k], adjoints[k + 1])
             if running_cost_grad is not None:
                 adjoints[k] += running_cost_grad(k, x.detach()).detach()
+        del mean, base  # the next step must not be evaluated beside this one's activations
     return AdjointPath(adjoints, base_means)
 
 
-def _checked_mean(mean: Tensor, state: Tensor) -> Tensor:
+def _carry(mean: Tensor, base: Tensor, x: Tensor, std: Tensor, adjoint: Tensor) -> Tensor:
+    """(∂μ/∂x)ᵀ adjoint, with the slope of the control's cost where there is a control."""
+    if mean is base or not std.any():
+        return _vector_jacobian(mean, x, adjoint)
+    push = ((mean - base) / std**2).detach()
+    return _vector_jacobian(mean, x, adjoint + push) - _vector_jacobian(base, x, push)
+
+
+def _checked(mean: Tensor, state: Tensor, name: str) -> Tensor:
     if mean.shape != state.shape:
         raise ValueError(
-            f"base_mean returned shape {tuple(mean.shape)} for states of shape {tuple(state.shape)}; return one mean per state."
+            f"{name} returned shape {tuple(mean.shape)} for states of shape {tuple(state.shape)}; return one mean per state."
         )
     return mean
 
@@ -118,8 +184,8 @@ def _vector_jacobian(mean: Tensor, x: Tensor, cotangent: Tensor) -> Tensor:
     product = vector_jacobian(mean, x, cotangent) if mean.requires_grad else None
     if product is None:
         raise ValueError(
-            "base_mean(k, x) does not depend on x through autograd; "
-            "remove torch.no_grad() or .detach() from the path x → base_mean."
+            "the mean (base_mean for the lean adjoint) does not depend on x through autograd; "
+            "remove torch.no_grad() or .detach() from the path x → mean."
         )
     return product
 

@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 from transformers import TrainingArguments
 
+from .objectives import LOSS_TYPES
 from .schedulers.integrators import INTEGRATORS
 from .schedulers.memoryless import check_integrator
 
@@ -15,6 +16,7 @@ __all__ = ["AdjointMatchingConfig"]
 
 CHOICES: dict[str, tuple[str, ...]] = {
     "cfg_mode": ("rollout", "none", "full"),
+    "loss_type": LOSS_TYPES,
     "loss_step_selection": ("uniform", "paper"),
     "adjoint_pairing": ("next", "paper"),
     "on_nonfinite": ("skip", "raise"),
@@ -63,6 +65,10 @@ class AdjointMatchingConfig(TrainingArguments):
     > Parameters that control the loss
 
     Args:
+        loss_type (`str`, defaults to `"adjoint_matching"`):
+            `"adjoint_matching"`, or one of the paper's other objectives, for comparison: `"basic_adjoint_matching"` and
+            `"continuous_adjoint"` (the full adjoint: two networks a step instead of one), `"discrete_adjoint"` (back-propagation
+            through all steps).
         num_loss_steps (`int`, *optional*):
             S, steps of each trajectory that carry the loss; half of them when not given.
         loss_step_selection (`str`, defaults to `"uniform"`):
@@ -142,6 +148,10 @@ class AdjointMatchingConfig(TrainingArguments):
         default=False, metadata={"help": "Keep the text encoders on the CPU except while a batch is encoded."}
     )
     num_generations: int = field(default=1, metadata={"help": "Images per prompt."})
+    loss_type: Literal["adjoint_matching", "basic_adjoint_matching", "continuous_adjoint", "discrete_adjoint"] = field(
+        default="adjoint_matching",
+        metadata={"help": f"The objective: {', '.join(LOSS_TYPES)}; all but the first are for comparison."},
+    )
     num_loss_steps: int | None = field(
         default=None, metadata={"help": "S, steps of each trajectory that carry the loss; None for half of them."}
     )
@@ -215,5 +225,21 @@ class AdjointMatchingConfig(TrainingArguments):
         for name in ("num_generations", "num_generations_eval", "num_images_to_log"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} makes no image; pass at least 1.")
+        self._check_objective()
         if self.loss_clip is not None and not self.loss_clip > 0:
             raise ValueError(f"loss_clip={self.loss_clip} would silence every term; pass a positive number or None.")
+
+    def _check_objective(self) -> None:
+        """What an objective does not have must not be asked of it."""
+        meaningless: dict[str, dict[str, Any]] = {
+            "continuous_adjoint": {"loss_clip": None},
+            "discrete_adjoint": {
+                "loss_clip": None,
+                "num_loss_steps": None,
+                "loss_step_selection": "uniform",
+                "adjoint_pairing": "next",
+            },
+        }
+        for name, default in meaningless.get(self.loss_type, {}).items():
+            if (value := getattr(self, name)) != default:
+                raise ValueError(f"{name}={value!r} has no meaning for loss_type={self.loss_type!r}; leave it out.")

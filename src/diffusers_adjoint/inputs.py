@@ -6,10 +6,11 @@ import tempfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from diffusers import DiffusionPipeline
+from peft import LoraConfig
 from torch import nn
 from transformers.trainer_utils import has_length
 from transformers.utils import logging
@@ -20,9 +21,9 @@ from .replay.arguments import CallArguments
 from .replay.view import denoiser_names, text_encoders
 from .rewards import WeightedReward
 
-__all__ = ["collate_columns", "columns_to_check", "first_row", "load_pipeline", "parts_of", "place", "prompts_of"]
-__all__ += ["repeat_rows", "require_prompts", "require_writable", "rows_of", "text_encoders_on", "warn_of_flat_rewards"]
-__all__ += ["warn_of_given_start", "warn_of_guidance", "without_prompt"]
+__all__ = ["collate_columns", "columns_to_check", "first_row", "load_pipeline", "parsed", "parts_of", "place"]
+__all__ += ["prompts_of", "repeat_rows", "require_prompts", "require_single_pass", "require_writable", "rows_of"]
+__all__ += ["text_encoders_on", "warn_of_flat_rewards", "warn_of_given_start", "warn_of_guidance", "without_prompt"]
 
 logger = logging.get_logger(__name__)
 
@@ -193,6 +194,24 @@ def text_encoders_on(pipeline: DiffusionPipeline, device: torch.device) -> Itera
         for hook in hooks:
             hook.remove()
         move("cpu")
+
+
+def parsed(kwargs: dict[str, Any] | str | None) -> dict[str, Any] | None:
+    """The same, for mypy: TrainingArguments has parsed the command line's string, and the config checked it."""
+    return cast("dict[str, Any] | None", kwargs)
+
+
+def require_single_pass(args: AdjointMatchingConfig, peft_config: LoraConfig | None) -> None:
+    """Raises ValueError if an objective with two networks a step is asked for what only one network can do."""
+    if args.loss_type == "adjoint_matching":
+        return
+    if args.gradient_checkpointing and peft_config is not None:  # both passes are over when a layer is evaluated again
+        raise ValueError(
+            f"loss_type={args.loss_type!r} switches the adapter within a step, and checkpointed layers would be evaluated again "
+            f"without it; pass gradient_checkpointing=False."
+        )
+    if args.loss_type == "discrete_adjoint" and args.fp16:  # the gradient scaler would scale what one step hands to the next
+        raise ValueError("loss_type='discrete_adjoint' does not go with fp16=True; pass bf16=True or another loss_type.")
 
 
 def place(pipeline: DiffusionPipeline, device: torch.device, offload_text_encoders: bool) -> None:

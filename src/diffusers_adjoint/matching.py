@@ -16,7 +16,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-__all__ = ["LossSteps", "choose_loss_steps", "clip_loss", "control", "matching_loss", "step_kl"]
+__all__ = ["LossSteps", "choose_loss_steps", "clip_loss", "control", "matching_loss", "noisy_steps", "step_kl"]
 
 
 def control(mean: Tensor, base_mean: Tensor, std: float | Tensor) -> Tensor:
@@ -90,6 +90,11 @@ class LossSteps:
     inclusion: tuple[float, ...]
 
 
+def noisy_steps(stds: Tensor) -> list[int]:
+    """The steps that carry a control, those with s_k > 0; `stds` of shape (K,), or (K, …) for diagonal noise."""
+    return [k for k, std in enumerate(stds) if std.any()]
+
+
 def choose_loss_steps(
     stds: Tensor, num_loss_steps: int, selection: Literal["paper", "uniform"], generator: torch.Generator | None = None
 ) -> LossSteps:
@@ -99,14 +104,14 @@ def choose_loss_steps(
     others.
 
     Args:
-        stds: s_k, shape (K,).
+        stds: s_k, shape (K,), or (K, …) for diagonal noise.
         num_loss_steps: S, 1 ≤ S ≤ number of steps with noise; "paper" needs more than the quarter it always takes.
         generator: CPU generator; `None` for the global one.
 
     Raises:
         ValueError: if S does not fit the grid or `selection` is unknown.
     """
-    noisy = [k for k, std in enumerate(stds.tolist()) if std > 0]
+    noisy = noisy_steps(stds)
     always = _always_chosen(noisy, num_loss_steps, selection)
     pool = noisy[: len(noisy) - len(always)]
     draws = num_loss_steps - len(always)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -12,6 +14,7 @@ from accelerate.utils import DynamoBackend, save_fsdp_optimizer
 from torch import Tensor, nn
 from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.distributed.tensor import DTensor
+from tqdm.auto import tqdm
 from transformers import TrainerControl
 from transformers.trainer import SCHEDULER_NAME, TRAINER_STATE_NAME
 from transformers.trainer_callback import ExportableState
@@ -20,12 +23,13 @@ from transformers.utils import logging
 
 from .callbacks import SaveOnInterrupt
 from .checkpoint import checkpoint_to_resume, discard_leftovers, rotate, whole_files, whole_folder
+from .evaluation import evaluate_rows
 from .hub import save_pipeline
-from .inputs import repeat_rows, rows_of
+from .inputs import repeat_rows, rows_of, text_encoders_on
 from .lora import WEIGHTS_NAME, load_lora, save_lora
 from .publishing import PublishingTrainer
 from .sample_images import SampleImages, image_grid, save_grid, to_trackers
-from .sample_log import summarise
+from .sample_log import SampleLog, summarise
 from .sharding import spread_like, whole_network
 
 __all__ = ["PipelineTrainer"]
@@ -37,6 +41,7 @@ class PipelineTrainer(PublishingTrainer):
     """A `Trainer` of a pipeline's denoiser that knows no loss: the habits of the host, kept for another kind of model."""
 
     control: TrainerControl
+    _clock: tuple[float, int]
 
     # ---------------------------------------------------------------------------------------------------------- several devices
 
@@ -51,6 +56,22 @@ class PipelineTrainer(PublishingTrainer):
             if self.accelerator.mixed_precision != "no":
                 plugin.mixed_precision_policy = MixedPrecisionPolicy()
                 self.denoiser.forward = self._with_autocast(self.denoiser.forward)  # type: ignore[method-assign]
+
+    def _synchronised(self, model: nn.Module) -> Callable[[bool], contextlib.AbstractContextManager[None]]:
+        """`last` → the context of one evaluation and its backward pass: processes average with an update's last one only."""
+        ends_update = self.accelerator.gradient_state.sync_gradients
+
+        @contextlib.contextmanager
+        def step(last: bool) -> Iterator[None]:
+            self.accelerator.gradient_state._set_sync_gradients(ends_update and last)  # DeepSpeed steps in a backward pass
+            with contextlib.nullcontext() if last else self.accelerator.no_sync(model):
+                yield
+
+        return step
+
+    def _backward(self, loss: Tensor) -> None:
+        """The host's, of a loss that has its share of the update already."""
+        self.accelerator.backward(loss, **({"scale_wrt_gas": False} if self.is_deepspeed_enabled else {}))
 
     def _compile_network(self) -> None:
         """`torch_compile` for the network alone: the host would compile the pipeline's own code around it."""
@@ -242,7 +263,36 @@ class PipelineTrainer(PublishingTrainer):
 
     def _measure(self, dataset: Any) -> tuple[dict[str, Tensor], SampleImages | None]:
         """Measurements of all rows, name → (N,), and the first images."""
-        raise NotImplementedError
+        samples, pictures, first = SampleLog(), None, 0
+        batches = self.get_eval_dataloader(dataset)
+        for columns in tqdm(batches, "evaluation", leave=False, disable=not self._shows_progress):
+            rows = rows_of(columns)
+            offset = first * self.args.world_size + self.args.process_index * rows
+            with self._text_encoders():
+                measured, images = evaluate_rows(self.denoiser, self.reward, self.args, columns, offset)
+            if pictures is None:
+                repeated = repeat_rows(columns, self.args.num_generations_eval)
+                pictures = SampleImages.first(self.args.num_images_to_log, images, repeated, measured["reward"].flatten())
+            for name, values in measured.items():
+                # Drops the rows that fill up the last batch of several processes.
+                samples.add(name, self.accelerator.gather_for_metrics(values))
+            first += rows
+        return samples.drain(), pictures
+
+    def _rate(self) -> float:
+        """Denoiser evaluations a second since the last log, one an image and step, all processes."""
+        now, count = time.perf_counter(), self.denoiser.evaluations
+        then, before = self._clock
+        self._clock = (now, count)
+        return (count - before) / (now - then) * self.args.world_size
+
+    @property
+    def _shows_progress(self) -> bool:
+        return not self.args.disable_tqdm and self.is_local_process_zero()
+
+    def _text_encoders(self) -> contextlib.AbstractContextManager[None]:
+        """They are on the device only while prompts are encoded, if asked so."""
+        return text_encoders_on(self.pipeline, self.args.device) if self.args.offload_text_encoders else contextlib.nullcontext()
 
     def _show(self, name: str, pictures: SampleImages) -> None:
         """A grid in `output_dir/samples/` and in the trackers."""

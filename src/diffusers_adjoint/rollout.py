@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from .denoiser import PipelineDenoiser
-from .matching import step_kl
+from .matching import noisy_steps, step_kl
 from .replay import Conditioning
 from .trajectory import Trajectory, rollout
 
@@ -82,9 +82,10 @@ def zero_unless(keep: Tensor, values: Tensor) -> Tensor:
 
 def path_kl(mean: Callable[[int, Tensor], Tensor], base_mean: Callable[[int, Tensor], Tensor], trajectory: Trajectory) -> Tensor:
     """KL(path law of the model ‖ path law of the base) along given paths, shape (B,), nats; all steps with noise (Girsanov)."""
-    noisy = [k for k, std in enumerate(trajectory.stds.tolist()) if std > 0]
     with torch.no_grad():
-        terms = [step_kl(mean(k, x := trajectory.states[k]), base_mean(k, x), trajectory.stds[k]) for k in noisy]
+        terms = [
+            step_kl(mean(k, x := trajectory.states[k]), base_mean(k, x), trajectory.stds[k]) for k in noisy_steps(trajectory.stds)
+        ]
     return torch.stack(terms).sum(0)
 
 

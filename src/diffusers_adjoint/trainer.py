@@ -6,39 +6,39 @@ import contextlib
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import torch
 from diffusers import DiffusionPipeline
 from peft import LoraConfig
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 from transformers import set_seed
 from transformers.utils import logging
 
-from .adjoint import AdjointPath, lean_adjoint
+from .adjoint import AdjointPath, full_adjoint, lean_adjoint
 from .config import AdjointMatchingConfig
 from .denoiser import PipelineDenoiser
-from .evaluation import evaluate_rows, kl_name
+from .evaluation import kl_name
 from .inputs import (
     collate_columns,
     columns_to_check,
     load_pipeline,
+    parsed,
     parts_of,
     place,
     prompts_of,
-    repeat_rows,
     require_prompts,
+    require_single_pass,
     require_writable,
     rows_of,
-    text_encoders_on,
     warn_of_flat_rewards,
     warn_of_given_start,
     warn_of_guidance,
     without_prompt,
 )
 from .lora import add_lora
-from .matching import LossSteps, choose_loss_steps, clip_loss, matching_loss, step_kl
+from .matching import LossSteps, choose_loss_steps, clip_loss, step_kl
+from .objectives import ADJOINT_OBJECTIVES, discrete_adjoint
 from .pipeline_trainer import PipelineTrainer
 from .progress import progress
 from .replay import Conditioning, PipelineReplay
@@ -46,9 +46,10 @@ from .replay.selfcheck import check_replay
 from .rewards import RewardGradient, WeightedReward, reward_gradient
 from .rollout import Stream, sample_trajectory, seeded_generator, seeded_generators, zero_unless
 from .sample_images import SampleImages
-from .sample_log import SampleLog, announce_tilt, summarise
+from .sample_log import SampleLog, announce_memory, announce_tilt, summarise
 from .schedulers import memoryless_scheduler
-from .trajectory import Trajectory
+from .soc import correlation
+from .trajectory import MeanFunction, Trajectory
 
 if TYPE_CHECKING:
     from .ddpo import DDPOTrainer
@@ -109,7 +110,7 @@ class AdjointMatchingTrainer(PipelineTrainer):
         optimizers: tuple[Any, Any] = (None, None),
         peft_config: LoraConfig | None = None,
     ) -> None:
-        pipeline = load_pipeline(model, _parsed(args.model_init_kwargs) if args else None)
+        pipeline = load_pipeline(model, parsed(args.model_init_kwargs) if args else None)
         args = args or AdjointMatchingConfig(f"{type(pipeline).__name__}-AdjointMatching")
         require_writable(args.output_dir)
         self.reward = WeightedReward(reward_funcs, args.reward_weights)
@@ -125,7 +126,7 @@ class AdjointMatchingTrainer(PipelineTrainer):
             memoryless_scheduler(pipeline.scheduler, integrator=args.integrator),
             args.num_inference_steps,
             guidance_scale=args.guidance_scale,
-            pipeline_kwargs=_parsed(args.pipeline_kwargs),
+            pipeline_kwargs=parsed(args.pipeline_kwargs),
             component=args.trained_component,
         )
         if self.replay.arguments.takes_prompt:
@@ -138,6 +139,7 @@ class AdjointMatchingTrainer(PipelineTrainer):
                 component.requires_grad_(False).eval()
         base_adapters = None if peft_config is None else add_lora(pipeline, self.replay.component, peft_config)
         self.denoiser = PipelineDenoiser(self.replay, base_adapters)
+        require_single_pass(args, peft_config)
 
         super().__init__(
             model=self.denoiser,
@@ -153,7 +155,6 @@ class AdjointMatchingTrainer(PipelineTrainer):
         self._idle_steps: list[int] = []  # of the trained network; found at the start of training
         self._samples = SampleLog()
         self._kept = torch.zeros((), device=args.device)  # images of this update, on this process, that train
-        self._tilt_announced = False
         self._clock = (time.perf_counter(), 0)
 
     @classmethod
@@ -177,19 +178,22 @@ class AdjointMatchingTrainer(PipelineTrainer):
     # ------------------------------------------------------------------------------------------------ one training step
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None = None) -> Tensor:
-        """Rollout → reward gradient → lean adjoint → matching loss and backward; returns the micro-batch's share of the loss."""
+        """Rollout → reward gradient → adjoint → loss and backward; returns the micro-batch's share of the loss."""
         batch = self._prepare_batch(inputs)
         steps = self._choose_steps()
         trajectory = self._rollout(batch)
-        path, reward = self._adjoint(batch, trajectory, steps)
-        loss = self._match(model, batch, trajectory, path, reward, steps)
+        if self.args.loss_type == "discrete_adjoint":
+            loss, reward = self._backpropagate(model, batch, trajectory)
+        else:
+            path, reward = self._adjoint(batch, trajectory, steps)
+            loss = self._match(model, batch, trajectory, path, reward, steps)
         if inputs["last"]:
             self._skip_empty_update(model)
             if self.is_world_process_zero():
                 self._pictures = SampleImages.first(self.args.num_images_to_log, reward.images, batch.columns, reward.rewards)
             if self.state.global_step == 0:  # an evaluation shows the base, and only now are the rewards the base's
                 self._evaluated = None
-                self._announce_tilt()
+                self._announce()
         return loss
 
     def _prepare_batch(self, inputs: dict[str, Any]) -> RolloutBatch:
@@ -222,23 +226,40 @@ class AdjointMatchingTrainer(PipelineTrainer):
             return sample_trajectory(self.denoiser, batch.start, batch.conditioning, batch.noise, guided=guided)
 
     def _adjoint(self, batch: RolloutBatch, trajectory: Trajectory, steps: LossSteps) -> tuple[AdjointPath, RewardGradient]:
-        """Reward gradient at the noiseless end point, then the lean adjoint down to the earliest chosen step."""
+        """Reward gradient at the noiseless end point, then the adjoint down to the earliest chosen step."""
         found: list[RewardGradient] = []
+        terminal = self._terminal(batch, found)
+        earliest, paper = steps.indices[0], self.args.adjoint_pairing == "paper"
+        lowest = earliest if paper else earliest + 1
+        mean, base_mean = self._means(self.denoiser, batch)
+        with self._progress("adjoint", len(trajectory) - earliest):
+            if ADJOINT_OBJECTIVES[self.args.loss_type].full:
+                path = full_adjoint(mean, base_mean, trajectory, terminal, lowest, lowest_base_mean=earliest)
+            else:
+                with self.denoiser.base():  # where checkpointed layers are evaluated again, too
+                    path = lean_adjoint(mean, trajectory, terminal, lowest, lowest_base_mean=earliest)
+        return path, found[0]
+
+    def _means(self, model: nn.Module, batch: RolloutBatch) -> tuple[MeanFunction, MeanFunction]:
+        """Step means of the model and of the base."""
+
+        def base_mean(k: int, x: Tensor) -> Tensor:
+            with self.denoiser.base():
+                return self.denoiser(x, k, batch.conditioning, self._guided_loss)
+
+        return lambda k, x: model(x, k, batch.conditioning, self._guided_loss), base_mean
+
+    def _terminal(self, batch: RolloutBatch, found: list[RewardGradient]) -> Callable[[Tensor], Tensor]:
+        """x̂_K → ã_K = −λ∇r(x̂_K); what it finds is appended to `found`."""
 
         def terminal(end_point: Tensor) -> Tensor:
             found.append(self._reward_gradient(end_point, batch))
+            if self.state.global_step == 0:
+                memory = [correlation(start, end) for start, end in zip(batch.start, end_point, strict=True)]
+                self._samples.add("memory", batch.start.new_tensor(memory))
             return -self.args.reward_scale * found[0].gradient.nan_to_num(0.0, 0.0, 0.0)
 
-        earliest, paper = steps.indices[0], self.args.adjoint_pairing == "paper"
-        with self._progress("adjoint", len(trajectory) - earliest), self.denoiser.base():
-            path = lean_adjoint(
-                lambda k, x: self.denoiser(x, k, batch.conditioning, self._guided_loss),
-                trajectory,
-                terminal,
-                lowest=earliest if paper else earliest + 1,
-                lowest_base_mean=earliest,
-            )
-        return path, found[0]
+        return terminal
 
     def _reward_gradient(self, end_point: Tensor, batch: RolloutBatch) -> RewardGradient:
         return reward_gradient(
@@ -266,22 +287,35 @@ class AdjointMatchingTrainer(PipelineTrainer):
             zero_unless(keep, v) for v in (trajectory.states[chosen], path.base_means[chosen], adjoints)
         )
         total, kl = batch.start.new_zeros(()), batch.start.new_zeros(len(keep))
-        deepspeed = {"scale_wrt_gas": False} if self.is_deepspeed_enabled else {}  # `share` has scaled the loss already
-        ends_update = self.accelerator.gradient_state.sync_gradients
+        loss_of = ADJOINT_OBJECTIVES[self.args.loss_type].loss
+        synchronised = self._synchronised(model)
         with self._progress("loss", len(chosen)):
             for i, k in enumerate(chosen):
-                last = i == len(chosen) - 1
-                self.accelerator.gradient_state._set_sync_gradients(ends_update and last)  # DeepSpeed steps in a backward pass
-                with contextlib.nullcontext() if last else self.accelerator.no_sync(model):
+                with synchronised(i == len(chosen) - 1):
                     mean = model(states[i], k, batch.conditioning, self._guided_loss)
-                    losses = clip_loss(matching_loss(mean, base_means[i], trajectory.stds[k], adjoints[i]), self.args.loss_clip)
+                    losses = clip_loss(loss_of(mean, base_means[i], trajectory.stds[k], adjoints[i]), self.args.loss_clip)
                     loss = (losses * keep).mean() * batch.share
-                    self.accelerator.backward(loss, **deepspeed)
+                    self._backward(loss)
                 total += loss.detach()
                 kl += step_kl(mean.detach(), base_means[i], trajectory.stds[k]) / steps.inclusion[i]
-        self._kept += keep.sum()
-        self._record(reward, kl, path.adjoints[-1], keep)
+        self._record(reward, kl, keep)
         return total
+
+    def _backpropagate(self, model: nn.Module, batch: RolloutBatch, trajectory: Trajectory) -> tuple[Tensor, RewardGradient]:
+        """The discrete adjoint: through all steps of the chain, from the reward at its end."""
+        found: list[RewardGradient] = []
+        synchronised = self._synchronised(model)
+        with self._progress("chain", 2 * len(trajectory)):
+            chain = discrete_adjoint(
+                *self._means(model, batch),
+                trajectory,
+                self._terminal(batch, found),
+                weigh=lambda costs: torch.where(self._finite(found[0]), costs, 0.0).mean() * batch.share,
+                backward=self._backward,
+                around=lambda k: synchronised(k == 0),
+            )
+        self._record(found[0], chain.kl, self._finite(found[0]))
+        return chain.loss, found[0]
 
     def _skip_empty_update(self, model: nn.Module) -> None:
         """Without one image to learn from, an optimizer would still move, by its momentum and weight decay."""
@@ -296,24 +330,14 @@ class AdjointMatchingTrainer(PipelineTrainer):
         return progress(self.denoiser, f"update {self.state.global_step + 1}, {what}", steps, self._shows_progress)
 
     @property
-    def _shows_progress(self) -> bool:
-        return not self.args.disable_tqdm and self.is_local_process_zero()
-
-    def _text_encoders(self) -> contextlib.AbstractContextManager[None]:
-        """They are on the device only while prompts are encoded, if asked so."""
-        return text_encoders_on(self.pipeline, self.args.device) if self.args.offload_text_encoders else contextlib.nullcontext()
-
-    @property
     def _guided_loss(self) -> bool:
         return self.args.cfg_mode == "full"
 
-    def _finite(self, reward: RewardGradient, adjoints: Tensor) -> Tensor:
+    def _finite(self, reward: RewardGradient, adjoints: Tensor | None = None) -> Tensor:
         """Which images have a finite reward, reward gradient and adjoint, (B,) bool."""
-        keep = (
-            reward.rewards.isfinite()
-            & reward.gradient.flatten(1).isfinite().all(1)
-            & adjoints.isfinite().flatten(2).all(2).all(0)
-        )
+        keep = reward.rewards.isfinite() & reward.gradient.flatten(1).isfinite().all(1)
+        if adjoints is not None:
+            keep &= adjoints.isfinite().flatten(2).all(2).all(0)
         if not keep.all() and self.args.on_nonfinite == "raise":
             raise ValueError(
                 f"{int((~keep).sum())} rewards, reward gradients or adjoints are NaN or infinite; mend the reward function, "
@@ -327,8 +351,6 @@ class AdjointMatchingTrainer(PipelineTrainer):
         """Pipeline, grid and rewards on one row, before any rollout."""
         # Trainer switches it on too, but later: the check must not need more memory than training.
         if self.args.gradient_checkpointing:
-            if self.replay.exchanges_processors:  # they are put back before the backward pass would recompute with them
-                raise ValueError(f"{self.replay.name} exchanges attention processors; pass gradient_checkpointing=False.")
             self.denoiser.gradient_checkpointing_enable()
         self._check_first_row()
         warn_of_given_start(self.replay)
@@ -346,21 +368,24 @@ class AdjointMatchingTrainer(PipelineTrainer):
 
     # ------------------------------------------------------------------------------------------------ logging, evaluation
 
-    def _record(self, reward: RewardGradient, kl: Tensor, adjoint: Tensor, keep: Tensor) -> None:
+    def _record(self, reward: RewardGradient, kl: Tensor, keep: Tensor) -> None:
+        self._kept += keep.sum()
         self._samples.add("reward", reward.rewards)
         for name, values in reward.values.items():
             self._samples.add(f"rewards/{name}", values)
         # An image left out has no control; the mean skips NaN.
         self._samples.add(kl_name(self.denoiser, self.args), torch.where(keep, kl, torch.nan))
-        self._samples.add("adjoint_norm", torch.where(keep, adjoint.flatten(1).norm(dim=1), torch.nan))
+        norms = self.args.reward_scale * reward.gradient.flatten(1).norm(dim=1)  # of ã_K
+        self._samples.add("adjoint_norm", torch.where(keep, norms, torch.nan))
         self._samples.add("skipped", (~keep).float())
 
-    def _announce_tilt(self) -> None:
-        """One line about λ after the first update, from the rewards of all its images."""
-        rewards = self._samples.gathered("reward", self.accelerator.gather)
-        if self.is_world_process_zero() and not self._tilt_announced:
+    def _announce(self) -> None:
+        """Two lines after the first update: what λ asks for, and what the end points remember, from all its images."""
+        rewards, memory = (self._samples.gathered(name, self.accelerator.gather) for name in ("reward", "memory"))
+        self._samples.forget("memory")
+        if self.is_world_process_zero():
             announce_tilt(self.args.reward_scale * rewards[rewards.isfinite()])
-        self._tilt_announced = True
+            announce_memory(memory[memory.isfinite()])
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Adds reward, reward_std, rewards/<name>/mean and /std, kl or kl_unguided (nats), adjoint_norm, skipped,
@@ -370,31 +395,3 @@ class AdjointMatchingTrainer(PipelineTrainer):
         super().log(logs, start_time)
         if "loss" in logs and self._pictures is not None:
             self._show("train", self._pictures)
-
-    def _rate(self) -> float:
-        """Denoiser evaluations a second since the last log, one an image and step, all processes."""
-        now, count = time.perf_counter(), self.denoiser.evaluations
-        then, before = self._clock
-        self._clock = (now, count)
-        return (count - before) / (now - then) * self.args.world_size
-
-    def _measure(self, dataset: Any) -> tuple[dict[str, Tensor], SampleImages | None]:
-        samples, pictures, first = SampleLog(), None, 0
-        batches = self.get_eval_dataloader(dataset)
-        for columns in tqdm(batches, "evaluation", leave=False, disable=not self._shows_progress):
-            rows = rows_of(columns)
-            offset = first * self.args.world_size + self.args.process_index * rows
-            with self._text_encoders():
-                measured, images = evaluate_rows(self.denoiser, self.reward, self.args, columns, offset)
-            if pictures is None:
-                repeated = repeat_rows(columns, self.args.num_generations_eval)
-                pictures = SampleImages.first(self.args.num_images_to_log, images, repeated, measured["reward"].flatten())
-            for name, values in measured.items():
-                # Drops the rows that fill up the last batch of several processes.
-                samples.add(name, self.accelerator.gather_for_metrics(values))
-            first += rows
-        return samples.drain(), pictures
-
-
-def _parsed(kwargs: dict[str, Any] | str | None) -> dict[str, Any] | None:
-    return cast("dict[str, Any] | None", kwargs)  # TrainingArguments has parsed the command line's string, the config checked it

@@ -24,7 +24,7 @@ class Trajectory:
         states: x_0 … x_K stacked, shape (K + 1, B, …); or without the last one, (K, B, …), since neither the adjoint nor
             the loss reads x_K. Detached.
         timesteps: the scheduler's timesteps, shape (K,), noise to data.
-        stds: s_k, shape (K,); 0 where the step adds no noise.
+        stds: s_k, shape (K,), or (K, …) where the noise is diagonal and not one number; 0 where the step adds no noise.
 
     Raises:
         ValueError: if the lengths disagree or the states carry a graph.
@@ -63,7 +63,7 @@ def rollout(
         mean: (k, x_k) → μ_k(x_k) of the model whose paths are wanted.
         start: x_0, shape (B, …).
         timesteps: shape (K,), copied into the result.
-        stds: s_k, shape (K,).
+        stds: s_k, shape (K,), or (K, …) for diagonal noise.
         noise: k → ξ_k of `start`'s shape; called once a step, in order.
         keep_last: also take step K − 1. Training never does: x_K is not needed, so K − 1 evaluations are enough.
 

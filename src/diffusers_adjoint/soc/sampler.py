@@ -1,0 +1,108 @@
+r"""A sampler of a Gaussian path with any noise, by steps that are exact where the data are known.
+
+Given X_1, the rest Y = X − αX_1 of the process of `paths.py` is an Ornstein–Uhlenbeck process, dY = (β̇/β − σ²/2β²) Y dt + σ dB,
+so that with G = ∫ σ²/2β² dt over a step from t to t'
+
+    Y' = (β'/β) e^{−G} Y + β' √(1 − e^{−2G}) ξ.
+
+With the prediction x̂_1 for X_1, and x̂_0 = (x − αx̂_1)/β, a step is
+
+    x' = α' x̂_1 + β' e^{−G} x̂_0 + β' √(1 − e^{−2G}) ξ
+
+σ = 0 is DDIM without noise; σ² = 2η gives e^{−G} = αβ'/(α'β), DDIM with η = 1 and the schedulers' `ancestral` step. Nothing is
+singular: memoryless noise has G = ∞ in the first step from t = 0, and β' = 0 ends every path in x̂_1.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from ..trajectory import MeanFunction, rollout
+from .paths import GaussianPath, Noise, check_noise, noise_at
+from .problem import Control, ControlProblem, check_times
+
+__all__ = ["PathSampler"]
+
+_NODES = (torch.arange(256, dtype=torch.float64) + 0.5) / 256  # midpoints of a step
+
+
+class PathSampler:
+    """x_{k+1} ~ N(μ_k(x_k), s_k² I) with the marginals of a path, for a network that predicts the velocity.
+
+    Args:
+        path: from noise to data.
+        noise: σ(t); `lambda t: 0.0` for the ODE, `memoryless_noise(path)` for fine-tuning.
+        times: t_0 < … < t_K in [0, 1], shape (K + 1,).
+
+    Raises:
+        ValueError: if the times do not increase or leave [0, 1], or σ is not a number ≥ 0.
+    """
+
+    def __init__(self, path: GaussianPath, noise: Noise, times: Tensor) -> None:
+        check_times(times)
+        if times[0] < 0 or times[-1] > 1:
+            raise ValueError(f"times run from {times[0].item():g} to {times[-1].item():g}; a path is defined on [0, 1].")
+        self.path, self.noise, self.times = path, noise, times.double()
+        self._alphas, betas = path.alpha(self.times), path.beta(self.times)
+        self._betas = torch.where(betas > 1e-12, betas, 0.0)  # cos(π/2) is 6e-17, and no noise
+        self._kept = torch.exp(-self._forgetting())  # e^{−G}, (K,)
+        self.stds = self._betas[1:] * (1 - self._kept**2).sqrt()  # s_k, (K,), float64
+
+    def _forgetting(self) -> Tensor:
+        """G of every step, (K,), by the midpoint rule; ∞ in a first step from t = 0 with memoryless noise."""
+        low, high = self.times[:-1, None], self.times[1:, None]
+        t = low + (high - low) * _NODES
+        density = noise_at(self.noise, t.flatten()).view_as(t) ** 2 / (2 * self.path.beta(t) ** 2)
+        found = density.mean(1) * self.times.diff()
+        if self.times[0] == 0 and check_noise(self.path, self.noise).memoryless:
+            found[0] = torch.inf
+        return torch.where(self._betas[1:] > 0, found, 0.0)  # at β' = 0 no noise is left, whatever G is
+
+    def mean(self, velocity: Control) -> MeanFunction:
+        """(k, x) → μ_k(x) of a network v(x, t) = E[Ẋ_t | X_t = x], differentiable in x and the network's weights."""
+        alphas, betas = self._alphas, self._betas
+        alpha_rates, beta_rates = self.path.rates(self.times)
+        determinant = alphas * beta_rates - alpha_rates * betas
+
+        def step(k: int, x: Tensor) -> Tensor:
+            v = velocity(x, self.times[k].to(x))
+            data = (beta_rates[k] * x - betas[k] * v) / determinant[k]
+            noise = (alphas[k] * v - alpha_rates[k] * x) / determinant[k]
+            return alphas[k + 1] * data + betas[k + 1] * self._kept[k] * noise
+
+        return step
+
+    def sample(self, velocity: Control, start: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        """States x_0 … x_K from `start` = x_0, shape (K + 1, B, …)."""
+
+        def noise(_: int) -> Tensor:
+            return torch.randn(start.shape, generator=generator, dtype=start.dtype, device=start.device)
+
+        return rollout(self.mean(velocity), start, self.times[:-1], self.stds, noise, keep_last=True).states
+
+    def tilt(
+        self, base_velocity: Control, reward: Callable[[Tensor], Tensor], *, allow_biased_schedule: bool = False
+    ) -> ControlProblem:
+        """Reward fine-tuning as a control problem: g = −r, and the optimum samples p_base·e^r.
+
+        Args:
+            base_velocity: the base network v(x, t).
+            reward: r in nats, (B, …) → (B,), differentiable.
+            allow_biased_schedule: allow noise that is not memoryless; the optimum is then p_base·e^{r + V(x_0)}, not the tilt.
+
+        Raises:
+            ValueError: if the noise is not memoryless, unless that is allowed.
+        """
+        report = check_noise(self.path, self.noise)
+        if not report.memoryless and not allow_biased_schedule:
+            raise ValueError(
+                f"the noise is {report} The tuned law would be biased by what x_1 remembers of x_0; "
+                f"pass memoryless_noise(path), or allow_biased_schedule=True."
+            )
+        if not (report.memoryless and report.transferable):
+            warnings.warn(f"the noise is {report}", stacklevel=2)
+        return ControlProblem(self.mean(base_velocity), self.times, self.stds, lambda x: -reward(x))
