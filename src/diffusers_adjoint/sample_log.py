@@ -70,15 +70,16 @@ def announce_tilt(scaled_rewards: Tensor) -> None:
 def announce_memory(correlations: Tensor) -> None:
     """What the end points x̂_K remember of the noise x_0 they came from, as the mean correlation over images; 0 is memoryless.
 
-    It biases a tilt: with a linear reward on Gaussian data, to the share 1 − correlation² of the shift (2409.08861, Prop. 1).
+    It biases a tilt: with a linear reward on Gaussian data, to the share 1 − correlation² of the shift (2409.08861, Prop. 1). Memory
+    that is not linear it does not see: the ODE of the digits pipeline has .25 (tests/test_loss_types.py).
     """
     if len(correlations) == 0:
         return
     memory = correlations.mean().item()
     error = f" ± {correlations.std().item() / math.sqrt(len(correlations)):.1g}" if len(correlations) > 1 else ""
     logger.warning(f"leftover memory, the correlation of an image's noise x_0 and its end point x̂_K: {memory:.2g}{error}.")
-    if abs(memory) > 0.3:
+    if abs(memory) > 0.2:
         logger.warning(
-            f"a correlation of {memory:.2g} biases the tilt, by a tenth or more; let the pipeline start from pure noise "
-            f"(no image to image at a low strength, no schedule that ends below it), or expect less than the tilt."
+            f"a correlation of {memory:.2g} means that the paths are not memoryless, and the tilt is biased; let the pipeline start "
+            f"from pure noise (no image to image at a low strength, no schedule that begins far below it), or expect less than the tilt."
         )

@@ -18,6 +18,7 @@ has these marginals for *every* σ(t) ≥ 0 (2409.08861, eqs. 10–11). What dif
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -27,6 +28,7 @@ from torch import Tensor
 
 __all__ = ["COSINE", "FLOW", "GaussianPath", "Noise", "NoiseReport"]
 __all__ += ["check_noise", "correlation", "leftover_memory", "memoryless_noise", "noise_at"]
+__all__ += ["require_time_alone"]
 
 Noise = Callable[[Tensor], Tensor | float]
 """σ(t) ≥ 0 of times t in [0, 1], elementwise; may be infinite at t = 0."""
@@ -65,12 +67,24 @@ def memoryless_noise(path: GaussianPath) -> Noise:
     return lambda t: (2 * path.eta(t)).sqrt()
 
 
+def require_time_alone(noise: Noise) -> None:
+    """Raises TypeError if σ wants more than the time."""
+    try:
+        inspect.signature(noise).bind(torch.tensor(0.5))
+    except TypeError as error:
+        raise TypeError(
+            "noise must be a function of the time alone, σ(t); a σ that depends on the state is not covered."
+        ) from error
+
+
 def noise_at(noise: Noise, t: Tensor) -> Tensor:
     """σ(t), shape and dtype of `t`.
 
     Raises:
+        TypeError: if σ wants more than the time.
         ValueError: if σ is negative or NaN, or does not have the shape of `t`.
     """
+    require_time_alone(noise)
     sigma = torch.as_tensor(noise(t), dtype=t.dtype)
     if sigma.shape not in (t.shape, ()):
         raise ValueError(

@@ -11,7 +11,6 @@ with μ_k(x) = x + h_k b(x, t_k) and f_k = h_k f(·, t_k). σ may be a number or
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -20,6 +19,7 @@ from torch import Tensor
 
 from ..matching import noisy_steps
 from ..trajectory import MeanFunction
+from .paths import Noise, require_time_alone
 
 __all__ = ["Control", "ControlProblem"]
 
@@ -59,7 +59,7 @@ class ControlProblem:
     def euler(
         cls,
         drift: Control,
-        noise: Callable[[Tensor], Tensor | float],
+        noise: Noise,
         times: Tensor,
         terminal_cost: Callable[[Tensor], Tensor],
         running_cost: Control | None = None,
@@ -119,14 +119,9 @@ def check_times(times: Tensor) -> None:
         raise ValueError(f"times must increase, from t_0 to t_K; pass a tensor like torch.linspace(0, 1, K + 1), not {times}.")
 
 
-def _noises(noise: Callable[[Tensor], Tensor | float], times: Tensor) -> list[Tensor]:
+def _noises(noise: Noise, times: Tensor) -> list[Tensor]:
     """σ of each time."""
-    try:
-        inspect.signature(noise).bind(times[0])
-    except TypeError as error:
-        raise TypeError(
-            "noise must be a function of the time alone, σ(t); a σ that depends on the state is not covered."
-        ) from error
+    require_time_alone(noise)
     sigmas = [torch.as_tensor(noise(t), dtype=times.dtype) for t in times]
     for t, sigma in zip(times, sigmas, strict=True):
         if not (sigma.isfinite().all() and ((sigma > 0).all() or not sigma.any())):

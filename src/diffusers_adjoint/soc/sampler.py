@@ -1,16 +1,16 @@
-r"""A sampler of a Gaussian path with any noise, by steps that are exact where the data are known.
+r"""A sampler of a Gaussian path with any noise, by steps that are exact for data N(m, I).
 
-Given X_1, the rest Y = X − αX_1 of the process of `paths.py` is an Ornstein–Uhlenbeck process, dY = (β̇/β − σ²/2β²) Y dt + σ dB,
-so that with G = ∫ σ²/2β² dt over a step from t to t'
+For such data the marginals are N(αm, S) with S = α² + β², and Y = X − αm is an Ornstein–Uhlenbeck process: since Ṡ = 2κS − 2η,
+the drift of `paths.py` is (Ṡ/2S − σ²/2S) Y. With G = ∫ σ²/2S dt over a step from t to t'
 
-    Y' = (β'/β) e^{−G} Y + β' √(1 − e^{−2G}) ξ.
+    Y' = √(S'/S) e^{−G} Y + √(S' (1 − e^{−2G})) ξ.
 
-With the prediction x̂_1 for X_1, and x̂_0 = (x − αx̂_1)/β, a step is
+Y = S x̂_0/β and m = x̂_1 − (α/β) x̂_0 turn this into a step for any network's predictions x̂_1, x̂_0 of data and noise,
 
-    x' = α' x̂_1 + β' e^{−G} x̂_0 + β' √(1 − e^{−2G}) ξ
+    x' = α' x̂_1 + (√(SS') e^{−G} − αα')/β · x̂_0 + √(S' (1 − e^{−2G})) ξ,
 
-σ = 0 is DDIM without noise; σ² = 2η gives e^{−G} = αβ'/(α'β), DDIM with η = 1 and the schedulers' `ancestral` step. Nothing is
-singular: memoryless noise has G = ∞ in the first step from t = 0, and β' = 0 ends every path in x̂_1.
+of first order for other data. σ² = 2η gives e^{−G} = (α/√S)/(α'/√S'), the schedulers' `posterior` step, and G = ∞ in a first
+step from t = 0; σ = 0 is a sampler of the ODE.
 """
 
 from __future__ import annotations
@@ -47,20 +47,21 @@ class PathSampler:
         if times[0] < 0 or times[-1] > 1:
             raise ValueError(f"times run from {times[0].item():g} to {times[-1].item():g}; a path is defined on [0, 1].")
         self.path, self.noise, self.times = path, noise, times.double()
-        self._alphas, betas = path.alpha(self.times), path.beta(self.times)
-        self._betas = torch.where(betas > 1e-12, betas, 0.0)  # cos(π/2) is 6e-17, and no noise
-        self._kept = torch.exp(-self._forgetting())  # e^{−G}, (K,)
-        self.stds = self._betas[1:] * (1 - self._kept**2).sqrt()  # s_k, (K,), float64
+        self._alphas, self._betas = path.alpha(self.times), path.beta(self.times)
+        spread = self._alphas**2 + self._betas**2  # S of each time, (K + 1,)
+        kept = torch.exp(-self._forgetting())  # e^{−G}, (K,)
+        self._noise_kept = ((spread[:-1] * spread[1:]).sqrt() * kept - self._alphas[:-1] * self._alphas[1:]) / self._betas[:-1]
+        self.stds = (spread[1:] * (1 - kept**2)).sqrt()  # s_k, (K,), float64
 
     def _forgetting(self) -> Tensor:
         """G of every step, (K,), by the midpoint rule; ∞ in a first step from t = 0 with memoryless noise."""
-        low, high = self.times[:-1, None], self.times[1:, None]
-        t = low + (high - low) * _NODES
-        density = noise_at(self.noise, t.flatten()).view_as(t) ** 2 / (2 * self.path.beta(t) ** 2)
+        t = self.times[:-1, None] + self.times.diff()[:, None] * _NODES
+        spread = self.path.alpha(t) ** 2 + self.path.beta(t) ** 2
+        density = noise_at(self.noise, t.flatten()).view_as(t) ** 2 / (2 * spread)
         found = density.mean(1) * self.times.diff()
         if self.times[0] == 0 and check_noise(self.path, self.noise).memoryless:
             found[0] = torch.inf
-        return torch.where(self._betas[1:] > 0, found, 0.0)  # at β' = 0 no noise is left, whatever G is
+        return found
 
     def mean(self, velocity: Control) -> MeanFunction:
         """(k, x) → μ_k(x) of a network v(x, t) = E[Ẋ_t | X_t = x], differentiable in x and the network's weights."""
@@ -72,7 +73,7 @@ class PathSampler:
             v = velocity(x, self.times[k].to(x))
             data = (beta_rates[k] * x - betas[k] * v) / determinant[k]
             noise = (alphas[k] * v - alpha_rates[k] * x) / determinant[k]
-            return alphas[k + 1] * data + betas[k + 1] * self._kept[k] * noise
+            return alphas[k + 1] * data + self._noise_kept[k] * noise
 
         return step
 

@@ -1,0 +1,206 @@
+"""`loss_type` in the trainer: the paper's objectives on a real pipeline, and what the trainer says of leftover memory."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import DiffusionPipeline
+from tiny_pipelines import sd3
+from tiny_trainer import PROMPTS, config, difference, make_trainer, weights
+
+import diffusers_adjoint.trainer
+from diffusers_adjoint.objectives import LOSS_TYPES
+from diffusers_adjoint.sample_log import announce_memory
+from diffusers_adjoint.soc import correlation
+
+K = 4
+DIGITS = Path(__file__).parents[1] / "examples/digits/pipeline"
+SAME_GRADIENT = ["basic_adjoint_matching", "continuous_adjoint", "discrete_adjoint"]
+
+
+def every_step(loss_type: str) -> dict[str, object]:
+    """All steps carry the loss, as they do in back-propagation."""
+    return {"loss_type": loss_type, "num_loss_steps": None if loss_type == "discrete_adjoint" else K}
+
+
+def one_update(folder, loss_type: str, lora: bool, **changes):
+    """Weights before and after one plain gradient step of a model that differs from its base, in float64."""
+    settings = {"optim": "sgd", "learning_rate": 1e-3, "max_grad_norm": 0.0, "max_steps": 1} | every_step(loss_type) | changes
+    trainer = make_trainer(folder, pipeline=sd3().to(torch.float64), lora=lora, **settings)
+    generator = torch.Generator().manual_seed(7)
+    for parameter in trainer.denoiser.network.parameters():
+        if parameter.requires_grad:
+            parameter.data += (0.3 if lora else 0.05) * torch.randn(parameter.shape, generator=generator).to(parameter)
+    start = weights(trainer)
+    trainer.train()
+    return start, weights(trainer), trainer.state.log_history[0]
+
+
+@pytest.mark.parametrize("lora", [True, False], ids=["lora", "full"])
+def test_three_objectives_make_the_same_update_and_the_lean_one_another(tmp_path, lora):
+    """Prop. 2 through pipeline, scheduler, adapter and optimizer."""
+    runs = {loss_type: one_update(tmp_path / loss_type, loss_type, lora) for loss_type in LOSS_TYPES}
+    start, reference, log = runs["basic_adjoint_matching"]
+    moved = difference(reference, start)
+    assert moved > 0 and log["kl"] > 0
+    for loss_type in SAME_GRADIENT:
+        assert all(torch.equal(runs[loss_type][0][name], start[name]) for name in start)
+        # States, adjoints and adapter are float32 whatever the network is: 1e-7 of each value, over four steps.
+        assert difference(runs[loss_type][1], reference) < 1e-4 * moved
+        assert runs[loss_type][2]["kl"] == pytest.approx(log["kl"], rel=1e-4)
+        assert runs[loss_type][2]["adjoint_norm"] > 0
+    assert difference(runs["adjoint_matching"][1], reference) > 0.02 * moved
+
+
+@pytest.mark.parametrize("loss_type", LOSS_TYPES)
+def test_splitting_the_batch_changes_nothing(tmp_path, loss_type):
+    whole = one_update(tmp_path / "whole", loss_type, True, per_device_train_batch_size=4)
+    split = one_update(tmp_path / "split", loss_type, True, per_device_train_batch_size=2, gradient_accumulation_steps=2)
+    moved = difference(whole[1], whole[0])
+    assert 0 < difference(whole[1], split[1]) + 1e-12 < 1e-4 * moved
+
+
+class Counter:
+    """Forward passes of the network by kind: (adapter on or off, without a graph or with one)."""
+
+    def __init__(self, trainer):
+        self.seen: dict[tuple[str, str], int] = {}
+        self.denoiser = trainer.denoiser
+        trainer.denoiser.network.register_forward_pre_hook(self.count)
+
+    def count(self, *_):
+        kind = ("base" if self.denoiser._base_active else "model", "graph" if torch.is_grad_enabled() else "forward")
+        self.seen[kind] = self.seen.get(kind, 0) + 1
+
+
+@pytest.mark.parametrize(
+    ("loss_type", "expected"),
+    [
+        # Rollout K − 1, adjoint K − 1 with a graph and one without, all K steps in the loss.
+        (
+            "adjoint_matching",
+            {("model", "forward"): K - 1, ("base", "graph"): K - 1, ("base", "forward"): 1, ("model", "graph"): K},
+        ),
+        (
+            "basic_adjoint_matching",
+            {("model", "forward"): K - 1, ("base", "graph"): K - 1, ("base", "forward"): 1, ("model", "graph"): 2 * K - 1},
+        ),
+        (
+            "continuous_adjoint",
+            {("model", "forward"): K - 1, ("base", "graph"): K - 1, ("base", "forward"): 1, ("model", "graph"): 2 * K - 1},
+        ),
+        # Each step once more, for weights and states together.
+        ("discrete_adjoint", {("model", "forward"): K - 1, ("base", "graph"): K, ("model", "graph"): K}),
+    ],
+)
+def test_evaluations_of_one_update(tmp_path, monkeypatch, loss_type, expected):
+    trainer = make_trainer(tmp_path, max_steps=1, **every_step(loss_type))
+    monkeypatch.setattr(trainer, "_check_first_row", lambda: None)  # the start-up check has its own evaluations
+    counter = Counter(trainer)
+    trainer.train()
+    assert counter.seen == expected
+
+
+def no_reward_for_the_first(images, prompts, **columns):
+    values = images.mean((1, 2, 3))
+    return [None if prompt == PROMPTS[0] else value for prompt, value in zip(prompts, values, strict=True)]
+
+
+@pytest.mark.parametrize("loss_type", LOSS_TYPES)
+def test_an_image_without_reward_teaches_nothing(tmp_path, loss_type):
+    """Half the batch is left out: the update is half that of the other half alone."""
+    options = {"reward": no_reward_for_the_first, "train_sampling_strategy": "sequential"}
+    start, after, log = one_update(tmp_path, loss_type, True, rows=PROMPTS[:2], **options)
+    assert log["skipped"] == 1 and all(value.isfinite().all() for value in after.values())
+    assert difference(after, start) > 0
+    with pytest.raises(ValueError, match="pass on_nonfinite='skip'"):
+        one_update(tmp_path / "raise", loss_type, True, rows=PROMPTS[:2], on_nonfinite="raise", **options)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"loss_type": "reinforce"},
+            "loss_type='reinforce' is unknown; pass one of 'adjoint_matching', 'basic_adjoint_matching'",
+        ),
+        (
+            {"loss_type": "continuous_adjoint", "loss_clip": 1.0},
+            "loss_clip=1.0 has no meaning for loss_type='continuous_adjoint'",
+        ),
+        (
+            {"loss_type": "discrete_adjoint", "num_loss_steps": 2},
+            "num_loss_steps=2 has no meaning for loss_type='discrete_adjoint'",
+        ),
+        (
+            {"loss_type": "discrete_adjoint", "num_loss_steps": None, "adjoint_pairing": "paper"},
+            "adjoint_pairing='paper' has no meaning",
+        ),
+        (
+            {"loss_type": "discrete_adjoint", "num_loss_steps": None, "loss_step_selection": "paper"},
+            "loss_step_selection='paper' has no meaning",
+        ),
+    ],
+)
+def test_what_an_objective_does_not_have_is_refused(tmp_path, changes, message):
+    with pytest.raises(ValueError, match=message):
+        config(tmp_path, **changes)
+
+
+@pytest.mark.parametrize("loss_type", SAME_GRADIENT)
+def test_layers_checkpointed_across_a_switch_of_the_adapter_are_refused(tmp_path, loss_type):
+    with pytest.raises(ValueError, match="switches the adapter within a step.*pass gradient_checkpointing=False"):
+        make_trainer(tmp_path, gradient_checkpointing=True, **every_step(loss_type))
+    make_trainer(tmp_path, gradient_checkpointing=True, lora=False, **every_step(loss_type))  # two networks: nothing is switched
+
+
+def test_the_gradient_scaler_does_not_go_with_back_propagation(tmp_path):
+    with pytest.raises(ValueError, match="'discrete_adjoint' does not go with fp16=True"):
+        make_trainer(tmp_path, fp16=True, **every_step("discrete_adjoint"))
+
+
+# ---------------------------------------------------------------------------------------------------------------- leftover memory
+
+
+def test_leftover_memory_is_announced_once_from_all_images_of_the_first_update(tmp_path, monkeypatch):
+    announced = []
+    monkeypatch.setattr(diffusers_adjoint.trainer, "announce_memory", announced.append)
+    trainer = make_trainer(tmp_path, per_device_train_batch_size=1, gradient_accumulation_steps=4)
+    trainer.train()
+    assert [len(memory) for memory in announced] == [4]
+    assert all(-1 <= value <= 1 for value in announced[0])
+    assert not any("memory" in name for line in trainer.state.log_history for name in line)
+
+
+def test_the_end_points_of_a_trained_pipeline_do_not_remember_their_noise(tmp_path, monkeypatch):
+    """The digits pipeline on memoryless paths, and, for the measure itself, on its own deterministic ones."""
+    announced = []
+    monkeypatch.setattr(diffusers_adjoint.trainer, "announce_memory", announced.append)
+    pipe = DiffusionPipeline.from_pretrained(DIGITS)
+    options = {"max_steps": 1, "num_inference_steps": 10, "num_generations": 32, "per_device_train_batch_size": 1}
+    trainer = make_trainer(tmp_path, pipeline=pipe, rows=["zero"], pipeline_kwargs={"max_sequence_length": 1}, **options)
+    trainer.train()
+    memory = announced[0]
+    # 32 images: a standard error of a few hundredths.
+    assert abs(memory.mean()) < 4 * memory.std() / math.sqrt(len(memory)) + 0.02
+
+    # The same pipeline without noise: its images are functions of their latents.
+    start = torch.randn(32, 4, 4, 4, generator=torch.Generator().manual_seed(0))
+    fresh = DiffusionPipeline.from_pretrained(DIGITS)
+    fresh.set_progress_bar_config(disable=True)
+    call = {"num_inference_steps": 10, "guidance_scale": 1.0, "max_sequence_length": 1, "output_type": "latent"}
+    end = fresh(["zero"] * 32, latents=start.clone(), **call).images
+    assert correlation(start, end) > 0.15  # .25, with a standard error of 1/√2048 = .02; more is not linear, and not seen
+
+
+def test_what_is_said_of_leftover_memory(caplog):
+    for values, said, warned in (([0.01, 0.03], "0.02 ± 0.01", False), ([0.5, 0.7], "0.6 ± 0.1", True), ([0.9], "0.9.", True)):
+        caplog.clear()
+        announce_memory(torch.tensor(values))
+        assert said in caplog.text and ("the tilt is biased" in caplog.text) == warned
+    caplog.clear()
+    announce_memory(torch.tensor([]))
+    assert not caplog.text
