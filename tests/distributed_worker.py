@@ -17,12 +17,15 @@ def brightness(images, prompts, **columns):
     return images.mean((1, 2, 3))
 
 
-def train(folder: str, batch: int, accumulation: int) -> tuple[AdjointMatchingTrainer, list[bool], dict[str, torch.Tensor]]:
+def train(
+    folder: str, batch: int, accumulation: int, loss_type: str
+) -> tuple[AdjointMatchingTrainer, list[bool], dict[str, torch.Tensor]]:
     """Two updates of four images, in the dataset's order; also which forwards were set to synchronise, and the first weights."""
     args = AdjointMatchingConfig(
         output_dir=folder,
         num_inference_steps=4,
-        num_loss_steps=2,
+        loss_type=loss_type,
+        num_loss_steps=None if loss_type == "discrete_adjoint" else 2,
         reward_scale=50.0,
         max_steps=2,
         per_device_train_batch_size=batch,
@@ -41,7 +44,8 @@ def train(folder: str, batch: int, accumulation: int) -> tuple[AdjointMatchingTr
         sd3(), brightness, args, Dataset.from_dict({"prompt": PROMPTS * 2}), peft_config=LoraConfig(r=2, lora_alpha=4)
     )
     synchronised: list[bool] = []
-    original = trainer._match
+    name = "_backpropagate" if loss_type == "discrete_adjoint" else "_match"
+    original = getattr(trainer, name)
 
     def spy(model, *rest):
         if isinstance(model, torch.nn.parallel.DistributedDataParallel):
@@ -51,7 +55,7 @@ def train(folder: str, batch: int, accumulation: int) -> tuple[AdjointMatchingTr
             return result
         return original(model, *rest)
 
-    trainer._match = spy
+    setattr(trainer, name, spy)
     start = adapter(trainer)
     trainer.train()
     return trainer, synchronised, start
@@ -62,8 +66,8 @@ def adapter(trainer: AdjointMatchingTrainer) -> dict[str, torch.Tensor]:
 
 
 if __name__ == "__main__":
-    folder = sys.argv[1]
-    trainer, synchronised, start = train(folder, batch=1, accumulation=2)
+    folder, loss_type = sys.argv[1:]
+    trainer, synchronised, start = train(folder, batch=1, accumulation=2, loss_type=loss_type)
     if trainer.is_world_process_zero():
         result = {
             "world_size": torch.distributed.get_world_size(),

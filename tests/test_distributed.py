@@ -13,15 +13,19 @@ HERE = Path(__file__).parent
 
 
 @pytest.mark.slow
-def test_two_processes_give_the_weights_of_one(tmp_path):
+@pytest.mark.parametrize(
+    ("loss_type", "loss_steps"), [("adjoint_matching", 2), ("basic_adjoint_matching", 2), ("discrete_adjoint", 4)]
+)
+def test_two_processes_give_the_weights_of_one(tmp_path, loss_type, loss_steps):
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     paths = os.pathsep.join([str(HERE.parent / "src"), str(HERE)])
     environment = os.environ | {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}
-    subprocess.run([*command, str(HERE / "distributed_worker.py"), str(tmp_path)], check=True, env=environment, timeout=300)
+    worker = [str(HERE / "distributed_worker.py"), str(tmp_path), loss_type]
+    subprocess.run([*command, *worker], check=True, env=environment, timeout=300)
     result = torch.load(tmp_path / "result.pt", weights_only=True)
     assert result["world_size"] == 2
 
-    single, _, start = train(str(tmp_path), batch=4, accumulation=1)
+    single, _, start = train(str(tmp_path), batch=4, accumulation=1, loss_type=loss_type)
     reference = adapter(single)
     assert all(torch.equal(start[name], result["start"][name]) for name in start)
     moved = max((reference[name] - start[name]).abs().max().item() for name in reference)
@@ -30,5 +34,5 @@ def test_two_processes_give_the_weights_of_one(tmp_path):
     assert max((reference[name] - result["weights"][name]).abs().max().item() for name in reference) <= 1e-4 * moved
     rewards = [line["reward"] for line in single.state.log_history if "reward" in line]
     assert result["rewards"] == pytest.approx(rewards, rel=1e-5)
-    # Two updates of two micro-batches with two loss steps each: only the last backward of an update synchronises.
-    assert result["synchronised"] == [False, False, False, True] * 2
+    # Two updates of two micro-batches: only the last backward of an update synchronises.
+    assert result["synchronised"] == ([False] * (2 * loss_steps - 1) + [True]) * 2

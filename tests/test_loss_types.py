@@ -30,6 +30,7 @@ def one_update(folder, loss_type: str, lora: bool, **changes):
     """Weights before and after one plain gradient step of a model that differs from its base, in float64."""
     settings = {"optim": "sgd", "learning_rate": 1e-3, "max_grad_norm": 0.0, "max_steps": 1} | every_step(loss_type) | changes
     trainer = make_trainer(folder, pipeline=sd3().to(torch.float64), lora=lora, **settings)
+    trainer._check_first_row = lambda: None  # seconds, and the same every time
     generator = torch.Generator().manual_seed(7)
     for parameter in trainer.denoiser.network.parameters():
         if parameter.requires_grad:
@@ -55,7 +56,7 @@ def test_three_objectives_make_the_same_update_and_the_lean_one_another(tmp_path
     assert difference(runs["adjoint_matching"][1], reference) > 0.02 * moved
 
 
-@pytest.mark.parametrize("loss_type", LOSS_TYPES)
+@pytest.mark.parametrize("loss_type", ["basic_adjoint_matching", "discrete_adjoint"])
 def test_splitting_the_batch_changes_nothing(tmp_path, loss_type):
     whole = one_update(tmp_path / "whole", loss_type, True, per_device_train_batch_size=4)
     split = one_update(tmp_path / "split", loss_type, True, per_device_train_batch_size=2, gradient_accumulation_steps=2)
@@ -109,7 +110,7 @@ def no_reward_for_the_first(images, prompts, **columns):
     return [None if prompt == PROMPTS[0] else value for prompt, value in zip(prompts, values, strict=True)]
 
 
-@pytest.mark.parametrize("loss_type", LOSS_TYPES)
+@pytest.mark.parametrize("loss_type", ["basic_adjoint_matching", "discrete_adjoint"])
 def test_an_image_without_reward_teaches_nothing(tmp_path, loss_type):
     """Half the batch is left out: the update is half that of the other half alone."""
     options = {"reward": no_reward_for_the_first, "train_sampling_strategy": "sequential"}

@@ -70,8 +70,8 @@ def announce_tilt(scaled_rewards: Tensor) -> None:
 def announce_memory(correlations: Tensor) -> None:
     """What the end points x̂_K remember of the noise x_0 they came from, as the mean correlation over images; 0 is memoryless.
 
-    It biases a tilt: with a linear reward on Gaussian data, to the share 1 − correlation² of the shift (2409.08861, Prop. 1). Memory
-    that is not linear it does not see: the ODE of the digits pipeline has .25 (tests/test_loss_types.py).
+    It biases a tilt: with a linear reward on Gaussian data, to the share 1 − correlation² of the shift (2409.08861, Prop. 1). It
+    does not see memory that is not linear: the ODE of the digits pipeline has .25 (tests/test_loss_types.py).
     """
     if len(correlations) == 0:
         return
@@ -80,6 +80,6 @@ def announce_memory(correlations: Tensor) -> None:
     logger.warning(f"leftover memory, the correlation of an image's noise x_0 and its end point x̂_K: {memory:.2g}{error}.")
     if abs(memory) > 0.2:
         logger.warning(
-            f"a correlation of {memory:.2g} means that the paths are not memoryless, and the tilt is biased; let the pipeline start "
-            f"from pure noise (no image to image at a low strength, no schedule that begins far below it), or expect less than the tilt."
+            f"with a correlation of {memory:.2g} the paths are not memoryless and the tilt is biased; let the pipeline start "
+            f"from pure noise (not from an image at a low strength, nor far below its noisiest level), or expect less of it."
         )
