@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import DiffusionPipeline
+from PIL import Image
 from safetensors.torch import load_file
 
 from diffusers_adjoint.cli import load_rewards, parse_arguments
@@ -15,7 +16,8 @@ from diffusers_adjoint.cli import load_rewards, parse_arguments
 ROOT = Path(__file__).parents[1]
 EXAMPLES = ROOT / "examples"
 SHARED = {"common", "smoke"}
-NAMES = sorted({file.stem for file in EXAMPLES.glob("*.py")} - SHARED)
+DRAWINGS = {"figure2_memoryless": 4, "tilt_2d": 9}  # without a pipeline; and how many rows their `run` returns
+NAMES = sorted({file.stem for file in EXAMPLES.glob("*.py")} - SHARED - DRAWINGS.keys())
 MODELS = {
     "flux1_dev": "black-forest-labs/FLUX.1-dev",
     "flux2_klein": "black-forest-labs/FLUX.2-klein-base-4B",
@@ -69,6 +71,17 @@ def test_flux1_refuses_weights_without_guidance_embedding(run, tmp_path):
     flux_schnell().save_pretrained(tmp_path / "schnell")
     with pytest.raises(ValueError, match="has no guidance embedding"):
         run("flux1_dev", "--smoke", "--model_name_or_path", str(tmp_path / "schnell"))
+
+
+@pytest.mark.parametrize("name", DRAWINGS)
+def test_drawing_draws(run, name, capsys):
+    folder = run(name, "--smoke")
+    with Image.open(folder / f"{name}.png") as picture:
+        assert min(picture.size) > 300 and len(picture.convert("RGB").getcolors(2**24)) > 50
+    assert "nan" not in capsys.readouterr().out
+    header = (EXAMPLES / f"{name}.py").read_text(encoding="utf-8").split('"""')[1]
+    assert f"python examples/{name}.py" in header and f"python examples/{name}.py --smoke" in header
+    assert f"`{name}.py`" in (EXAMPLES / "README.md").read_text(encoding="utf-8")
 
 
 @pytest.mark.slow

@@ -107,6 +107,27 @@ def test_the_lean_loss_is_zero_at_the_optimum_of_a_linear_cost():
         torch.testing.assert_close(lean.adjoints[k + 1, 0], closed_form, atol=0.03, rtol=0)  # Euler, h = 1/10
 
 
+@pytest.mark.parametrize("loss_type", sorted(set(LOSS_TYPES) - {"discrete_adjoint"}))
+def test_the_gradient_of_a_few_steps_is_that_of_all_on_the_average(loss_type):
+    """Each of four steps alone, chosen with probability ¼: the four gradients average to the whole one."""
+    problem, control = euler(LQ, 4), Net(dim=2).double()
+    torch.nn.init.normal_(control.net[-1].weight)
+    noise = draw(4, 6, 2, seed=2)
+    path = rollout(
+        problem.mean(control), draw(6, 2, seed=1), problem.times[:-1], problem.stds, lambda k: noise[k], keep_last=True
+    )
+
+    def gradient(steps: LossSteps) -> Tensor:
+        control.zero_grad()
+        accumulate_gradient(problem, problem.mean(control), path, steps, loss_type)
+        return torch.cat([parameter.grad.flatten() for parameter in control.parameters()])
+
+    whole = gradient(LossSteps((0, 1, 2, 3), (1.0,) * 4))
+    parts = torch.stack([gradient(LossSteps((k,), (0.25,))) for k in range(4)])
+    assert whole.abs().max() > 0.1
+    torch.testing.assert_close(parts.mean(0), whole, **EXACT)
+
+
 class AffineControl(torch.nn.Module):
     """u(x, t) = G_k x + g_k, a table: with it the optimum of an affine chain can be reached to rounding."""
 
