@@ -117,7 +117,7 @@ def test_an_image_without_reward_teaches_nothing(tmp_path):
     _, after, discrete_log = one_update(tmp_path / "discrete", "discrete_adjoint", True, **options)
     assert log["skipped"] == discrete_log["skipped"] == 1
     moved = difference(reference, start)
-    assert 0 < moved and difference(after, reference) < 1e-4 * moved
+    assert moved > 0 and difference(after, reference) < 1e-4 * moved
     with pytest.raises(ValueError, match="pass on_nonfinite='skip'"):
         one_update(tmp_path / "raise", "discrete_adjoint", True, on_nonfinite="raise", **options)
 
