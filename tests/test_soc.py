@@ -372,6 +372,9 @@ def test_a_biased_schedule_is_refused_unless_allowed():
         ValueError, match=r"not memoryless: correlation of X_0 and X_1 0\.97 .* pass memoryless_noise\(path\), or"
     ):
         biased.tilt(velocity, REWARD)
+    for times in (grid(5, 0.3), grid(5) / 2):
+        with pytest.raises(ValueError, match="pass times from 0 to 1, or allow_biased_schedule=True"):
+            PathSampler(FLOW, memoryless_noise(FLOW), times).tilt(velocity, REWARD)
     with pytest.warns(UserWarning, match="not memoryless"):
         assert biased.tilt(velocity, REWARD, allow_biased_schedule=True).stds is biased.stds
     with pytest.warns(UserWarning, match="sample the tuned network with this noise only"):

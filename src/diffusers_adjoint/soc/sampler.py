@@ -96,8 +96,13 @@ class PathSampler:
             allow_biased_schedule: allow noise that is not memoryless; the optimum is then p_base·e^{r + V(x_0)}, not the tilt.
 
         Raises:
-            ValueError: if the noise is not memoryless, unless that is allowed.
+            ValueError: if the noise is not memoryless or the times do not run from 0 to 1, unless that is allowed.
         """
+        if (self.times[0] > 0 or self.times[-1] < 1) and not allow_biased_schedule:
+            raise ValueError(
+                f"times run from {self.times[0].item():g} to {self.times[-1].item():g}, not from noise to data, which "
+                f"biases the tuned law; pass times from 0 to 1, or allow_biased_schedule=True."
+            )
         report = check_noise(self.path, self.noise)
         if not report.memoryless and not allow_biased_schedule:
             raise ValueError(
