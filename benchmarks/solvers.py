@@ -21,7 +21,7 @@ work, rounded up to whole updates, is that of the others. With S of K steps in t
 |---|---|---|---|
 | `adjoint_matching` | K / 0 / S | 1 / K − 1 − j / 0 | K + S + 1 / K − 1 − j / 0 |
 | `basic_adjoint_matching`, `continuous_adjoint` | K / K − 1 / K | 1 / K − 1 / 0 | 2K + 1 / 2K − 2 / 0 |
-| `discrete_adjoint` (every step evaluated anew) | K / 0 / K | 0 / K / 0 | K / 2K / 0 |
+| `discrete_adjoint` (every step evaluated anew) | K / 0 / K | 1 / K − 1 / 0 | K + 2 / 2K − 2 / 0 |
 | `back_propagation` (the same, all graphs kept) | 0 / 0 / K | 1 / K − 1 / 0 | 2 / 2K − 2 / 0 |
 
 The two with a full adjoint could leave steps out of the loss, too, but out of nothing else; a pass through the chain takes all.

@@ -10,8 +10,9 @@ from tiny_pipelines import sd3, sd15
 from tiny_trainer import PROMPTS, brightness, make_trainer
 from transformers.integrations import TrackioCallback, WandbCallback
 
+from diffusers_adjoint.matching import path_kl
 from diffusers_adjoint.metrics import pairwise_diversity, saturated_share
-from diffusers_adjoint.rollout import Stream, path_kl, sample_trajectory, seeded_generator
+from diffusers_adjoint.rollout import Stream, sample_trajectory, seeded_generator
 from diffusers_adjoint.sample_images import SampleImages, image_grid, to_trackers
 
 

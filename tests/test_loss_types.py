@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
+from typing import get_args, get_type_hints
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from tiny_pipelines import sd3
 from tiny_trainer import PROMPTS, config, difference, make_trainer, weights
 
 import diffusers_adjoint.trainer
+from diffusers_adjoint import AdjointMatchingConfig
 from diffusers_adjoint.objectives import LOSS_TYPES
 from diffusers_adjoint.sample_log import announce_memory
 from diffusers_adjoint.soc import correlation
@@ -157,6 +159,17 @@ def test_layers_checkpointed_across_a_switch_of_the_adapter_are_refused(tmp_path
     with pytest.raises(ValueError, match="switches the adapter within a step.*pass gradient_checkpointing=False"):
         make_trainer(tmp_path, gradient_checkpointing=True, **every_step(loss_type))
     make_trainer(tmp_path, gradient_checkpointing=True, lora=False, **every_step(loss_type))  # two networks: nothing is switched
+
+
+def test_checkpointing_that_the_user_has_switched_on_is_seen(tmp_path):
+    pipeline = sd3()
+    pipeline.transformer.enable_gradient_checkpointing()
+    with pytest.raises(ValueError, match="switches the adapter within a step"):
+        make_trainer(tmp_path, pipeline=pipeline, loss_type="basic_adjoint_matching")
+
+
+def test_the_command_line_knows_every_objective():
+    assert get_args(get_type_hints(AdjointMatchingConfig)["loss_type"]) == LOSS_TYPES
 
 
 def test_the_gradient_scaler_does_not_go_with_back_propagation(tmp_path):

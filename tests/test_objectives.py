@@ -179,6 +179,37 @@ def test_the_continuous_loss_is_the_matching_loss_but_for_a_constant():
         continuous_adjoint_loss(mean, base, std, adjoint[:1])
 
 
+def test_a_step_without_noise_teaches_nothing_and_carries_the_state():
+    """Its mean may depend on the parameters all the same, as that of a last step without noise does."""
+
+    class Everywhere(Controlled):
+        def forward(self, k: int, x: Tensor) -> Tensor:
+            return base_mean(k, x) + torch.sin(x @ self.inner[k]) @ self.outer[k]
+
+    model = Everywhere()
+    path = path_of(model, NUMBERS)
+    basic, discrete = (gradient_of(loss_type, model, path, noisy_end=True) for loss_type in LOSS_TYPES[1::2])
+    for grad, expected in zip(discrete, basic, strict=True):
+        assert torch.equal(grad[QUIET], torch.zeros_like(grad[QUIET]))
+        torch.testing.assert_close(grad, expected, **EXACT)
+
+
+@pytest.mark.parametrize("first", [1, 3])
+def test_back_propagation_ends_at_the_first_step_with_a_control(first):
+    model, evaluated = Controlled(), []
+    path = path_of(model, NUMBERS)
+    whole = gradient_of("discrete_adjoint", model, path, noisy_end=True)
+    watch = lambda k, x: evaluated.append((k, x.requires_grad)) or model(k, x)  # noqa: E731
+    steps = [k for k in range(first, STEPS) if k != QUIET]
+    discrete_adjoint(
+        watch, base_mean, path, terminal_slope(path.states[-1]), steps=steps, running_cost=running_cost, weigh=torch.sum
+    )
+    assert evaluated == [(k, k > first) for k in reversed(range(first, STEPS))]
+    for grad, of_all in zip(model.gradients(), whole, strict=True):
+        torch.testing.assert_close(grad[first:], of_all[first:], **EXACT)
+        assert not grad[:first].any()
+
+
 def test_back_propagation_reports_the_cost_it_differentiates():
     model = Controlled()
     path = path_of(model, NUMBERS)
@@ -223,6 +254,7 @@ def test_back_propagation_evaluates_each_step_once_and_hands_its_passes_to_the_c
         around=around,
     )
     each = [[("enter", k), ("mean", k), ("backward", None), ("leave", k)] for k in reversed(range(STEPS))]
+    each[STEPS - 1 - QUIET] = [("mean", QUIET)]  # nothing is learnt there
     assert seen == sum(each, [])
     kept = Trajectory(path.states[:, keep], path.timesteps, path.stds)
     for partial, of_kept, whole in zip(

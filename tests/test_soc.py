@@ -11,7 +11,7 @@ from samplers import draw, tensor
 from torch import Tensor
 
 from diffusers_adjoint.adjoint import lean_adjoint
-from diffusers_adjoint.matching import LossSteps, matching_loss
+from diffusers_adjoint.matching import LossSteps, matching_loss, path_kl
 from diffusers_adjoint.objectives import LOSS_TYPES
 from diffusers_adjoint.schedulers.integrators import posterior
 from diffusers_adjoint.soc import (
@@ -126,6 +126,19 @@ def test_the_gradient_of_a_few_steps_is_that_of_all_on_the_average(loss_type):
     parts = torch.stack([gradient(LossSteps((k,), (0.25,))) for k in range(4)])
     assert whole.abs().max() > 0.1
     torch.testing.assert_close(parts.mean(0), whole, **EXACT)
+
+
+def test_the_base_is_evaluated_down_to_the_earliest_loss_step():
+    problem, evaluated = euler(LQ, 6), []
+    watched = ControlProblem(
+        lambda k, x: evaluated.append(k) or problem.base_mean(k, x), problem.times, problem.stds, problem.terminal_cost
+    )
+    path = rollout(
+        problem.base_mean, draw(3, 2, seed=1), problem.times[:-1], problem.stds, lambda k: draw(3, 2, seed=k), keep_last=True
+    )
+    gain = torch.ones(1, dtype=torch.float64, requires_grad=True)
+    accumulate_gradient(watched, lambda k, x: gain * x, path, LossSteps((3, 5), (1.0, 1.0)))
+    assert evaluated == [5, 4, 3]
 
 
 class AffineControl(torch.nn.Module):
@@ -399,10 +412,10 @@ def make(**change):
     return ControlProblem.euler(**sound | change)
 
 
-def run(problem: ControlProblem, control=None, **options):
+def run(problem: ControlProblem, control=None, updates=2, **options):
     control = control or Net(dim=2).double()
     optimizer = torch.optim.Adam(control.parameters() if isinstance(control, torch.nn.Module) else [torch.zeros(1)], lr=1e-3)
-    return solve(problem, problem.mean(control), optimizer, lambda g: torch.randn(3, 2, generator=g).double(), 2, **options)
+    return solve(problem, problem.mean(control), optimizer, lambda g: torch.randn(3, 2, generator=g).double(), updates, **options)
 
 
 def test_the_sound_problem_is_solved():
@@ -438,6 +451,20 @@ def test_the_sound_problem_is_solved():
         (lambda: run(make(running_cost=lambda x, t: x.sum())), ValueError, r"running_cost returned shape \(\) for 3 states"),
         (lambda: run(make(terminal_cost=lambda x: x.sum(1) / 0)), ValueError, "the loss of update 0 is"),
         (
+            lambda: run(make(terminal_cost=lambda x: torch.nn.Linear(2, 1).double()(x.detach())[:, 0])),
+            ValueError,
+            "terminal_cost has no gradient in the state",
+        ),
+        (lambda: run(make(), updates=0), ValueError, "updates=0 solves nothing; pass at least 1"),
+        (lambda: run(make(), num_loss_steps=0), ValueError, "num_loss_steps=0 does not fit"),
+        (lambda: make(times=torch.arange(5)), ValueError, "times must increase, from t_0 to t_K; pass a tensor like"),
+        (lambda: make(times=[0.0, 0.5, 1.0]), ValueError, "times must increase, from t_0 to t_K; pass a tensor like"),
+        (
+            lambda: ControlProblem(lambda k, x: x, grid(2), tensor([[1.0, 0.0], [1.0, 1.0]]), torch.sum),
+            ValueError,
+            r"the std of step 0 = \[1.0, 0.0\]; pass a finite σ",
+        ),
+        (
             lambda: run(make(), loss_type="reinforce"),
             ValueError,
             "loss_type='reinforce' is unknown; pass one of 'adjoint_matching', ",
@@ -471,3 +498,34 @@ def test_the_sound_problem_is_solved():
 def test_bad_input_is_refused_in_one_sentence(build, error, message):
     with pytest.raises(error, match=message):
         build()
+
+
+@pytest.mark.parametrize("loss_type", LOSS_TYPES)
+@pytest.mark.parametrize(
+    ("running_cost", "message"),
+    [
+        (lambda x, t: x.detach().sum(1), "running_cost has no gradient in the state"),
+        (lambda x, t: x.square().sum(), r"running_cost returned shape \(\) for 3 states"),
+        (lambda x, t: x.square().sum(1, keepdim=True), r"running_cost returned shape \(3, 1\) for 3 states"),
+    ],
+)
+def test_every_objective_refuses_a_running_cost_it_cannot_use(loss_type, running_cost, message):
+    with pytest.raises(ValueError, match=message):
+        run(make(running_cost=running_cost), loss_type=loss_type)
+
+
+def test_solving_draws_one_batch_an_update():
+    drawn, control, problem = [], Net(dim=2).double(), make()
+    start = lambda generator: drawn.append(1) or torch.zeros(3, 2, dtype=torch.float64)  # noqa: E731
+    solve(problem, problem.mean(control), torch.optim.Adam(control.parameters()), start, 4)
+    assert len(drawn) == 4
+
+
+def test_the_spent_cost_is_the_kl_of_the_paths():
+    """The fourth of the functions: Σ ½ ‖√h u‖² for a control that is known."""
+    problem, x = euler(LQ, 6), draw(3, 2, seed=1)
+    control = lambda x, t: torch.ones_like(x) * t  # noqa: E731
+    mean = problem.mean(control)
+    path = rollout(mean, x, problem.times[:-1], problem.stds, lambda k: draw(3, 2, seed=k), keep_last=True)
+    expected = sum(t**2 / 6 for t in problem.times[:-1])
+    torch.testing.assert_close(path_kl(mean, problem.base_mean, path), expected.expand(3), **EXACT)

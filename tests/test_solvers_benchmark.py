@@ -31,7 +31,7 @@ def formulas(loss_type, tilt, steps, chosen, earliest):
     if loss_type == "adjoint_matching":
         return (steps, 0, chosen), (1 if tilt else steps + chosen + 1, steps - 1 - earliest, 0)
     if loss_type == "discrete_adjoint":
-        return (steps, 0, steps), (0, steps, 0) if tilt else (steps, 2 * steps, 0)
+        return (steps, 0, steps), (1, steps - 1, 0) if tilt else (steps + 2, 2 * steps - 2, 0)
     if loss_type == "back_propagation":
         return (0, 0, steps), (1, steps - 1, 0) if tilt else (2, 2 * steps - 2, 0)
     return (steps, steps - 1, steps), (1, steps - 1, 0) if tilt else (2 * steps + 1, 2 * steps - 2, 0)

@@ -14,8 +14,9 @@ from transformers import TrainerCallback
 
 import diffusers_adjoint.trainer
 from diffusers_adjoint import AdjointMatchingTrainer, LossSteps, choose_loss_steps, clip_loss
+from diffusers_adjoint.matching import path_kl
 from diffusers_adjoint.rewards import WeightedReward
-from diffusers_adjoint.rollout import Stream, path_kl, seeded_generator, stacked_noise
+from diffusers_adjoint.rollout import Stream, seeded_generator, stacked_noise
 from diffusers_adjoint.trainer import RolloutBatch
 
 

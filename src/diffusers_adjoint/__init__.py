@@ -2,7 +2,7 @@
 
 from .adjoint import AdjointPath, full_adjoint, lean_adjoint
 from .config import AdjointMatchingConfig
-from .matching import LossSteps, choose_loss_steps, clip_loss, control, matching_loss, step_kl
+from .matching import LossSteps, choose_loss_steps, clip_loss, control, matching_loss, path_kl, step_kl
 from .objectives import ChainLoss, continuous_adjoint_loss, discrete_adjoint
 from .schedulers import (
     MemorylessDDIMScheduler,
@@ -36,6 +36,7 @@ __all__ = [
     "lean_adjoint",
     "matching_loss",
     "memoryless_scheduler",
+    "path_kl",
     "rollout",
     "step_kl",
 ]

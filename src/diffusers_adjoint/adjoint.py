@@ -102,9 +102,6 @@ def full_adjoint(
         terminal: the tensor a_K, or a callable x̂_K → a_K = ∇g(x̂_K) that receives step K − 1's *controlled* mean, detached.
         trajectory, lowest, lowest_base_mean, running_cost_grad: as for `lean_adjoint`.
 
-    Returns:
-        AdjointPath, detached.
-
     Raises:
         ValueError: as for `lean_adjoint`.
     """

@@ -68,7 +68,8 @@ class AdjointMatchingConfig(TrainingArguments):
         loss_type (`str`, defaults to `"adjoint_matching"`):
             `"adjoint_matching"`, or one of the paper's other objectives, for comparison: `"basic_adjoint_matching"` and
             `"continuous_adjoint"` (the full adjoint: two networks a step instead of one), `"discrete_adjoint"` (back-propagation
-            through all steps).
+            through all steps). The loss of the last two is no distance and may be negative; in the last, one image whose states
+            are not finite costs the whole update.
         num_loss_steps (`int`, *optional*):
             S, steps of each trajectory that carry the loss; half of them when not given.
         loss_step_selection (`str`, defaults to `"uniform"`):

@@ -10,12 +10,12 @@ from typing import Any, cast
 
 import torch
 from diffusers import DiffusionPipeline
-from peft import LoraConfig
 from torch import nn
 from transformers.trainer_utils import has_length
 from transformers.utils import logging
 
 from .config import AdjointMatchingConfig
+from .denoiser import PipelineDenoiser
 from .replay import PipelineReplay
 from .replay.arguments import CallArguments
 from .replay.view import denoiser_names, text_encoders
@@ -201,14 +201,15 @@ def parsed(kwargs: dict[str, Any] | str | None) -> dict[str, Any] | None:
     return cast("dict[str, Any] | None", kwargs)
 
 
-def require_single_pass(args: AdjointMatchingConfig, peft_config: LoraConfig | None) -> None:
+def require_single_pass(args: AdjointMatchingConfig, denoiser: PipelineDenoiser) -> None:
     """Raises ValueError if an objective with two networks a step is asked for what only one network can do."""
     if args.loss_type == "adjoint_matching":
         return
-    if args.gradient_checkpointing and peft_config is not None:  # both passes are over when a layer is evaluated again
+    checkpointed = args.gradient_checkpointing or denoiser.network.is_gradient_checkpointing
+    if checkpointed and denoiser.base_adapters is not None:  # both passes are over when a layer is evaluated again
         raise ValueError(
             f"loss_type={args.loss_type!r} switches the adapter within a step, and checkpointed layers would be evaluated again "
-            f"without it; pass gradient_checkpointing=False."
+            f"without it; pass gradient_checkpointing=False, and do not enable it on the network."
         )
     if args.loss_type == "discrete_adjoint" and args.fp16:  # the gradient scaler would scale what one step hands to the next
         raise ValueError("loss_type='discrete_adjoint' does not go with fp16=True; pass bf16=True or another loss_type.")

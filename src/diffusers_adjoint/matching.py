@@ -16,7 +16,9 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-__all__ = ["LossSteps", "choose_loss_steps", "clip_loss", "control", "matching_loss", "noisy_steps", "step_kl"]
+from .trajectory import MeanFunction, Trajectory
+
+__all__ = ["LossSteps", "choose_loss_steps", "clip_loss", "control", "matching_loss", "noisy_steps", "path_kl", "step_kl"]
 
 
 def control(mean: Tensor, base_mean: Tensor, std: float | Tensor) -> Tensor:
@@ -69,6 +71,14 @@ def clip_loss(loss: Tensor, loss_clip: float | None) -> Tensor:
 def step_kl(mean: Tensor, base_mean: Tensor, std: float | Tensor) -> Tensor:
     """½‖√Δ u_k‖², step k's share of KL(path of θ ‖ path of the base), shape (B,), nats (Girsanov on the grid)."""
     return _half_square(control(mean, base_mean, std))
+
+
+def path_kl(mean: MeanFunction, base_mean: MeanFunction, trajectory: Trajectory) -> Tensor:
+    """KL(path law of the model ‖ path law of the base) along given paths, shape (B,), nats; all steps with noise (Girsanov)."""
+    states, stds = trajectory.states, trajectory.stds
+    with torch.no_grad():
+        terms = [step_kl(mean(k, x := states[k]), base_mean(k, x), stds[k]) for k in noisy_steps(stds)]
+    return torch.stack(terms).sum(0)
 
 
 def _half_square(values: Tensor) -> Tensor:

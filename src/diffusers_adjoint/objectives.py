@@ -13,14 +13,14 @@ steps the full adjoint is what back-propagation computes. The first has another 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from .matching import control, matching_loss, step_kl
+from .matching import control, matching_loss, noisy_steps, step_kl
 from .trajectory import MeanFunction, Trajectory
 
 __all__ = ["ADJOINT_OBJECTIVES", "LOSS_TYPES", "ChainLoss", "Objective"]
@@ -48,15 +48,10 @@ def continuous_adjoint_loss(mean: Tensor, base_mean: Tensor, std: float | Tensor
 
 @dataclass(frozen=True)
 class Objective:
-    """An objective that regresses, or follows, an adjoint step by step.
+    """An objective that regresses, or follows, an adjoint step by step."""
 
-    Args:
-        full: whether its adjoint is the full one.
-        loss: (mean, base_mean, std, adjoint) → (B,), one step.
-    """
-
-    full: bool
-    loss: Callable[[Tensor, Tensor, float | Tensor, Tensor], Tensor]
+    full: bool  # whether its adjoint is the full one
+    loss: Callable[[Tensor, Tensor, float | Tensor, Tensor], Tensor]  # (mean, base_mean, std, adjoint) → (B,), one step
 
 
 ADJOINT_OBJECTIVES = {
@@ -69,15 +64,10 @@ LOSS_TYPES = (*ADJOINT_OBJECTIVES, "discrete_adjoint")
 
 @dataclass(frozen=True)
 class ChainLoss:
-    """What back-propagation through a chain found on its way.
+    """What back-propagation through a chain found on its way, detached."""
 
-    Args:
-        loss: the weighed objective with g to first order around the end point, 0-dimensional; for the log, its gradient is taken.
-        kl: Σ_k ½‖√Δ u_k‖², shape (B,).
-    """
-
-    loss: Tensor
-    kl: Tensor
+    loss: Tensor  # the weighed objective with g to first order around the end point, 0-dimensional
+    kl: Tensor  # Σ_k ½‖√Δ u_k‖², shape (B,)
 
 
 def discrete_adjoint(
@@ -86,6 +76,7 @@ def discrete_adjoint(
     trajectory: Trajectory,
     terminal: Tensor | Callable[[Tensor], Tensor],
     *,
+    steps: Sequence[int] | None = None,
     running_cost: Callable[[int, Tensor], Tensor] | None = None,
     weigh: Callable[[Tensor], Tensor] = torch.mean,
     backward: Callable[[Tensor], None] = Tensor.backward,
@@ -97,25 +88,27 @@ def discrete_adjoint(
     that is kept of it, and each step is evaluated once more, from the last to the first, with one step's activations alive.
 
     Args:
-        mean: (k, x) → μ_k^θ(x), with gradient to x and the trained parameters; evaluated once a step.
-        base_mean: (k, x) → μ_k^base(x), differentiable in x; evaluated once a step.
+        mean: (k, x) → μ_k^θ(x), with gradient to x and the parameters; evaluated once a step, down to the first of `steps`.
+        base_mean: (k, x) → μ_k^base(x), differentiable in x; evaluated once for each of `steps`.
         trajectory: paths of the controlled process.
         terminal: the tensor ∇g at the paths' end, or a callable x̂_K → ∇g(x̂_K) that receives step K − 1's mean, detached.
+        steps: those with a control, increasing; others carry the state and teach nothing. `None` for all with s_k > 0.
         running_cost: (k, x_k) → f_k(x_k), shape (B,), the step's Δt included; `None` for f = 0.
         weigh: costs (B,) → the number whose gradient is wanted, linear in them; first called after `terminal`.
         backward: called with the loss of each step; it must not scale it.
-        around: k → the context of step k's evaluation and backward pass, for what keeps processes from synchronising each step.
-
-    Returns:
-        ChainLoss, detached.
+        around: k → the context in which one of `steps` is evaluated, so that processes need not synchronise each of them.
     """
     states, carried = trajectory.states, None
+    steps = noisy_steps(trajectory.stds) if steps is None else steps
     total, kl = states.new_zeros(()), states.new_zeros(states.shape[1])
-    for k in reversed(range(len(trajectory))):
-        x, std = states[k].detach().requires_grad_(), trajectory.stds[k]
-        with around(k):
+    for k in reversed(range(steps[0], len(trajectory))):
+        x, taught = (
+            states[k].detach().requires_grad_(k > steps[0]),
+            k in steps,
+        )  # before the first control nothing is to be learnt
+        with around(k) if taught else nullcontext():
             moved = mean(k, x)
-            cost = step_kl(moved, base_mean(k, x), std) if std.any() else moved.new_zeros(len(x))
+            cost = step_kl(moved, base_mean(k, x), trajectory.stds[k]) if taught else moved.new_zeros(len(x))
             kl += cost.detach()
             if running_cost is not None:
                 cost = cost + running_cost(k, x)
@@ -124,7 +117,9 @@ def discrete_adjoint(
                 cost = cost + (moved * adjoint.detach()).reshape(len(x), -1).sum(1)
             own = weigh(cost)
             # What the later steps make of this one's mean has been weighed already.
-            backward(own if carried is None else own + (moved * carried).sum())
+            loss = own if carried is None else own + (moved * carried).sum()
+            if taught:
+                backward(loss)
         total += own.detach()
-        carried = x.grad
+        carried = x.grad if taught else torch.autograd.grad(loss, x)[0]
     return ChainLoss(total, kl)

@@ -41,7 +41,7 @@ class PipelineTrainer(PublishingTrainer):
     """A `Trainer` of a pipeline's denoiser that knows no loss: the habits of the host, kept for another kind of model."""
 
     control: TrainerControl
-    _clock: tuple[float, int]
+    _clock: tuple[float, int] = (0.0, 0)  # seconds and evaluations at the last log; set at the start of training
 
     # ---------------------------------------------------------------------------------------------------------- several devices
 

@@ -6,7 +6,7 @@ batch, accumulating gradients or adding processes changes nothing.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from enum import IntEnum
 
 import numpy as np
@@ -14,11 +14,11 @@ import torch
 from torch import Tensor
 
 from .denoiser import PipelineDenoiser
-from .matching import noisy_steps, step_kl
+from .matching import step_kl
 from .replay import Conditioning
 from .trajectory import Trajectory, rollout
 
-__all__ = ["Stream", "path_kl", "sample_trajectory", "sampled_path_kl", "seeded_generator", "seeded_generators"]
+__all__ = ["Stream", "sample_trajectory", "sampled_path_kl", "seeded_generator", "seeded_generators"]
 __all__ += ["stacked_noise", "zero_unless"]
 
 
@@ -78,15 +78,6 @@ def sample_trajectory(
 def zero_unless(keep: Tensor, values: Tensor) -> Tensor:
     """`values` of shape (S, B, …) with zeros for the images not in `keep`, (B,): a NaN times a zero gradient would be a NaN."""
     return torch.where(keep.view(1, -1, *[1] * (values.ndim - 2)), values, 0.0)
-
-
-def path_kl(mean: Callable[[int, Tensor], Tensor], base_mean: Callable[[int, Tensor], Tensor], trajectory: Trajectory) -> Tensor:
-    """KL(path law of the model ‖ path law of the base) along given paths, shape (B,), nats; all steps with noise (Girsanov)."""
-    with torch.no_grad():
-        terms = [
-            step_kl(mean(k, x := trajectory.states[k]), base_mean(k, x), trajectory.stds[k]) for k in noisy_steps(trajectory.stds)
-        ]
-    return torch.stack(terms).sum(0)
 
 
 def sampled_path_kl(

@@ -37,7 +37,7 @@ from .inputs import (
     without_prompt,
 )
 from .lora import add_lora
-from .matching import LossSteps, choose_loss_steps, clip_loss, step_kl
+from .matching import LossSteps, choose_loss_steps, clip_loss, noisy_steps, step_kl
 from .objectives import ADJOINT_OBJECTIVES, discrete_adjoint
 from .pipeline_trainer import PipelineTrainer
 from .progress import progress
@@ -139,7 +139,7 @@ class AdjointMatchingTrainer(PipelineTrainer):
                 component.requires_grad_(False).eval()
         base_adapters = None if peft_config is None else add_lora(pipeline, self.replay.component, peft_config)
         self.denoiser = PipelineDenoiser(self.replay, base_adapters)
-        require_single_pass(args, peft_config)
+        require_single_pass(args, self.denoiser)
 
         super().__init__(
             model=self.denoiser,
@@ -155,7 +155,6 @@ class AdjointMatchingTrainer(PipelineTrainer):
         self._idle_steps: list[int] = []  # of the trained network; found at the start of training
         self._samples = SampleLog()
         self._kept = torch.zeros((), device=args.device)  # images of this update, on this process, that train
-        self._clock = (time.perf_counter(), 0)
 
     @classmethod
     def from_ddpo(
@@ -183,7 +182,7 @@ class AdjointMatchingTrainer(PipelineTrainer):
         steps = self._choose_steps()
         trajectory = self._rollout(batch)
         if self.args.loss_type == "discrete_adjoint":
-            loss, reward = self._backpropagate(model, batch, trajectory)
+            loss, reward = self._backpropagate(model, batch, trajectory, steps)
         else:
             path, reward = self._adjoint(batch, trajectory, steps)
             loss = self._match(model, batch, trajectory, path, reward, steps)
@@ -217,7 +216,8 @@ class AdjointMatchingTrainer(PipelineTrainer):
         generator = seeded_generator(self.args.seed, self.state.global_step, 0, Stream.LOSS_STEPS)
         stds = self.replay.stds.clone()
         stds[self._idle_steps] = 0.0  # no control to match there
-        count = self.args.num_loss_steps or max((len(stds) - len(self._idle_steps)) // 2, 1)
+        half = max((len(stds) - len(self._idle_steps)) // 2, 1)
+        count = len(noisy_steps(stds)) if self.args.loss_type == "discrete_adjoint" else self.args.num_loss_steps or half
         return choose_loss_steps(stds, count, self.args.loss_step_selection, generator)
 
     def _rollout(self, batch: RolloutBatch) -> Trajectory:
@@ -301,18 +301,21 @@ class AdjointMatchingTrainer(PipelineTrainer):
         self._record(reward, kl, keep)
         return total
 
-    def _backpropagate(self, model: nn.Module, batch: RolloutBatch, trajectory: Trajectory) -> tuple[Tensor, RewardGradient]:
+    def _backpropagate(
+        self, model: nn.Module, batch: RolloutBatch, trajectory: Trajectory, steps: LossSteps
+    ) -> tuple[Tensor, RewardGradient]:
         """The discrete adjoint: through all steps of the chain, from the reward at its end."""
         found: list[RewardGradient] = []
-        synchronised = self._synchronised(model)
+        synchronised, first = self._synchronised(model), steps.indices[0]
         with self._progress("chain", 2 * len(trajectory)):
             chain = discrete_adjoint(
                 *self._means(model, batch),
                 trajectory,
                 self._terminal(batch, found),
+                steps=steps.indices,
                 weigh=lambda costs: torch.where(self._finite(found[0]), costs, 0.0).mean() * batch.share,
                 backward=self._backward,
-                around=lambda k: synchronised(k == 0),
+                around=lambda k: synchronised(k == first),
             )
         self._record(found[0], chain.kl, self._finite(found[0]))
         return chain.loss, found[0]

@@ -68,9 +68,13 @@ def memoryless_noise(path: GaussianPath) -> Noise:
 
 
 def require_time_alone(noise: Noise) -> None:
-    """Raises TypeError if σ wants more than the time."""
+    """Raises TypeError if σ wants more than the time; a function of the state alone cannot be told apart."""
     try:
-        inspect.signature(noise).bind(torch.tensor(0.5))
+        signature = inspect.signature(noise)
+    except ValueError:  # of a builtin: it is called, and says itself what it wants
+        return
+    try:
+        signature.bind(torch.tensor(0.5))
     except TypeError as error:
         raise TypeError(
             "noise must be a function of the time alone, σ(t); a σ that depends on the state is not covered."

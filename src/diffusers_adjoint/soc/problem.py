@@ -39,7 +39,7 @@ class ControlProblem:
         running_cost: (k, x) → f_k(x), shape (B,), the step's h_k included; `None` for f = 0.
 
     Raises:
-        ValueError: if the times do not increase, the lengths disagree, or no step has noise.
+        ValueError: if the times do not increase, the lengths disagree, a std is not usable, or no step has noise.
     """
 
     base_mean: MeanFunction
@@ -52,6 +52,8 @@ class ControlProblem:
         check_times(self.times)
         if len(self.stds) != len(self.times) - 1:
             raise ValueError(f"{len(self.times)} times need {len(self.times) - 1} stds, but got {len(self.stds)}.")
+        for k, std in enumerate(self.stds):
+            _require_usable(std, f"the std of step {k}")
         if not noisy_steps(self.stds):
             raise ValueError("σ is 0 at every step, so there is nothing to control with; pass noise that is positive somewhere.")
 
@@ -112,23 +114,32 @@ class ControlProblem:
         running = self.running_cost
         return None if running is None else lambda k, x: _gradient(lambda at: running(k, at), x, "running_cost")
 
+    @property
+    def checked_running_cost(self) -> Callable[[int, Tensor], Tensor] | None:
+        """`running_cost`, which raises as `terminal_adjoint` does where a state with gradient gives a cost without."""
+        running = self.running_cost
+        return None if running is None else lambda k, x: _checked_cost(running(k, x), x, "running_cost")
+
 
 def check_times(times: Tensor) -> None:
     """Raises ValueError unless there are two or more increasing times."""
-    if times.ndim != 1 or len(times) < 2 or not (times.diff() > 0).all():
+    increasing = isinstance(times, Tensor) and times.is_floating_point() and times.ndim == 1 and len(times) > 1
+    if not (increasing and (times.diff() > 0).all()):
         raise ValueError(f"times must increase, from t_0 to t_K; pass a tensor like torch.linspace(0, 1, K + 1), not {times}.")
 
 
 def _noises(noise: Noise, times: Tensor) -> list[Tensor]:
     """σ of each time."""
     require_time_alone(noise)
-    sigmas = [torch.as_tensor(noise(t), dtype=times.dtype) for t in times]
+    sigmas = [torch.as_tensor(noise(t), dtype=times.dtype, device=times.device) for t in times]
     for t, sigma in zip(times, sigmas, strict=True):
-        if not (sigma.isfinite().all() and ((sigma > 0).all() or not sigma.any())):
-            raise ValueError(
-                f"σ({t.item():g}) = {sigma.tolist()}; pass a finite σ that is positive in every component, or 0 in all of them."
-            )
+        _require_usable(sigma, f"σ({t.item():g})")
     return sigmas
+
+
+def _require_usable(sigma: Tensor, name: str) -> None:
+    if not (sigma.isfinite().all() and ((sigma > 0).all() or not sigma.any())):
+        raise ValueError(f"{name} = {sigma.tolist()}; pass a finite σ that is positive in every component, or 0 in all of them.")
 
 
 def _checked(values: Tensor, x: Tensor, name: str) -> Tensor:
@@ -140,11 +151,21 @@ def _checked(values: Tensor, x: Tensor, name: str) -> Tensor:
 def _gradient(cost: Callable[[Tensor], Tensor], x: Tensor, name: str) -> Tensor:
     with torch.enable_grad():
         leaf = x.detach().requires_grad_()
-        values = cost(leaf)
-        if values.shape != x.shape[:1]:
-            raise ValueError(
-                f"{name} returned shape {tuple(values.shape)} for {len(x)} states; return one number a state, ({len(x)},)."
-            )
-        if not values.requires_grad:
-            raise ValueError(f"{name} has no gradient in the state; compute it with torch, without detach() or no_grad().")
-        return torch.autograd.grad(values.sum(), leaf)[0]
+        values = _checked_cost(cost(leaf), leaf, name)
+        gradient = torch.autograd.grad(values.sum(), leaf, allow_unused=True)[0]
+    if gradient is None:  # its graph leads to weights of its own
+        raise ValueError(_NO_GRADIENT.format(name))
+    return gradient
+
+
+_NO_GRADIENT = "{} has no gradient in the state; compute it with torch, without detach() or no_grad()."
+
+
+def _checked_cost(values: Tensor, x: Tensor, name: str) -> Tensor:
+    if values.shape != x.shape[:1]:
+        raise ValueError(
+            f"{name} returned shape {tuple(values.shape)} for {len(x)} states; return one number a state, ({len(x)},)."
+        )
+    if x.requires_grad and not values.requires_grad:
+        raise ValueError(_NO_GRADIENT.format(name))
+    return values

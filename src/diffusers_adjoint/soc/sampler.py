@@ -21,11 +21,21 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from ..trajectory import MeanFunction, rollout
+from ..trajectory import MeanFunction, Trajectory, rollout
 from .paths import GaussianPath, Noise, check_noise, noise_at
 from .problem import Control, ControlProblem, check_times
 
-__all__ = ["PathSampler"]
+__all__ = ["PathSampler", "draw_path"]
+
+
+def draw_path(mean: MeanFunction, start: Tensor, times: Tensor, stds: Tensor, generator: torch.Generator | None) -> Trajectory:
+    """All K steps from `start`; the noise is drawn on the CPU, so that every device gets the same."""
+
+    def noise(_: int) -> Tensor:
+        return torch.randn(start.shape, generator=generator, dtype=start.dtype).to(start.device)
+
+    return rollout(mean, start, times[:-1], stds.to(start), noise, keep_last=True)
+
 
 _NODES = (torch.arange(256, dtype=torch.float64) + 0.5) / 256  # midpoints of a step
 
@@ -46,7 +56,7 @@ class PathSampler:
         check_times(times)
         if times[0] < 0 or times[-1] > 1:
             raise ValueError(f"times run from {times[0].item():g} to {times[-1].item():g}; a path is defined on [0, 1].")
-        self.path, self.noise, self.times = path, noise, times.double()
+        self.path, self.noise, self.times = path, noise, times.double().cpu()  # tables: states may lie anywhere
         self._alphas, self._betas = path.alpha(self.times), path.beta(self.times)
         spread = self._alphas**2 + self._betas**2  # S of each time, (K + 1,)
         kept = torch.exp(-self._forgetting())  # e^{−G}, (K,)
@@ -78,12 +88,8 @@ class PathSampler:
         return step
 
     def sample(self, velocity: Control, start: Tensor, generator: torch.Generator | None = None) -> Tensor:
-        """States x_0 … x_K from `start` = x_0, shape (K + 1, B, …)."""
-
-        def noise(_: int) -> Tensor:
-            return torch.randn(start.shape, generator=generator, dtype=start.dtype, device=start.device)
-
-        return rollout(self.mean(velocity), start, self.times[:-1], self.stds, noise, keep_last=True).states
+        """States x_0 … x_K from `start` = x_0, shape (K + 1, B, …); `generator` on the CPU."""
+        return draw_path(self.mean(velocity), start, self.times, self.stds, generator).states
 
     def tilt(
         self, base_velocity: Control, reward: Callable[[Tensor], Tensor], *, allow_biased_schedule: bool = False

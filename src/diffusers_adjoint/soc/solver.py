@@ -10,8 +10,9 @@ from torch import Tensor
 from ..adjoint import full_adjoint, lean_adjoint
 from ..matching import LossSteps, choose_loss_steps, noisy_steps
 from ..objectives import ADJOINT_OBJECTIVES, LOSS_TYPES, discrete_adjoint
-from ..trajectory import MeanFunction, Trajectory, rollout
+from ..trajectory import MeanFunction, Trajectory
 from .problem import ControlProblem
+from .sampler import draw_path
 
 __all__ = ["accumulate_gradient", "solve"]
 
@@ -46,18 +47,22 @@ def solve(
         Mean loss of each update, shape (updates,).
 
     Raises:
-        ValueError: for an unknown `loss_type`, S that does not fit, states whose shape the noise does not have, or a loss that is
-            not finite.
+        ValueError: for an unknown `loss_type`, no updates, S that does not fit, states whose shape the noise does not have, or a
+            loss that is not finite.
     """
     if loss_type not in LOSS_TYPES:
         raise ValueError(f"loss_type={loss_type!r} is unknown; pass one of {', '.join(map(repr, LOSS_TYPES))}.")
     if loss_type == "discrete_adjoint" and num_loss_steps is not None:
         raise ValueError("loss_type='discrete_adjoint' goes through every step; leave num_loss_steps out.")
+    if updates < 1:
+        raise ValueError(f"updates={updates} solves nothing; pass at least 1.")
     generator, losses = torch.Generator().manual_seed(seed), []
-    _check_noise_shape(problem, start(torch.Generator().manual_seed(seed)))
+    count = len(noisy_steps(problem.stds)) if num_loss_steps is None else num_loss_steps
     for update in range(updates):
-        path = _path(problem, mean, start(generator), generator)
-        steps = choose_loss_steps(problem.stds, num_loss_steps or len(noisy_steps(problem.stds)), "uniform", generator)
+        x = start(generator)
+        _check_noise_shape(problem, x)
+        path = draw_path(mean, x, problem.times, problem.stds, generator)
+        steps = choose_loss_steps(problem.stds, count, "uniform", generator)
         optimizer.zero_grad()
         loss = accumulate_gradient(problem, mean, path, steps, loss_type)
         if not loss.isfinite():
@@ -78,7 +83,8 @@ def accumulate_gradient(
     """
     end, running = problem.terminal_adjoint(path.states[-1]), problem.running_cost_grad
     if loss_type == "discrete_adjoint":
-        return discrete_adjoint(mean, problem.base_mean, path, end, running_cost=problem.running_cost).loss
+        running_cost = problem.checked_running_cost
+        return discrete_adjoint(mean, problem.base_mean, path, end, steps=steps.indices, running_cost=running_cost).loss
     objective, lowest = ADJOINT_OBJECTIVES[loss_type], steps.indices[0] + 1
     if objective.full:
         solved = full_adjoint(mean, problem.base_mean, path, end, lowest, running_cost_grad=running)
@@ -91,13 +97,6 @@ def accumulate_gradient(
         loss.backward()
         total += loss.detach()
     return total
-
-
-def _path(problem: ControlProblem, mean: MeanFunction, start: Tensor, generator: torch.Generator) -> Trajectory:
-    def noise(_: int) -> Tensor:
-        return torch.randn(start.shape, generator=generator, dtype=start.dtype).to(start.device)
-
-    return rollout(mean, start, problem.times[:-1], problem.stds.to(start), noise, keep_last=True)
 
 
 def _check_noise_shape(problem: ControlProblem, x: Tensor) -> None:
