@@ -31,7 +31,7 @@ from pictures import save_class_shares, save_grid, save_reward_curve
 from torch import Tensor
 from tqdm import tqdm
 
-from diffusers_adjoint import AdjointMatchingConfig, AdjointMatchingTrainer, memoryless_scheduler
+from diffusers_adjoint import AdjointMatchingConfig, AdjointMatchingTrainer, memoryless_scheduler, path_kl
 from diffusers_adjoint.metrics import (
     TiltReport,
     pairwise_diversity,
@@ -40,7 +40,7 @@ from diffusers_adjoint.metrics import (
     tilt_gap,
     tilt_shift,
 )
-from diffusers_adjoint.rollout import path_kl, sample_trajectory
+from diffusers_adjoint.rollout import sample_trajectory
 
 diffusers.utils.logging.set_verbosity_error()  # one line a call about the text cut to one token
 
