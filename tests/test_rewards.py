@@ -100,7 +100,7 @@ def test_half_precision_model_keeps_the_scale_and_the_cosine_in_float32(reward):
     exact, rounded = reward(images, PROMPTS), reward.bfloat16()(images, PROMPTS)
     assert rounded.dtype == torch.float32
     assert not torch.equal(rounded, rounded.bfloat16().float())
-    torch.testing.assert_close(rounded, exact, rtol=0, atol=0.02 * reward.scale)
+    torch.testing.assert_close(rounded, exact, rtol=0, atol=0.02 * reward.encoder.scale)
 
 
 def test_as_a_reward_of_the_trainer(reward):
@@ -133,6 +133,8 @@ def test_long_prompts_are_cut_with_one_warning(reward, caplog):
         (torch.rand(1, 3, 2, 16, 16), PROMPTS[:1], ValueError, r"images has shape \(1, 3, 2, 16, 16\); pass"),
         (torch.rand(0, 3, 16, 16), [], ValueError, r"images has shape \(0, 3, 16, 16\); pass a non-empty batch"),
         (torch.ones(3, 3, 16, 16, dtype=torch.uint8), PROMPTS, TypeError, "images has dtype torch.uint8; pass floating"),
+        (torch.full((3, 3, 16, 16), torch.nan), PROMPTS, ValueError, "images hold NaN; pass"),
+        (2 * torch.rand(3, 3, 16, 16) - 1, PROMPTS, ValueError, r"images reach from -(1|0\.\d+) to (1|0\.\d+); pass .* in \[0, 1\]"),
         (torch.rand(3, 3, 16, 16), PROMPTS[:2], ValueError, "prompts is a list of 2 for 3 images; pass"),
         (torch.rand(3, 3, 16, 16), "cat", ValueError, "prompts is one string for 3 images; pass"),
     ],

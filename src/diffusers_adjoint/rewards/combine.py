@@ -59,7 +59,7 @@ class WeightedReward:
         """
         asked: set[str] = set()
         for name, function in zip(self.names, self.functions, strict=True):
-            signature = inspect.signature(function)
+            signature = _signature(function)
             try:
                 signature.bind(images=None, prompts=None, **_taken(function, columns))
             except TypeError as error:
@@ -73,14 +73,19 @@ class WeightedReward:
     def __call__(self, images: Tensor, prompts: list[str], **columns: list[Any]) -> dict[str, Tensor]:
         """Each function's value, name → (B,) float32 or better. A function gets the columns that it has arguments for.
 
+        It never sees NaN or infinite pixels, as an overflowing 16-bit decoder makes them: such an image has the value NaN.
+
         Raises:
             TypeError: if a function does not return a tensor.
-            ValueError: if it does not return one value for each image.
+            ValueError: if it does not return one value for each image, on their device.
         """
-        return {
-            name: _checked(function(images=images, prompts=prompts, **_taken(function, columns)), name, images)
+        finite = images.detach().flatten(1).isfinite().all(1)
+        shown = images if finite.all() else torch.where(finite.view(-1, *[1] * (images.ndim - 1)), images, 0.5)
+        values = {
+            name: _checked(function(images=shown, prompts=prompts, **_taken(function, columns)), name, images)
             for name, function in zip(self.names, self.functions, strict=True)
         }
+        return values if shown is images else {name: value.where(finite, torch.nan) for name, value in values.items()}
 
     def total(self, values: dict[str, Tensor]) -> Tensor:
         """Σ_i w_i f_i, shape (B,), from the values of a call."""
@@ -151,6 +156,8 @@ def _checked(value: Any, name: str, images: Tensor) -> Tensor:
         raise TypeError(f"reward {name!r} returned a {type(value).__name__}; return a tensor of shape ({batch},).")
     if value.shape != (batch,):
         raise ValueError(f"reward {name!r} returned shape {tuple(value.shape)}; return one value per image, shape ({batch},).")
+    if value.device != images.device:
+        raise ValueError(f"reward {name!r} returned a tensor on {value.device} for images on {images.device}; return it there.")
     return value if value.dtype == torch.float64 else value.float()
 
 
@@ -164,11 +171,16 @@ def _stacked(values: Sequence[Any], images: Tensor) -> Any:
 
 def _taken(function: RewardFunction, columns: dict[str, list[Any]]) -> dict[str, list[Any]]:
     """The columns that `function` has arguments for: all of them if it ends in **columns."""
-    parameters = inspect.signature(function).parameters.values()
+    parameters = _signature(function).parameters.values()
     if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
         return columns
     names = {parameter.name for parameter in parameters}
     return {name: values for name, values in columns.items() if name in names}
+
+
+def _signature(function: RewardFunction) -> inspect.Signature:
+    """Of a module, that of its `forward`: `__call__` takes anything and hands it on."""
+    return inspect.signature(function.forward if isinstance(function, nn.Module) else function)
 
 
 def _unique_names(functions: Sequence[RewardFunction]) -> list[str]:

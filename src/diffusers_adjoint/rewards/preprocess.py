@@ -2,42 +2,132 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
+from transformers import AutoImageProcessor
 
-__all__ = ["differentiable_preprocess"]
+__all__ = ["check_images", "differentiable_preprocess", "preprocessing_of"]
+
+RANGE_SLACK = 1e-3  # rounding of a 16-bit decoder, far below what an image in [-1, 1] shows
+MODES = {Image.Resampling.BILINEAR: "bilinear", Image.Resampling.BICUBIC: "bicubic"}
 
 
-def differentiable_preprocess(images: Tensor, size: int, mean: Sequence[float], std: Sequence[float]) -> Tensor:
-    """Resize the shorter side to `size` (bicubic, antialiased), crop the centre, normalise: CLIP's processor on tensors.
-
-    Differs from transformers' processor on PIL images by its rounding to 8 bits only: about one level of 255.
-
-    Args:
-        images: (B, 3, H, W) in [0, 1], any floating dtype.
-        size: side of the square in pixels.
-        mean, std: of the three colours, in units of the [0, 1] range.
-
-    Returns:
-        (B, 3, size, size), float64 for float64 images, float32 for all others.
-
-    Raises:
-        ValueError: if the shape is wrong or the batch empty.
-        TypeError: if the images are not floating.
-    """
+def check_images(images: Tensor) -> None:
+    """Raises ValueError, TypeError for an integer dtype, unless `images` is (B, 3, H, W), floating, finite and in [0, 1]."""
     if images.ndim != 4 or images.shape[1] != 3 or not images.numel():
         raise ValueError(f"images has shape {tuple(images.shape)}; pass a non-empty batch of shape (B, 3, H, W).")
     if not images.is_floating_point():
         raise TypeError(f"images has dtype {images.dtype}; pass floating values in [0, 1], integers carry no gradient.")
+    low, high = (value.item() for value in torch.aminmax(images.detach()))  # NaN if one value is
+    if not (low >= -RANGE_SLACK and high <= 1 + RANGE_SLACK):
+        found = "hold NaN" if low != low else f"reach from {low:.3g} to {high:.3g}"
+        raise ValueError(f"images {found}; pass the pipeline's post-processed images, in [0, 1].")
+
+
+def differentiable_preprocess(
+    images: Tensor,
+    size: int | tuple[int, int],
+    mean: Sequence[float],
+    std: Sequence[float],
+    *,
+    resize: int | tuple[int, int] | None = None,
+    mode: str = "bicubic",
+) -> Tensor:
+    """Resize with antialias, crop the centre, normalise: an image processor on tensors, CLIP's by default.
+
+    Differs from transformers' processors on PIL images by their rounding to 8 bits only: about one level of 255.
+
+    Args:
+        images: (B, 3, H, W) in [0, 1], any floating dtype.
+        size: height and width of the result in pixels, one number for a square.
+        mean, std: of the three colours, in units of the [0, 1] range.
+        resize: length that the shorter side gets before the crop, or the height and width that the picture is stretched to;
+            `None` for the shorter side of `size`.
+        mode: "bicubic" or "bilinear".
+
+    Returns:
+        (B, 3, height, width), float64 for float64 images, float32 for all others.
+
+    Raises:
+        ValueError: if the shape is wrong, the batch empty, a value not in [0, 1], or the crop larger than the resized picture.
+        TypeError: if the images are not floating.
+    """
+    check_images(images)
     x = images if images.dtype == torch.float64 else images.float()
-    short = min(x.shape[-2:])
-    height, width = (size * side // short for side in x.shape[-2:])
+    size = (size, size) if isinstance(size, int) else size
+    height, width = _resized(x.shape[-2:], min(size) if resize is None else resize)
+    if height < size[0] or width < size[1]:
+        raise ValueError(f"images become {height} × {width} before a crop of {size[0]} × {size[1]}; pass resize >= size.")
     # PIL resizes the rows, then the columns, and cuts off what bicubic weights overshoot after each.
-    x = F.interpolate(x, (x.shape[-2], width), mode="bicubic", antialias=True).clamp(0, 1)
-    x = F.interpolate(x, (height, width), mode="bicubic", antialias=True).clamp(0, 1)
-    top, left = (height - size) // 2, (width - size) // 2
-    x = x[..., top : top + size, left : left + size]
+    x = F.interpolate(x, (x.shape[-2], width), mode=mode, antialias=True).clamp(0, 1)
+    x = F.interpolate(x, (height, width), mode=mode, antialias=True).clamp(0, 1)
+    top, left = (height - size[0]) // 2, (width - size[1]) // 2
+    x = x[..., top : top + size[0], left : left + size[1]]
     return (x - x.new_tensor(mean).view(3, 1, 1)) / x.new_tensor(std).view(3, 1, 1)
+
+
+def _resized(shape: Sequence[int], resize: int | tuple[int, int]) -> tuple[int, int]:
+    if not isinstance(resize, int):
+        return resize
+    short = min(shape)
+    return resize * shape[0] // short, resize * shape[1] // short
+
+
+def preprocessing_of(processor: str | Path) -> Callable[[Tensor], Tensor]:
+    """`differentiable_preprocess` with the settings of a transformers image processor, compared once with the processor itself.
+
+    Args:
+        processor: Hub id or local folder with a preprocessor_config.json.
+
+    Raises:
+        ValueError: if the processor does something else.
+    """
+    host = AutoImageProcessor.from_pretrained(processor, backend="pil")
+    try:
+        preprocess = partial(differentiable_preprocess, **_settings(host))
+        distance = _distance(host, preprocess)
+    except (AttributeError, TypeError, KeyError) as error:  # it lacks a setting that all the plain ones have
+        raise ValueError(_unknown(host)) from error
+    if distance > 3:  # levels of 255; 8-bit rounding after rows and columns makes one or two
+        raise ValueError(_unknown(host))
+    return preprocess
+
+
+def _unknown(host: Any) -> str:
+    return (
+        f"{type(host).__name__} does more than resize, crop and normalise; pass a model with a plain image processor, such as "
+        f"CLIP's, SigLIP's or ViT's."
+    )
+
+
+def _settings(host: Any) -> dict[str, Any]:
+    """Arguments of `differentiable_preprocess`, from the attributes of a processor."""
+    size = host.size
+    resize = size.shortest_edge or (size.height, size.width)
+    if crop_pct := getattr(host, "crop_pct", None):  # ConvNeXT's own rule: crop below 384 pixels, stretch from there on
+        side = size.shortest_edge
+        cropped, resize = side, (int(side / crop_pct) if side < 384 else (side, side))
+    else:
+        crop = host.crop_size if host.do_center_crop else None
+        cropped = resize if crop is None else (crop.height, crop.width)
+    plain = {"mean": (0.0,) * 3, "std": (1.0,) * 3}
+    normalise = {"mean": host.image_mean, "std": host.image_std} if host.do_normalize else plain
+    return {"size": cropped, "resize": resize, "mode": MODES[host.resample], **normalise}
+
+
+def _distance(host: Any, preprocess: partial[Tensor]) -> float:
+    """The largest difference to the processor on a noisy picture, in levels of 255."""
+    picture = np.random.default_rng(0).integers(0, 256, (3, 60, 60), dtype=np.uint8)
+    theirs = host(picture.transpose(1, 2, 0), return_tensors="pt").pixel_values
+    ours = preprocess(torch.from_numpy(picture)[None] / 255)
+    if theirs.shape != ours.shape:
+        return torch.inf
+    return ((ours - theirs).abs() * torch.tensor(preprocess.keywords["std"]).view(3, 1, 1) * 255).max().item()

@@ -1,0 +1,64 @@
+"""The two towers of a CLIP or SigLIP model, from pixels and prompts to features on the unit sphere."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import AutoModel, AutoTokenizer
+
+from .preprocess import preprocessing_of
+from .texts import PromptTokenizer, check_prompts
+
+__all__ = ["ImageTextEncoder"]
+
+
+class ImageTextEncoder(nn.Module):
+    """A frozen image–text model; differentiable in the images.
+
+    Args:
+        model: Hub id or local folder of a `CLIPModel`, `SiglipModel` or another with `get_image_features`.
+        processor: Hub id or local folder of its tokenizer and image processor; `None` for `model`.
+        name: the reward's, for warnings.
+
+    Attributes:
+        scale: exp(logit_scale), the inverse temperature of the model's training.
+    """
+
+    def __init__(self, model: str | Path, processor: str | Path | None = None, *, name: str) -> None:
+        super().__init__()
+        processor = model if processor is None else processor
+        self.model = AutoModel.from_pretrained(model, dtype=torch.float32)
+        self.preprocess = preprocessing_of(processor)
+        text = self.model.config.text_config
+        # SigLIP was trained with all texts padded to its length, and has no mask.
+        padding = "max_length" if self.model.config.model_type.startswith("siglip") else "longest"
+        self.tokenize = PromptTokenizer(AutoTokenizer.from_pretrained(processor), text.max_position_embeddings, name, padding)
+        self.scale = self.model.logit_scale.exp().item()  # a number, so that .to(bfloat16) does not round it
+        self.requires_grad_(False).eval()
+
+    def images(self, images: Tensor) -> Tensor:
+        """Features of (B, 3, H, W) in [0, 1], shape (B, D), of norm 1, float32 or better."""
+        pixels = self.preprocess(images)
+        return _unit(self.model.get_image_features(pixel_values=pixels.to(self.model.dtype)).pooler_output)
+
+    def texts(self, prompts: list[str]) -> Tensor:
+        """Features of B texts, shape (B, D), of norm 1, float32 or better; no gradient."""
+        with torch.no_grad():
+            return _unit(self.model.get_text_features(**self.tokenize(prompts).to(self.model.device)).pooler_output)
+
+    def cosine(self, images: Tensor, prompts: list[str]) -> Tensor:
+        """cos(image, prompt), shape (B,).
+
+        Raises:
+            ValueError: for bad images, or if the number of prompts differs.
+            TypeError: if the images are not floating.
+        """
+        check_prompts(prompts, images)
+        return (self.images(images) * self.texts(prompts)).sum(-1)
+
+
+def _unit(features: Tensor) -> Tensor:
+    return F.normalize(features.to(torch.promote_types(features.dtype, torch.float32)), dim=-1)

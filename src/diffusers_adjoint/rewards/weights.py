@@ -1,0 +1,63 @@
+"""Published weights that are no transformers model: one file, on the Hub or in a local folder."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import EntryNotFoundError
+from safetensors.torch import load_file
+from torch import Tensor
+
+__all__ = ["published_file", "read_weights"]
+
+
+def published_file(model: str | Path, *names: str) -> Path:
+    """The first of these files that a model has: in a local folder, or on the Hub (or its cache, offline).
+
+    Args:
+        model: local folder, local file (which is taken as it is), or Hub id.
+        names: file names, the preferred one first.
+
+    Raises:
+        ValueError: if a local folder has none of them.
+        huggingface_hub.errors.EntryNotFoundError, LocalEntryNotFoundError: if the Hub or its cache has none.
+    """
+    local = Path(model)
+    if local.is_file():
+        return local
+    if not local.is_dir():
+        return _from_hub(str(model), names)
+    found = [local / name for name in names if (local / name).is_file()]
+    if not found:
+        raise ValueError(f"{local} holds no {' or '.join(names)}; pass the folder of the published weights, or the Hub id.")
+    return found[0]
+
+
+def _from_hub(model: str, names: tuple[str, ...]) -> Path:
+    for name in names[:-1]:
+        try:
+            return Path(hf_hub_download(model, name))
+        except EntryNotFoundError:  # also raised where the cache lacks it; the next name may be there
+            continue
+    return Path(hf_hub_download(model, names[-1]))
+
+
+def read_weights(file: Path) -> dict[str, Any]:
+    """The tensors of a safetensors file, or of a .pt or .pth one, from which nothing but tensors is unpickled.
+
+    Raises:
+        ValueError: if it holds anything else.
+    """
+    if file.suffix == ".safetensors":
+        return load_file(file)
+    try:
+        weights = torch.load(file, map_location="cpu", weights_only=True)
+    except Exception as error:  # pickle's and zip's own errors, by what the file is
+        raise ValueError(f"{file} holds more than tensors, or is damaged; pass the published file.") from error
+    weights = weights.get("state_dict", weights)
+    if not all(isinstance(value, Tensor) for value in weights.values()):
+        raise ValueError(f"{file} holds more than tensors; pass the published file.")
+    return weights
