@@ -33,9 +33,10 @@ REQUIREMENTS = [
     "tqdm>=4.70",
 ]
 EXTRAS: dict[str, list[str]] = {
-    # Rewards and metrics need nothing more so far; the names exist so that install commands stay valid.
-    "rewards": [],
-    "metrics": [],
+    # HPSv2 needs open_clip, SigLIP's tokenizer the other two. open_clip, dreamsim and lpips
+    # bring torchvision, which the package itself does without.
+    "rewards": ["open-clip-torch>=3.3", "protobuf>=7.36", "sentencepiece>=0.2"],
+    "metrics": ["dreamsim>=0.2.1", "lpips>=0.1.4"],
     "docs": [
         "latex2mathml>=3.81",
         "mkdocs>=1.6",

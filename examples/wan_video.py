@@ -17,12 +17,11 @@ from dataclasses import dataclass, field
 import torch
 from common import read_arguments
 from diffusers import WanPipeline
-from torch import Tensor, nn
 from trl import ScriptArguments
 
 from diffusers_adjoint import AdjointMatchingTrainer
 from diffusers_adjoint.cli import load_prompts, lora_config
-from diffusers_adjoint.rewards import PickScore
+from diffusers_adjoint.rewards import PickScore, per_frame
 
 
 @dataclass
@@ -36,26 +35,6 @@ class VideoArguments(ScriptArguments):
     frames_scored: int = field(default=4, metadata={"help": "Frames that the reward sees, evenly spread."})
 
 
-class FrameReward(nn.Module):
-    """The mean of an image reward over evenly spread frames.
-
-    Args:
-        reward: for images, (N, 3, H, W) and N prompts → (N,).
-        count: frames of a video that are scored, at most all of them.
-    """
-
-    def __init__(self, reward: nn.Module, count: int) -> None:
-        super().__init__()
-        self.reward, self.count = reward, count
-
-    def forward(self, images: Tensor, prompts: list[str]) -> Tensor:
-        total = images.shape[1]
-        chosen = torch.linspace(0, total - 1, min(self.count, total)).round().long()
-        frames = images[:, chosen].flatten(0, 1)
-        scores = self.reward(frames, [prompt for prompt in prompts for _ in chosen])
-        return scores.unflatten(0, (len(images), len(chosen))).mean(1)
-
-
 def main() -> None:
     arguments = read_arguments("wan_video", VideoArguments)
     script, settings = arguments.script, arguments.config.model_init_kwargs
@@ -64,7 +43,7 @@ def main() -> None:
     pipe.vae.enable_tiling()  # large frames go through the decoder in overlapping tiles
     trainer = AdjointMatchingTrainer(
         model=pipe,
-        reward_funcs=FrameReward(PickScore(script.reward_model, script.reward_processor), script.frames_scored),
+        reward_funcs=per_frame(PickScore(script.reward_model, script.reward_processor), script.frames_scored),
         args=arguments.config,
         train_dataset=load_prompts(script, script.dataset_train_split),
         peft_config=lora_config(arguments.model),

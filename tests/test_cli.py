@@ -229,7 +229,7 @@ def test_a_class_of_the_package_is_instantiated(monkeypatch):
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("brightness", "reward 'brightness' is none of"),
+        ("loveliness", "reward 'loveliness' is none of"),
         ("WeightedReward", "reward 'WeightedReward' is none of"),
         ("no_module:f", "there is no module 'no_module'"),
         ("my_rewards.deeper:f", "there is no module 'my_rewards.deeper'"),

@@ -92,20 +92,6 @@ def test_example_runs_as_a_script(tmp_path):
     assert (tmp_path / "pytorch_lora_weights.safetensors").is_file()
 
 
-def test_frames_are_scored_evenly_with_their_own_prompt(run):
-    FrameReward = runpy.run_path(str(EXAMPLES / "wan_video.py"))["FrameReward"]
-
-    class Mean(torch.nn.Module):
-        def forward(self, images, prompts):
-            return images.mean((1, 2, 3)) * torch.tensor([float(prompt) for prompt in prompts])
-
-    videos = (
-        torch.arange(9.0)[None, :, None, None, None].expand(2, 9, 3, 2, 2) + torch.tensor([0.0, 1.0])[:, None, None, None, None]
-    )
-    assert FrameReward(Mean(), 3)(videos, ["1", "10"]).tolist() == [4.0, 50.0]  # frames 0, 4 and 8
-    assert FrameReward(Mean(), 20)(videos[:, :2], ["1", "10"]).tolist() == [0.5, 15.0]
-
-
 def test_rewards_of_the_examples_by_their_file(monkeypatch):
     """What the headers tell to pass to `diffusers-adjoint train --reward_funcs`."""
     monkeypatch.chdir(ROOT)

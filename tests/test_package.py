@@ -27,6 +27,8 @@ LAYERS = (
     (
         "config",
         "ddpo_config",
+        "prompts",
+        "by_name",
         "inputs",
         "checkpoint",
         "callbacks",
@@ -36,6 +38,7 @@ LAYERS = (
         "evaluation",
         "hub",
     ),
+    ("evaluate",),
     ("publishing", "pipeline_trainer", "trainer", "ddpo", "cli"),
 )
 LEVEL = {module: level for level, modules in enumerate(LAYERS) for module in modules}

@@ -1,4 +1,4 @@
-"""PickScore and the preprocessing that it shares with the rewards to come."""
+"""PickScore and the preprocessing that it shares with other rewards."""
 
 import subprocess
 import sys
@@ -8,9 +8,22 @@ import torch
 from tiny_rewards import IMAGE_SIZE, tiny_clip
 from torch.autograd import gradcheck
 from torch.nn import functional as F
-from transformers import CLIPImageProcessorPil, CLIPModel, CLIPTokenizer
+from transformers import (
+    BlipImageProcessorPil,
+    CLIPImageProcessorPil,
+    CLIPModel,
+    CLIPTokenizer,
+    ConvNextImageProcessorPil,
+    DeiTImageProcessorPil,
+    EfficientNetImageProcessorPil,
+    LlavaImageProcessorPil,
+    SiglipImageProcessorPil,
+    ViltImageProcessorPil,
+    ViTImageProcessorPil,
+)
 
 from diffusers_adjoint.rewards import PickScore, WeightedReward, differentiable_preprocess, reward_gradient
+from diffusers_adjoint.rewards.preprocess import preprocessing_of
 
 MEAN, STD = (0.48, 0.46, 0.41), (0.27, 0.26, 0.28)
 PROMPTS = ["a cat", "the sea", "a red house"]
@@ -62,6 +75,61 @@ def test_preprocessing_of_half_precision_rounds_nothing_more(dtype):
     ours = differentiable_preprocess(images, 8, MEAN, STD)
     assert ours.dtype == torch.float32
     assert torch.equal(ours, differentiable_preprocess(images.float(), 8, MEAN, STD))
+
+
+def square(side):
+    return {"height": side, "width": side}
+
+
+PROCESSORS = {
+    "CLIP": CLIPImageProcessorPil(size={"shortest_edge": 14}, crop_size=square(14)),
+    "CLIP, wide crop": CLIPImageProcessorPil(size={"shortest_edge": 24}, crop_size={"height": 14, "width": 21}),
+    "SigLIP": SiglipImageProcessorPil(size=square(14)),
+    "ViT, bilinear": ViTImageProcessorPil(size=square(14)),
+    "ViT, not square": ViTImageProcessorPil(size={"height": 14, "width": 21}),
+    "ViT, not normalised": ViTImageProcessorPil(size=square(14), do_normalize=False),
+    "DeiT": DeiTImageProcessorPil(size=square(16), crop_size=square(14)),
+    "ConvNeXT, cropped": ConvNextImageProcessorPil(size={"shortest_edge": 14}),
+    "ConvNeXT, stretched": ConvNextImageProcessorPil(size={"shortest_edge": 384}),
+    "BLIP": BlipImageProcessorPil(size=square(14)),
+    "EfficientNet, plain": EfficientNetImageProcessorPil(size=square(14), include_top=False),
+}
+
+
+@pytest.mark.parametrize("height, width", [(40, 40), (64, 41), (33, 57), (9, 20)])
+@pytest.mark.parametrize("name", PROCESSORS)
+def test_preprocessing_of_a_saved_processor(name, height, width, tmp_path):
+    """Two roundings to 8 bits, as above."""
+    host = PROCESSORS[name]
+    host.save_pretrained(tmp_path)
+    images = eight_bit(2, 3, height, width)
+    arrays = [(255 * image).round().byte().permute(1, 2, 0).numpy() for image in images]
+    theirs = host(arrays, return_tensors="pt").pixel_values
+    ours = preprocessing_of(tmp_path)(images)
+    std = torch.tensor(host.image_std if host.do_normalize else [1.0] * 3).view(3, 1, 1)
+    assert ours.shape == theirs.shape and ((ours - theirs).abs() * std).max() < 1.25 / 255
+
+
+@pytest.mark.parametrize(
+    "host",
+    [
+        EfficientNetImageProcessorPil(size=square(14), include_top=False, rescale_offset=True),
+        EfficientNetImageProcessorPil(size=square(14), include_top=True),  # divides by the deviation twice
+        ViltImageProcessorPil(size={"shortest_edge": 64}),  # pads
+        LlavaImageProcessorPil(
+            size={"shortest_edge": 14}, crop_size=square(14), do_pad=True
+        ),  # differs from CLIP's off the square
+        CLIPImageProcessorPil(size={"shortest_edge": 14}, crop_size=square(14), do_rescale=False),
+        CLIPImageProcessorPil(size={"shortest_edge": 14}, crop_size=square(14), resample=0),  # nearest pixel
+        CLIPImageProcessorPil(size={"shortest_edge": 14}, do_center_crop=False),  # any width
+        CLIPImageProcessorPil(size={"longest_edge": 14}, do_center_crop=False),
+        ViTImageProcessorPil(size=square(14), do_resize=False),
+    ],
+)
+def test_processors_that_do_more_are_refused(host, tmp_path):
+    host.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=f"^{type(host).__name__} does more than resize, crop and normalise; pass .*\\.$"):
+        preprocessing_of(tmp_path)
 
 
 def test_scores_are_the_models_own_logits(reward, folder):
@@ -134,7 +202,12 @@ def test_long_prompts_are_cut_with_one_warning(reward, caplog):
         (torch.rand(0, 3, 16, 16), [], ValueError, r"images has shape \(0, 3, 16, 16\); pass a non-empty batch"),
         (torch.ones(3, 3, 16, 16, dtype=torch.uint8), PROMPTS, TypeError, "images has dtype torch.uint8; pass floating"),
         (torch.full((3, 3, 16, 16), torch.nan), PROMPTS, ValueError, "images hold NaN; pass"),
-        (2 * torch.rand(3, 3, 16, 16) - 1, PROMPTS, ValueError, r"images reach from -(1|0\.\d+) to (1|0\.\d+); pass .* in \[0, 1\]"),
+        (
+            2 * torch.rand(3, 3, 16, 16) - 1,
+            PROMPTS,
+            ValueError,
+            r"images reach from -(1|0\.\d+) to (1|0\.\d+); pass .* in \[0, 1\]",
+        ),
         (torch.rand(3, 3, 16, 16), PROMPTS[:2], ValueError, "prompts is a list of 2 for 3 images; pass"),
         (torch.rand(3, 3, 16, 16), "cat", ValueError, "prompts is one string for 3 images; pass"),
     ],

@@ -7,7 +7,9 @@ Everything is offline and real: a StableDiffusion3Pipeline trained on scikit-lea
 trainer, LoRA. Text is cut to one T5 token (`max_sequence_length=1`) in every call here, training, before, after and referee
 alike: the default of 256 tokens gives as good digits at a dozen times the work.
 
-Writes to `--output`: before.png, after.png (same seeds), reward_curve.png, classes.png, tilt_report.md and the LoRA.
+Then the LoRA goes through `diffusers-adjoint evaluate`, on prompts that it was not trained on.
+
+Writes to `--output`: before.png, after.png (same seeds), reward_curve.png, classes.png, tilt_report.md, the LoRA and evaluation/.
 """
 
 from __future__ import annotations
@@ -23,15 +25,16 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import diffusers
 import torch
-from data import OPEN_PROMPT, WORDS, read_digits, train_digit_classifier
+from data import OPEN_PROMPT, WORDS, read_digits
 from datasets import Dataset
 from diffusers import DiffusionPipeline, StableDiffusion3Pipeline
 from peft import LoraConfig
 from pictures import save_class_shares, save_grid, save_reward_curve
+from rewards import ink, three
 from torch import Tensor
 from tqdm import tqdm
 
-from diffusers_adjoint import AdjointMatchingConfig, AdjointMatchingTrainer, memoryless_scheduler, path_kl
+from diffusers_adjoint import AdjointMatchingConfig, AdjointMatchingTrainer, cli, memoryless_scheduler, path_kl
 from diffusers_adjoint.metrics import (
     TiltReport,
     pairwise_diversity,
@@ -67,11 +70,6 @@ class Task:
     learning_rate: float
 
 
-def ink(images: Tensor, prompts: list[str], **columns: object) -> Tensor:
-    """Mean brightness of each image, in [0, 1]."""
-    return images.mean((1, 2, 3))
-
-
 def edges(images: Tensor) -> Tensor:
     """Mean absolute difference between neighbouring pixels: the statistic that is not the reward."""
     down, right = images.diff(dim=2).abs().mean((1, 2, 3)), images.diff(dim=3).abs().mean((1, 2, 3))
@@ -82,11 +80,6 @@ def make_task(name: str) -> Task:
     if name == "ink":
         return Task("ink", ink, reward_scale=40.0, images=64, updates=80, rank=8, learning_rate=3e-3)
     if name == "three":
-        classifier, _ = train_digit_classifier()
-
-        def three(images: Tensor, prompts: list[str], **columns: object) -> Tensor:
-            return classifier(images)[:, 3]
-
         return Task("three", three, reward_scale=1.0, images=96, updates=120, rank=16, learning_rate=6e-3)
     raise ValueError(f"REWARD={name!r} is unknown; pass 'ink' or 'three'.")
 
@@ -242,6 +235,29 @@ def check_saved_lora(folder: Path) -> str:
     return f"LoRA loaded into a fresh pipeline: mean brightness {base.mean():.4f} → {tuned.mean():.4f} over 16 images."
 
 
+def evaluate(task: Task, folder: Path) -> None:
+    """The command `diffusers-adjoint evaluate`, on the ten prompts that name a digit; prints its table, draws contact sheets."""
+    rewards = [f"{HERE}/rewards.py:{name}" for name in dict.fromkeys([task.name, "ink", "as_asked"])]
+    options = {
+        "model": HERE / "pipeline",
+        "adapter": folder,
+        "prompts": HERE / "prompts.txt",
+        "rewards": rewards,
+        "steps": [10, 40],
+        "sampler": ["ode", "sde"],
+        "guidance": [1, 4],
+        "samples_per_prompt": 10,
+        "pipeline_kwargs": '{"max_sequence_length": 1}',
+        "output_dir": folder / "evaluation",
+        "overwrite_output_dir": True,
+        "sheet_prompts": 4,
+        "sheet_samples": 8,
+    }
+    words = [[f"--{name}", *map(str, value if isinstance(value, list) else [value])] for name, value in options.items()]
+    if cli.main(["evaluate", *sum(words, [])]):
+        raise RuntimeError("diffusers-adjoint evaluate ended with an error.")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--reward", default=os.environ.get("REWARD", "ink"), help="ink or three")
@@ -261,6 +277,7 @@ def main() -> None:
     (folder / "tilt_report.md").write_text(text, encoding="utf-8")
     print(f"\nTilt report, reward {task.name!r}, λ = {task.reward_scale:g}; fine-tuning took {result.seconds:.0f} s\n\n{text}")
     print(check_saved_lora(folder))
+    evaluate(task, folder)
     print(f"Pictures, report and LoRA are in {folder}/")
 
 

@@ -6,8 +6,6 @@
 from __future__ import annotations
 
 import argparse
-import importlib
-import importlib.util
 import re
 import subprocess
 import sys
@@ -15,29 +13,29 @@ import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import ModuleType
 from typing import Any, cast
 
-import torch
-from datasets import load_dataset
-from datasets.exceptions import DatasetsError
 from peft import LoraConfig
 from transformers.utils import logging
 from trl import ModelConfig, ScriptArguments, TrlParser, get_peft_config
 
-from . import rewards
+from . import prompts
+from .by_name import load_features, load_rewards
 from .config import AdjointMatchingConfig
+from .evaluate import EvaluationArguments, process_state
+from .evaluate import evaluate as run_evaluation
+from .evaluate.arguments import DTYPES
 from .inputs import load_pipeline
+from .rewards import WeightedReward
 from .trainer import AdjointMatchingTrainer
 
-__all__ = ["Arguments", "TrainArguments", "load_prompts", "load_rewards", "lora_config", "main", "parse_arguments"]
+__all__ = ["Arguments", "TrainArguments", "load_prompts", "load_rewards", "lora_config", "main"]
+__all__ += ["parse_arguments", "parse_evaluation_arguments"]
 
 logger = logging.get_logger(__name__)
 
 PROGRAM = "diffusers-adjoint"
 DIGITS = Path(__file__).parents[2] / "examples" / "digits"  # of the checkout that an editable install points to
-READERS = {".txt": "text", ".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
-DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 # trl.ModelConfig is made for language models: these options would change nothing here.
 WITHOUT_EFFECT = ["attn_implementation", "load_in_8bit", "load_in_4bit", "bnb_4bit_quant_type", "use_bnb_nested_quant"]
 WITHOUT_EFFECT += ["bnb_4bit_quant_storage", "lora_task_type"]
@@ -83,7 +81,21 @@ def parse_arguments(argv: Sequence[str], script_type: type = TrainArguments, pro
         script_type: dataclass of the script's own options, `trl.ScriptArguments` or a subclass.
         prog: the program's name in help and errors.
     """
-    types = (script_type, AdjointMatchingConfig, ModelConfig)
+
+    def check(script: Any, config: AdjointMatchingConfig, model: ModelConfig) -> None:
+        _check_model(model)
+        _merge_init_kwargs(config, model)
+
+    return Arguments(*_parsed(argv, (script_type, AdjointMatchingConfig, ModelConfig), prog, check))
+
+
+def parse_evaluation_arguments(argv: Sequence[str]) -> EvaluationArguments:
+    """As `parse_arguments`, the options of `evaluate`."""
+    return cast("EvaluationArguments", _parsed(argv, (EvaluationArguments,), f"{PROGRAM} evaluate")[0])
+
+
+def _parsed(argv: Sequence[str], types: tuple[type, ...], prog: str, check: Callable[..., None] = lambda *_: None) -> list[Any]:
+    """One instance of each type, after `check`."""
     parser = TrlParser(types, prog=prog, usage=f"{prog} [--config FILE] [--OPTION VALUE …]")
     parser.add_argument("--config", default=argparse.SUPPRESS, help="YAML file of options; the command line wins.")
     try:
@@ -91,14 +103,13 @@ def parse_arguments(argv: Sequence[str], script_type: type = TrainArguments, pro
         known, rest = _config_option(prog).parse_known_args(argv)
         rest = ["--config", known.config, *rest] if known.config else rest
         options = {"return_remaining_strings": True, "separate_remaining_strings": True}
-        script, config, model, in_file, in_argv = parser.parse_args_and_config(rest, **options)
+        *parsed, in_file, in_argv = parser.parse_args_and_config(rest, **options)
         if unknown := [*in_file, *in_argv]:
             raise ValueError(f"unknown options {' '.join(unknown)}; {prog} --help lists all of them.")
-        _check_model(model)
-        _merge_init_kwargs(config, model)
+        check(*parsed)
     except Exception as error:  # whatever argparse, the YAML reader or a config raises here is about the arguments
         parser.error(_one_line(error))
-    return Arguments(script, config, model)
+    return parsed
 
 
 def _config_option(prog: str) -> argparse.ArgumentParser:
@@ -141,88 +152,9 @@ def lora_config(model: ModelConfig) -> LoraConfig | None:
 
 
 def load_prompts(script: ScriptArguments, split: str) -> Any:
-    """One split of `dataset_name`: a file (.txt with a prompt a line, .json, .jsonl, .csv, .parquet), a folder, or the Hub's.
-
-    Raises:
-        ValueError: if it is missing, cannot be read, or is empty.
-    """
-    name = script.dataset_name
-    if not name:
-        raise ValueError("dataset_name is missing; pass a file of prompts, a folder, or the name of a dataset on the Hub.")
-    file, reader = Path(name), READERS.get(Path(name).suffix)
-    if not file.is_file() and reader:
-        raise ValueError(f"dataset_name={name!r} does not exist; pass a file, a folder, or the name of a dataset on the Hub.")
-    if file.is_file() and not reader:
-        raise ValueError(f"dataset_name={name!r} is a file of unknown kind; pass one ending in {', '.join(READERS)}.")
-    if file.is_file() and not file.read_bytes().strip():
-        raise ValueError(f"dataset_name={name!r} is empty; write at least one prompt into it.")
-    source = {"path": reader, "data_files": str(file)} if reader else {"path": name, "name": script.dataset_config}
-    try:
-        dataset = load_dataset(**source, split=split, streaming=script.dataset_streaming)
-        if reader == "text":
-            dataset = dataset.filter(lambda row: row["text"].strip()).rename_column("text", "prompt")
-        first = next(iter(dataset), None)
-    except (OSError, ValueError, DatasetsError) as error:
-        reason = _one_line(error.__cause__ or error)
-        raise ValueError(f"split {split!r} of dataset_name={name!r} cannot be read ({reason}); pass one that can.") from error
-    if first is None:
-        raise ValueError(f"split {split!r} of dataset_name={name!r} has no row; pass at least one prompt.")
-    return dataset
-
-
-def load_rewards(names: Sequence[str]) -> list[Callable[..., Any]]:
-    """The reward functions of these names; see `TrainArguments.reward_funcs`.
-
-    Raises:
-        ValueError: if there is none, or a module, a file or a name in it does not exist.
-    """
-    if not names:
-        raise ValueError("reward_funcs is missing; pass PickScore, module:function or path/to/file.py:function.")
-    found = [_find_reward(name) for name in names]
-    return [reward() if isinstance(reward, type) else reward for reward in found]
-
-
-def _find_reward(name: str) -> Any:
-    source, colon, attribute = name.rpartition(":")
-    if not colon:
-        classes = [key for key in rewards.__all__ if _is_module_class(getattr(rewards, key))]
-        if name not in classes:
-            raise ValueError(f"reward {name!r} is none of {', '.join(classes)}; pass one of them or module:function.")
-        return getattr(rewards, name)
-    module = _module_of_file(Path(source)) if source.endswith(".py") else _module_of_name(source)
-    if not hasattr(module, attribute):
-        raise ValueError(f"{source} has no {attribute!r}; pass the name of a reward function that is defined there.")
-    return getattr(module, attribute)
-
-
-def _is_module_class(value: object) -> bool:
-    return isinstance(value, type) and issubclass(value, torch.nn.Module)
-
-
-def _module_of_name(name: str) -> ModuleType:
-    _make_importable(Path.cwd())
-    try:
-        return importlib.import_module(name)
-    except ModuleNotFoundError as error:
-        if not f"{name}.".startswith(f"{error.name}."):  # the module is there, but something that it imports is not
-            raise
-        raise ValueError(f"there is no module {name!r}; pass module:function or path/to/file.py:function.") from None
-
-
-def _make_importable(folder: Path) -> None:
-    """As `python` does with the folder of a script; a console script looks beside itself only."""
-    if (name := str(folder.resolve())) not in sys.path:
-        sys.path.insert(0, name)
-
-
-def _module_of_file(file: Path) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(file.stem, file)
-    if not file.is_file() or spec is None or spec.loader is None:
-        raise ValueError(f"there is no file {str(file)!r}; pass module:function or path/to/file.py:function.")
-    _make_importable(file.parent)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    """One split of the dataset that a script's options name; see `prompts.load_prompts`."""
+    name, config, streaming = script.dataset_name, script.dataset_config, script.dataset_streaming
+    return prompts.load_prompts(name, split, config=config, streaming=streaming)
 
 
 def train(argv: Sequence[str]) -> int:
@@ -255,6 +187,24 @@ def _load_pipeline(name: str, init_kwargs: dict[str, Any]) -> Any:
         raise ValueError(f"model_name_or_path={name!r} cannot be loaded ({_one_line(error)}); pass a pipeline's name.") from error
 
 
+def evaluate(argv: Sequence[str]) -> int:
+    """Compare a fine-tuned model with its base: rewards, diversity, image statistics; all options: `evaluate --help`."""
+    args = parse_evaluation_arguments(argv)
+    # What is cheap to get wrong comes before the weights are loaded.
+    dataset = prompts.load_prompts(args.prompts, args.split, config=args.dataset_config, option="prompts")
+    functions = load_rewards(args.rewards)
+    reward, state = WeightedReward(functions, args.reward_weights), process_state()
+    features = load_features(args.diversity, functions, state.device)
+    try:
+        report = run_evaluation(args, reward, features, dataset)
+    except KeyboardInterrupt:
+        print(f"{PROGRAM}: interrupted; finished prompts are in {args.output_dir}, the same command goes on.", file=sys.stderr)
+        return 130
+    if state.is_main_process:
+        print(f"\n{report.markdown()}\nTables and contact sheets are in {args.output_dir}/")
+    return 0
+
+
 def demo(argv: Sequence[str]) -> int:
     """Fine-tune a small pipeline that draws digits and compare it with the exact target; needs a checkout."""
     parser = argparse.ArgumentParser(
@@ -269,7 +219,7 @@ def demo(argv: Sequence[str]) -> int:
     return subprocess.run([sys.executable, str(file), *rest], check=False).returncode
 
 
-COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {"train": train, "demo": demo}
+COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {"train": train, "evaluate": evaluate, "demo": demo}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -286,7 +236,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     command = COMMANDS[parser.parse_args(argv[:1]).command]
     try:
         return command(argv[1:])
-    except (TypeError, ValueError) as error:
+    except (ImportError, TypeError, ValueError) as error:
         raised_in = traceback.extract_tb(error.__traceback__)[-1].filename
         if not Path(raised_in).is_relative_to(Path(__file__).parent):
             raise  # not a message of ours: the traceback is needed

@@ -28,6 +28,7 @@ class PipelineDenoiser(nn.Module):
         replay: turns the pipeline's own `__call__` into the guided prediction m(x, t).
         base_adapters: the adapters of the base, when the network carries a LoRA adapter of ours on top of them; `None` when it
             carries none and all its weights are trained.
+        frozen: the base's network, where it exists already, in place of a frozen copy.
 
     Raises:
         ValueError: if all weights are to be trained but the network is of 16 bits or carries adapters.
@@ -36,13 +37,13 @@ class PipelineDenoiser(nn.Module):
     config = None  # Trainer writes into `model.config`; a diffusers config is frozen
     accepts_loss_kwargs = False
 
-    def __init__(self, replay: PipelineReplay, base_adapters: list[str] | None) -> None:
+    def __init__(self, replay: PipelineReplay, base_adapters: list[str] | None, frozen: ModelMixin | None = None) -> None:
         super().__init__()
         self.replay = replay
         self.network: ModelMixin = getattr(replay.pipeline, replay.component)
         self.base_adapters = base_adapters
-        self.frozen: ModelMixin | None = None
-        if base_adapters is None:
+        self.frozen = frozen
+        if base_adapters is None and frozen is None:
             _require_trainable(self.network)
             _require_no_adapters(replay.pipeline)
             self.frozen = copy.deepcopy(self.network).requires_grad_(False)

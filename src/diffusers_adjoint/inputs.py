@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
@@ -16,6 +16,7 @@ from transformers.utils import logging
 
 from .config import AdjointMatchingConfig
 from .denoiser import PipelineDenoiser
+from .prompts import require_prompt_strings
 from .replay import PipelineReplay
 from .replay.arguments import CallArguments
 from .replay.view import denoiser_names, text_encoders
@@ -85,14 +86,8 @@ def columns_to_check(
             raise ValueError("a streamed eval_dataset cannot be divided evenly among processes; pass a Dataset.")
     for part in [train_dataset, *parts_of(eval_dataset)]:
         if "prompt" in (getattr(part, "column_names", None) or ()) and has_length(part):
-            _require_strings(part["prompt"])
+            require_prompt_strings(part["prompt"])
     return columns
-
-
-def _require_strings(prompts: Iterable[Any]) -> None:
-    for number, prompt in enumerate(prompts):
-        if not isinstance(prompt, str):
-            raise ValueError(f"prompt {number} is of type {type(prompt).__name__}; pass a string in each row.")
 
 
 def _require_fitting(columns: dict[str, list[Any]], arguments: CallArguments, reward: WeightedReward) -> None:
@@ -119,7 +114,7 @@ def first_row(dataset: Any, name: str, needs_prompt: bool) -> dict[str, Any]:
 
 def collate_columns(rows: list[dict[str, Any]]) -> dict[str, list[Any]]:
     """Collate rows to columns of plain lists; nothing is padded or turned into tensors."""
-    _require_strings(row["prompt"] for row in rows if "prompt" in row)  # a stream is not looked through before training
+    require_prompt_strings(row["prompt"] for row in rows if "prompt" in row)  # a stream is not looked through before training
     return {name: [row[name] for row in rows] for name in rows[0]}
 
 

@@ -16,7 +16,7 @@ from transformers.integrations import TensorBoardCallback, TrackioCallback, Wand
 
 from .inputs import prompts_of
 
-__all__ = ["SampleImages", "image_grid", "save_grid", "to_trackers"]
+__all__ = ["SampleImages", "image_grid", "picture", "save_grid", "to_trackers"]
 
 CELL, CAPTION, FONT_SIZE, MARGIN = 256, 34, 13, 4  # pixels
 CHARACTERS = 38  # of a prompt; as many as a cell is wide
@@ -60,27 +60,27 @@ def image_grid(samples: SampleImages) -> Image.Image:
     """
     if not samples.drawable:
         raise ValueError(f"samples of shape {tuple(samples.images.shape)} are no pictures; pass (N, 3, H, W) or (N, F, 3, H, W).")
-    pictures = [_picture(image) for image in samples.images]
+    pictures = [picture(image) for image in samples.images]
     width, height = CELL + MARGIN, pictures[0].height + MARGIN + CAPTION
     columns = min(COLUMNS, len(pictures))
     grid = Image.new("RGB", (columns * width, -(-len(pictures) // columns) * height), "white")
     draw, font = ImageDraw.Draw(grid), ImageFont.load_default(FONT_SIZE)
-    for i, (picture, prompt, reward) in enumerate(zip(pictures, samples.prompts, samples.rewards.tolist(), strict=True)):
+    for i, (shown, prompt, reward) in enumerate(zip(pictures, samples.prompts, samples.rewards.tolist(), strict=True)):
         x, y = i % columns * width, i // columns * height
-        grid.paste(picture, (x, y))
+        grid.paste(shown, (x, y))
         caption = f"{reward:.4g}\n{textwrap.shorten(prompt, CHARACTERS, placeholder='…')}"
-        draw.text((x, y + picture.height), caption, fill="black", font=font)
+        draw.text((x, y + shown.height), caption, fill="black", font=font)
     return grid
 
 
-def _picture(image: Tensor) -> Image.Image:
-    """One sample, its longer side brought to `CELL`; small ones by repeating pixels, which are what one wants to see there."""
+def picture(image: Tensor, side: int = CELL) -> Image.Image:
+    """One sample, its longer side brought to `side` pixels; a small one by repeating pixels, which are what one wants to see."""
     frame = image[len(image) // 2] if image.ndim == 4 else image
     values = (frame.clamp(0, 1) * 255).round().byte().permute(1, 2, 0).expand(-1, -1, 3).numpy()
-    picture = Image.fromarray(values)
-    scale = CELL / max(picture.size)
-    size = (max(round(picture.width * scale), 1), max(round(picture.height * scale), 1))
-    return picture.resize(size, Image.Resampling.NEAREST if scale > 1 else Image.Resampling.LANCZOS)
+    shown = Image.fromarray(values)
+    scale = side / max(shown.size)
+    size = (max(round(shown.width * scale), 1), max(round(shown.height * scale), 1))
+    return shown.resize(size, Image.Resampling.NEAREST if scale > 1 else Image.Resampling.LANCZOS)
 
 
 def save_grid(grid: Image.Image, folder: Path, name: str, step: int) -> None:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-__all__ = ["Estimate", "checked_samples", "sample_mean"]
+__all__ = ["Estimate", "by_prompt", "checked_samples", "finite", "prompt_difference", "prompt_mean", "sample_mean"]
 
 
 @dataclass(frozen=True)
@@ -41,16 +41,88 @@ def sample_mean(values: Tensor) -> Estimate:
         ValueError: if the shape is wrong or a value is not finite.
     """
     x = checked_samples("values", values)
-    return Estimate(x.mean().item(), (x.std() / len(x) ** 0.5).item())
+    return Estimate(x.mean().item(), _standard_error(x))
+
+
+def prompt_mean(values: Tensor) -> Estimate:
+    """Mean over prompts of the prompts' means, with the standard error of a sample of prompts: their spread/√P.
+
+    Args:
+        values: shape (P, N), N samples of each of P prompts, any unit, NaN where one is missing; computed in float64. A prompt
+            without any value is left out.
+
+    Returns:
+        Estimate; with one prompt its error is the spread over the samples/√N. NaN where nothing is left, an error of NaN where
+        only one number is.
+
+    Raises:
+        ValueError: if the shape is wrong or a value is infinite.
+    """
+    prompts = [row[~row.isnan()] for row in _checked_table("values", values)]
+    prompts = [row for row in prompts if len(row)]
+    if not prompts:
+        return Estimate(math.nan, math.nan)
+    means = torch.stack([row.mean() for row in prompts])
+    return Estimate(means.mean().item(), _standard_error(means if len(means) > 1 else prompts[0]))
+
+
+def prompt_difference(before: Tensor, after: Tensor) -> Estimate:
+    """`prompt_mean` of after − before, for samples paired by their seed: what they share does not count as error.
+
+    Args:
+        before, after: shape (P, N), the same prompts and seeds, NaN where a sample is missing: its partner is left out as well.
+
+    Raises:
+        ValueError: if the shapes are wrong or differ, or a value is infinite.
+    """
+    x, y = _checked_table("before", before), _checked_table("after", after)
+    if x.shape != y.shape:
+        raise ValueError(f"before has shape {tuple(x.shape)} but after {tuple(y.shape)}; pass both for the same samples.")
+    return prompt_mean(y - x)
+
+
+def _standard_error(x: Tensor) -> float:
+    """s/√N of (N,); NaN for one number."""
+    return (x.std() / len(x) ** 0.5).item() if len(x) > 1 else math.nan
 
 
 def checked_samples(name: str, values: Tensor) -> Tensor:
     """`values` as float64 of shape (N,) on the CPU, N ≥ 2, all finite; `name` is for the error message."""
     if values.ndim != 1 or len(values) < 2:
         raise ValueError(f"{name} has shape {tuple(values.shape)}; pass one number a sample, shape (N,) with N ≥ 2.")
-    # The CPU, because not every device has float64; these are a few thousand numbers.
-    x = values.detach().cpu().to(torch.float64)
-    if not torch.isfinite(x).all():
-        first = int((~torch.isfinite(x)).nonzero()[0])
-        raise ValueError(f"{name}[{first}] is {x[first].item()}; pass finite numbers only.")
+    return finite(name, values)
+
+
+def by_prompt(name: str, values: Tensor) -> Tensor:
+    """Samples of one prompt, (N,), or of several, (P, N), N ≥ 2, as finite float64 of shape (P, N) on the CPU."""
+    if values.ndim not in (1, 2) or values.shape[-1] < 2 or not len(values):
+        shape = tuple(values.shape)
+        raise ValueError(f"{name} has shape {shape}; pass one number a sample, shape (N,) or (prompts, N) with N ≥ 2.")
+    return torch.atleast_2d(finite(name, values))
+
+
+def finite(name: str, values: Tensor) -> Tensor:
+    """`values` as float64 on the CPU, NaN and infinite ones refused."""
+    x = _float64(values)
+    _refuse(name, x, ~torch.isfinite(x), "pass finite numbers only")
     return x
+
+
+def _checked_table(name: str, values: Tensor) -> Tensor:
+    """(P, N) as float64 on the CPU, infinite values refused."""
+    if values.ndim != 2 or not values.numel():
+        raise ValueError(f"{name} has shape {tuple(values.shape)}; pass one number a sample, shape (prompts, samples).")
+    x = _float64(values)
+    _refuse(name, x, torch.isinf(x), "pass finite numbers, NaN where one is missing")
+    return x
+
+
+def _float64(values: Tensor) -> Tensor:
+    # The CPU, because not every device has float64; these are a few thousand numbers.
+    return values.detach().cpu().to(torch.float64)
+
+
+def _refuse(name: str, x: Tensor, bad: Tensor, instead: str) -> None:
+    if bad.any():
+        first = bad.nonzero()[0].tolist()
+        raise ValueError(f"{name}{first} is {x[tuple(first)].item()}; {instead}.")

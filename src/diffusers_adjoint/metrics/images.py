@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
-__all__ = ["saturated_share"]
+from ..rewards.image_statistics import brightness, colourfulness, contrast, saturation, sharpness
+
+__all__ = ["image_statistics", "saturated_share"]
+
+# Each (B, 3, H, W) → (B,).
+STATISTICS = (brightness, saturation, contrast, colourfulness, sharpness)
 
 
 def saturated_share(images: Tensor) -> Tensor:
@@ -25,3 +31,29 @@ def saturated_share(images: Tensor) -> Tensor:
         low, high = images.min().item(), images.max().item()
         raise ValueError(f"images reach from {low:.3g} to {high:.3g}; pass the pipeline's post-processed images, in [0, 1].")
     return ((images == 0) | (images == 1)).flatten(1).float().mean(1)
+
+
+def image_statistics(images: Tensor) -> dict[str, Tensor]:
+    """The statistics that a hacked reward changes, of each image or video (mean over its frames); no gradient.
+
+    Args:
+        images: (B, 3, H, W) or (B, F, 3, H, W) in [0, 1], floating.
+
+    Returns:
+        name → (B,), float32 or better: "brightness", "saturation", "contrast", "colourfulness" and "sharpness" of
+        `diffusers_adjoint.rewards.image_statistics`, and "saturated pixels", the `saturated_share`. All are NaN for an image
+        with NaN or infinite values, as an overflowing 16-bit decoder makes them.
+
+    Raises:
+        ValueError: if the shape is wrong, or a finite value lies outside [0, 1].
+        TypeError: if the images are not floating.
+    """
+    if images.ndim not in (4, 5):
+        raise ValueError(f"images has shape {tuple(images.shape)}; pass a batch of shape (B, 3, H, W) or (B, F, 3, H, W).")
+    with torch.no_grad():
+        frames = images.reshape(-1, *images.shape[-3:])
+        finite = frames.isfinite().flatten(1).all(1)
+        shown = frames.where(finite.view(-1, 1, 1, 1), frames.new_tensor(0.5))
+        values = {statistic.__name__: statistic(shown) for statistic in STATISTICS}
+        values["saturated pixels"] = saturated_share(shown)
+        return {name: value.where(finite, torch.nan).view(len(images), -1).mean(1) for name, value in values.items()}

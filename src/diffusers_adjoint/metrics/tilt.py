@@ -8,6 +8,10 @@ estimated with self-normalised weights p_i = w_i/Σ_j w_j (Owen, *Monte Carlo th
 The effective sample size 1/Σ p_i² says how many samples of p* they are worth. Because the tilt solves the control problem
 max_θ E_θ[λr] − KL(θ‖base), whose value is log Z (2409.08861, §2, §4.1), the part of log Z not reached is again a
 distance: log Z − (E_θ[λr] − KL) = KL(paths of θ ‖ tilted paths) ≥ 0, in nats.
+
+A pipeline has such a tilt for each prompt c: p*(x|c) ∝ p_base(x|c) e^{λ r(x, c)} with its own Z(c). Weights are therefore
+normalised within each prompt, and what is reported is the mean over prompts; one weight over all samples would aim at a
+distribution that prefers the prompts of high reward. Standard errors are those of sampling, the prompts being given.
 """
 
 from __future__ import annotations
@@ -19,7 +23,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from .estimate import Estimate, checked_samples, sample_mean
+from .estimate import Estimate, by_prompt, finite, prompt_mean, sample_mean
+from .table import markdown_table
 
 __all__ = ["MIN_EFFECTIVE_SAMPLES", "TiltEstimate", "TiltGap", "TiltReport", "TiltShift"]
 __all__ += ["tilt_estimate", "tilt_gap", "tilt_shift"]
@@ -32,16 +37,16 @@ samples carries the weight, and the standard error itself cannot be trusted."""
 
 @dataclass(frozen=True)
 class TiltEstimate:
-    """The mean of a statistic under p* ∝ p_base e^{λr}, from N samples of the base.
+    """The mean of a statistic under p* ∝ p_base e^{λr}, from N samples of the base; of several prompts, the mean over prompts.
 
     Args:
         mean: E*[s], the statistic's unit.
         standard_error: of `mean`, by the delta method.
-        effective_sample_size: 1/Σ p_i² as a share of N, in (0, 1].
+        effective_sample_size: 1/Σ p_i² as a share of N, in (0, 1]; of several prompts, the smallest.
         log_normalizer: log Z = log E_base[e^{λr}], nats.
         log_normalizer_standard_error: by the delta method, nats.
         kl_target: KL(p*‖p_base) = E*[λr] − log Z, nats: what reaching the target costs.
-        num_samples: N.
+        num_samples: N, of each prompt.
     """
 
     mean: float
@@ -54,7 +59,7 @@ class TiltEstimate:
 
     @property
     def estimable(self) -> bool:
-        """Whether the weights are even enough to be believed: at least `MIN_EFFECTIVE_SAMPLES` effective samples."""
+        """Whether the weights are even enough to be believed: at least `MIN_EFFECTIVE_SAMPLES` effective samples a prompt."""
         return self.effective_sample_size * self.num_samples >= MIN_EFFECTIVE_SAMPLES
 
     def __str__(self) -> str:
@@ -65,8 +70,9 @@ def tilt_estimate(log_weights: Tensor, statistic: Tensor) -> TiltEstimate:
     """Estimate E*[s] and log Z by self-normalised importance sampling of the base (Owen 2013, eqs. 9.6, 9.9).
 
     Args:
-        log_weights: λ r(x_i) of N ≥ 2 independent base samples x_i, shape (N,), nats; a common constant changes log Z only.
-        statistic: s(x_i) of the same samples, shape (N,).
+        log_weights: λ r(x_i) of N ≥ 2 independent base samples x_i, shape (N,), or (P, N) for N of each of P prompts, nats; a
+            constant common to a prompt changes log Z only.
+        statistic: s(x_i) of the same samples, same shape.
 
     Returns:
         TiltEstimate, computed in float64. Look at `estimable` before using it.
@@ -75,32 +81,53 @@ def tilt_estimate(log_weights: Tensor, statistic: Tensor) -> TiltEstimate:
         ValueError: if shapes are wrong or differ, or a value is not finite.
     """
     log_w, s = _checked_pair(log_weights, statistic)
-    p, count = log_w.softmax(0), len(log_w)
-    mean = (p * s).sum()
-    log_z = log_w.logsumexp(0) - math.log(count)
-    share = 1 / (count * p.square().sum())
+    p, (prompts, count) = log_w.softmax(1), log_w.shape
+    log_z = log_w.logsumexp(1) - math.log(count)
+    share = 1 / (count * p.square().sum(1))
+    # Var(w)/E[w]² is 1/share − 1; rounding may put it just below zero for equal weights.
+    log_z_variance = (1 / share - 1).clamp(min=0) / (count - 1)
     return TiltEstimate(
-        mean=mean.item(),
-        standard_error=_influence(p, s).square().sum().sqrt().item(),
-        effective_sample_size=share.item(),
-        log_normalizer=log_z.item(),
-        # Var(w)/E[w]² is 1/share − 1; rounding may put it just below zero for equal weights.
-        log_normalizer_standard_error=((1 / share - 1).clamp(min=0) / (count - 1)).sqrt().item(),
-        kl_target=((p * log_w).sum() - log_z).item(),
+        mean=_weighted_mean(p, s).item(),
+        standard_error=_influence(p, s).norm().item(),
+        effective_sample_size=share.min().item(),
+        log_normalizer=log_z.mean().item(),
+        log_normalizer_standard_error=(log_z_variance.sum().sqrt() / prompts).item(),
+        kl_target=(_weighted_mean(p, log_w) - log_z.mean()).item(),
         num_samples=count,
     )
 
 
 def _checked_pair(log_weights: Tensor, statistic: Tensor) -> tuple[Tensor, Tensor]:
-    log_w, s = checked_samples("log_weights", log_weights), checked_samples("statistic", statistic)
-    if len(log_w) != len(s):
-        raise ValueError(f"there are {len(log_w)} log_weights but {len(s)} statistics; pass both for the same samples.")
+    """Both as (P, N)."""
+    log_w, s = by_prompt("log_weights", log_weights), by_prompt("statistic", statistic)
+    if log_w.shape != s.shape:
+        weights, statistics = (" × ".join(map(str, x.shape)) for x in (log_weights, statistic))
+        raise ValueError(f"there are {weights} log_weights but {statistics} statistics; pass both for the same samples.")
     return log_w, s
 
 
+def _weighted_mean(p: Tensor, s: Tensor) -> Tensor:
+    """Σ_i p_i s_i of each prompt, averaged over prompts."""
+    return (p * s).sum(1).mean()
+
+
 def _influence(p: Tensor, s: Tensor) -> Tensor:
-    """How far each sample moves Σ p_i s_i, to first order: p_i (s_i − Σ p_j s_j), shape (N,)."""
-    return p * (s - (p * s).sum())
+    """How far each sample moves `_weighted_mean`, to first order: p_i (s_i − Σ p_j s_j)/P, shape (P, N)."""
+    return p * (s - (p * s).sum(1, keepdim=True)) / len(p)
+
+
+def _mean(samples: Tensor) -> Estimate:
+    """Mean of (P, N) with the error of sampling, the prompts being given: what differs between prompts is no error."""
+    variance = (samples.var(1) / samples.shape[1]).sum() / len(samples) ** 2
+    return Estimate(samples.mean().item(), variance.sqrt().item())
+
+
+def _of_prompts(values: Tensor, prompts: int) -> Tensor:
+    """Samples of the tuned model, (P, M)."""
+    x = by_prompt("values", values)
+    if len(x) != prompts:
+        raise ValueError(f"values has shape {tuple(values.shape)} but the base has {prompts} prompt(s); pass as many rows.")
+    return x
 
 
 @dataclass(frozen=True)
@@ -131,16 +158,17 @@ def tilt_shift(statistic: str, sampler: str, before: Tensor, after: Tensor, log_
     Args:
         statistic: name of the statistic, for the table.
         sampler: name of the sampler, for the table.
-        before: the statistic of N base samples, shape (N,).
-        after: the statistic of M samples of the fine-tuned model, shape (M,).
-        log_weights: λ r of the N base samples, shape (N,), nats.
+        before: the statistic of N base samples, shape (N,), or (P, N) for N of each of P prompts.
+        after: the statistic of M samples of the fine-tuned model, shape (M,) or (P, M), the same prompts.
+        log_weights: λ r of the base samples, shape of `before`, nats.
 
     Raises:
         ValueError: if shapes are wrong or a value is not finite.
     """
     target = tilt_estimate(log_weights, before)
-    start, end = sample_mean(before), sample_mean(after)
-    fraction = _shift_fraction(*_checked_pair(log_weights, before), end) if target.estimable else None
+    log_w, s = _checked_pair(log_weights, before)
+    start, end = _mean(s), _mean(_of_prompts(after, len(s)))
+    fraction = _shift_fraction(log_w, s, end) if target.estimable else None
     return TiltShift(statistic, sampler, start, end, target, fraction)
 
 
@@ -150,11 +178,11 @@ def _shift_fraction(log_w: Tensor, s: Tensor, after: Estimate) -> Estimate | Non
     Before and target are means over the *same* samples, so their errors are summed sample by sample, with sign. Tuned and base
     samples count as independent; drawn from common seeds they are positively correlated and the error is an upper bound.
     """
-    p, uniform = log_w.softmax(0), torch.full_like(s, 1 / len(s))
+    p, uniform = log_w.softmax(1), torch.full_like(s, 1 / s.shape[1])
     move_before, move_target = _influence(uniform, s), _influence(p, s)
-    before, target = s.mean().item(), (p * s).sum().item()
+    before, target = s.mean().item(), _weighted_mean(p, s).item()
     shift = target - before
-    shift_error = (move_target - move_before).square().sum().sqrt().item()
+    shift_error = (move_target - move_before).norm().item()
     if abs(shift) <= 2 * shift_error + 1e-12 * abs(before):  # a constant statistic moves by rounding errors only
         return None
     fraction = (after.mean - before) / shift
@@ -183,20 +211,30 @@ def tilt_gap(base_log_weights: Tensor, tuned_log_weights: Tensor, path_kl: Tenso
     """Measure log Z − (E_θ[λr] − KL) under the memoryless sampler, whose noise is what makes the path KL finite.
 
     Args:
-        base_log_weights: λ r of N base samples, shape (N,), nats.
-        tuned_log_weights: λ r of M samples of the fine-tuned model, shape (M,), nats.
-        path_kl: Σ_k ½‖(μ_k^θ − μ_k^base)/s_k‖² along P paths of the fine-tuned model, shape (P,), nats.
+        base_log_weights: λ r of N base samples, shape (N,), or (P, N) for N of each of P prompts, nats.
+        tuned_log_weights: λ r of M samples of the fine-tuned model, shape (M,) or (P, M), the same prompts, nats.
+        path_kl: Σ_k ½‖(μ_k^θ − μ_k^base)/s_k‖² along K paths of the fine-tuned model, shape (K,) or (P, K), nats. One path a
+            prompt, K = 1, will do: the error of its mean is the spread over prompts, an upper bound.
 
     Raises:
         ValueError: if shapes are wrong or a value is not finite.
     """
     target = tilt_estimate(base_log_weights, base_log_weights)
-    reward, kl = sample_mean(tuned_log_weights), sample_mean(path_kl)
+    prompts = len(torch.atleast_2d(base_log_weights))
+    reward, kl = _mean(_of_prompts(tuned_log_weights, prompts)), _path_mean(path_kl, prompts)
     if not target.estimable:
         return TiltGap(reward, kl, None, None)
     # Counted as independent: on common paths reward and KL rise together, which makes this an upper bound.
     error = math.hypot(target.log_normalizer_standard_error, reward.standard_error, kl.standard_error)
     return TiltGap(reward, kl, target.kl_target, Estimate(target.log_normalizer - (reward.mean - kl.mean), error))
+
+
+def _path_mean(path_kl: Tensor, prompts: int) -> Estimate:
+    if prompts == 1 and path_kl.ndim == 1:
+        return sample_mean(path_kl)
+    if path_kl.ndim != 2 or len(path_kl) != prompts:
+        raise ValueError(f"path_kl has shape {tuple(path_kl.shape)} but the base has {prompts} prompt(s); pass as many rows.")
+    return prompt_mean(finite("path_kl", path_kl))
 
 
 @dataclass(frozen=True)
@@ -205,12 +243,12 @@ class TiltReport:
 
     Args:
         shifts: one per statistic and sampler; the reward first, then at least one statistic that is not the reward.
-        gap: distance to the tilt in nats.
+        gap: distance to the tilt in nats; None where it was not measured.
         before_after: other quantities by name, (before, after): diversity, saturated pixels, …
     """
 
     shifts: Sequence[TiltShift]
-    gap: TiltGap
+    gap: TiltGap | None
     before_after: Mapping[str, tuple[Estimate, Estimate]] = field(default_factory=dict)
 
     def format(self) -> str:
@@ -219,8 +257,8 @@ class TiltReport:
         shifts += [_shift_row(shift) for shift in self.shifts]
         others = [["", "before", "after"]]
         others += [[name, str(before), str(after)] for name, (before, after) in self.before_after.items()]
-        tables = [_table(shifts), _table(_gap_rows(self.gap))] + ([_table(others)] if self.before_after else [])
-        return "\n\n".join(tables)
+        tables = [shifts] + ([_gap_rows(self.gap)] if self.gap else []) + ([others] if self.before_after else [])
+        return "\n\n".join(map(markdown_table, tables))
 
 
 def _or_not_estimable(value: object) -> str:
@@ -242,11 +280,3 @@ def _gap_rows(gap: TiltGap) -> list[list[str]]:
         ["KL of the exact tilt", _or_not_estimable(kl_target)],
         ["log Z − (E[λr] − KL spent), 0 at the exact tilt", _or_not_estimable(gap.gap)],
     ]
-
-
-def _table(rows: Sequence[Sequence[str]]) -> str:
-    """A Markdown table, columns padded to one width; the first row is the header."""
-    widths = [max(len(cell) for cell in column) for column in zip(*rows, strict=True)]
-    lines = ["| " + " | ".join(map(str.ljust, row, widths)) + " |" for row in rows]
-    rule = "|" + "|".join("-" * (width + 2) for width in widths) + "|"
-    return "\n".join([lines[0], rule, *lines[1:]])

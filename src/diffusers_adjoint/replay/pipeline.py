@@ -214,16 +214,20 @@ class PipelineReplay:
                 f"{self.name} calls scheduler.step outside its loop over timesteps; it cannot be replayed."
             ) from None
 
-    def sample(self, columns: dict[str, list[Any]], generators: list[torch.Generator]) -> Tensor:
+    def sample(
+        self, columns: dict[str, list[Any]], generators: list[torch.Generator], noise: list[torch.Generator] | None = None
+    ) -> Tensor:
         """An ordinary call of the pipeline, its own scheduler, the same arguments: what a user of the pipeline sees.
 
         Args:
             columns, generators: as for `prepare`; the generators also feed a stochastic scheduler.
+            noise: step noise of the memoryless scheduler, which takes the place of the pipeline's own if they are given.
 
         Returns:
             Images (B, 3, H, W) in [0, 1] (videos, waveforms as `decode`), without graph.
         """
-        scheduler = copy.deepcopy(self.pipeline.scheduler)
+        own = self.pipeline.scheduler
+        scheduler = copy.deepcopy(own) if noise is None else make_recorder(self.scheduler, noise, kept=1)
         return self._calls.ordinary(scheduler, self.arguments(columns, len(generators)), generators)
 
     def memoryless_sample(
@@ -245,7 +249,7 @@ class PipelineReplay:
         images, call = None, {**self.arguments(columns, len(generators), guided=guided), **arguments}
         with suppress(ReplayStop):
             images = self._calls.ordinary(recorder, call, generators)
-        return images, recorder.record
+        return images, list(recorder.record)
 
     # ------------------------------------------------------------------------------- which network acts, where x lies
 

@@ -12,6 +12,7 @@ import copy
 import functools
 import inspect
 import types
+from collections import deque
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -167,8 +168,10 @@ class RecordedStep:
     prev_sample: Tensor
 
 
-def make_recorder(scheduler: Any, generators: list[torch.Generator], stop_after: int | None = None) -> Any:
-    """A copy of `scheduler` that does its work, keeps each step in `record`, and stops the call after `stop_after` steps.
+def make_recorder(
+    scheduler: Any, generators: list[torch.Generator], stop_after: int | None = None, kept: int | None = None
+) -> Any:
+    """A copy of `scheduler` that does its work, keeps the last `kept` steps in `record`, and stops the call after `stop_after`.
 
     Its noise comes from copies of the generators, whatever the pipeline passes: whether the call's own ones move on during the
     loop would differ from pipeline to pipeline, and with it what its decoder draws.
@@ -196,5 +199,5 @@ def make_recorder(scheduler: Any, generators: list[torch.Generator], stop_after:
     recorder = copy.deepcopy(scheduler)
     recorder.__dict__.pop("init_noise_sigma", None)
     recorder.__class__ = type("Recorded" + scheduler_class.__name__, (_StandIn, scheduler_class), {"step": step})
-    recorder.record = []
+    recorder.record = deque(maxlen=kept)
     return recorder

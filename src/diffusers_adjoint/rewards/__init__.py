@@ -1,7 +1,39 @@
 """Rewards: plain callables `f(images=, prompts=, **columns) -> Tensor (B,)`, differentiable in the images."""
 
+from .aesthetic import AestheticScore
+from .around import clamped, gradient_clipped, normalised, per_frame, smoothed, weighted_sum
+from .classifier import ClassLogProbability
+from .clipscore import CLIPScore
 from .combine import RewardGradient, WeightedReward, reward_gradient
+from .hpsv2 import HPSv2
+from .image_statistics import brightness, colourfulness, compressibility, contrast, saturation, sharpness
+from .imagereward import ImageReward
 from .pickscore import PickScore
 from .preprocess import differentiable_preprocess
+from .prompt_contrast import PromptContrast
 
-__all__ = ["PickScore", "RewardGradient", "WeightedReward", "differentiable_preprocess", "reward_gradient"]
+__all__ = [
+    "AestheticScore",
+    "CLIPScore",
+    "ClassLogProbability",
+    "HPSv2",
+    "ImageReward",
+    "PickScore",
+    "PromptContrast",
+    "RewardGradient",
+    "WeightedReward",
+    "brightness",
+    "clamped",
+    "colourfulness",
+    "compressibility",
+    "contrast",
+    "differentiable_preprocess",
+    "gradient_clipped",
+    "normalised",
+    "per_frame",
+    "reward_gradient",
+    "saturation",
+    "sharpness",
+    "smoothed",
+    "weighted_sum",
+]

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ..adjoint import vector_jacobian
 
-__all__ = ["RewardGradient", "WeightedReward", "reward_gradient"]
+__all__ = ["RewardFunction", "RewardGradient", "WeightedReward", "reward_gradient", "with_graph"]
 
 RewardFunction = Callable[..., Tensor]
 """f(images=(B, 3, H, W) in [0, 1], prompts=list of B, **dataset columns) → (B,), differentiable in `images`."""
@@ -59,6 +59,9 @@ class WeightedReward:
         """
         asked: set[str] = set()
         for name, function in zip(self.names, self.functions, strict=True):
+            if hasattr(function, "require_arguments"):  # a function around others, which knows what they ask for
+                asked |= function.require_arguments(columns)
+                continue
             signature = _signature(function)
             try:
                 signature.bind(images=None, prompts=None, **_taken(function, columns))
@@ -128,7 +131,7 @@ def reward_gradient(
         decoded = decode(x)
         # A fresh leaf in float32: gradients in the pixels are small, a 16-bit decoder's output would round them away.
         images = decoded.detach().to(torch.promote_types(decoded.dtype, torch.float32)).requires_grad_()
-        values = {name: _with_graph(name, value, images) for name, value in reward(images, prompts, **columns).items()}
+        values = {name: with_graph(name, value, images) for name, value in reward(images, prompts, **columns).items()}
         total = reward.total(values)
     in_pixels = torch.autograd.grad(total.sum(), images, allow_unused=True)[0]
     gradient = None if in_pixels is None else vector_jacobian(decoded, x, in_pixels)
@@ -137,7 +140,12 @@ def reward_gradient(
     return RewardGradient(total.detach(), {name: value.detach() for name, value in values.items()}, gradient, images.detach())
 
 
-def _with_graph(name: str, value: Tensor, images: Tensor) -> Tensor:
+def with_graph(name: str, value: Tensor, images: Tensor) -> Tensor:
+    """A reward's value, checked for a gradient in the images.
+
+    Raises:
+        ValueError: if it has none.
+    """
     if value.requires_grad:
         return value
     if not value.isfinite().any():  # no reward for any of these images, and so nothing to differentiate

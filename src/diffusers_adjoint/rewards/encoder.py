@@ -12,7 +12,7 @@ from transformers import AutoModel, AutoTokenizer
 from .preprocess import preprocessing_of
 from .texts import PromptTokenizer, check_prompts
 
-__all__ = ["ImageTextEncoder"]
+__all__ = ["ImageTextEncoder", "unit_norm"]
 
 
 class ImageTextEncoder(nn.Module):
@@ -33,21 +33,22 @@ class ImageTextEncoder(nn.Module):
         self.model = AutoModel.from_pretrained(model, dtype=torch.float32)
         self.preprocess = preprocessing_of(processor)
         text = self.model.config.text_config
-        # SigLIP was trained with all texts padded to its length, and has no mask.
-        padding = "max_length" if self.model.config.model_type.startswith("siglip") else "longest"
-        self.tokenize = PromptTokenizer(AutoTokenizer.from_pretrained(processor), text.max_position_embeddings, name, padding)
+        tokenizer, padding = AutoTokenizer.from_pretrained(processor), "longest"
+        if self.model.config.model_type.startswith("siglip"):  # trained on texts padded to its length, without a mask
+            tokenizer.model_input_names, padding = ["input_ids"], "max_length"
+        self.tokenize = PromptTokenizer(tokenizer, text.max_position_embeddings, name, padding)
         self.scale = self.model.logit_scale.exp().item()  # a number, so that .to(bfloat16) does not round it
         self.requires_grad_(False).eval()
 
     def images(self, images: Tensor) -> Tensor:
         """Features of (B, 3, H, W) in [0, 1], shape (B, D), of norm 1, float32 or better."""
         pixels = self.preprocess(images)
-        return _unit(self.model.get_image_features(pixel_values=pixels.to(self.model.dtype)).pooler_output)
+        return unit_norm(self.model.get_image_features(pixel_values=pixels.to(self.model.dtype)).pooler_output)
 
     def texts(self, prompts: list[str]) -> Tensor:
         """Features of B texts, shape (B, D), of norm 1, float32 or better; no gradient."""
         with torch.no_grad():
-            return _unit(self.model.get_text_features(**self.tokenize(prompts).to(self.model.device)).pooler_output)
+            return unit_norm(self.model.get_text_features(**self.tokenize(prompts).to(self.model.device)).pooler_output)
 
     def cosine(self, images: Tensor, prompts: list[str]) -> Tensor:
         """cos(image, prompt), shape (B,).
@@ -60,5 +61,6 @@ class ImageTextEncoder(nn.Module):
         return (self.images(images) * self.texts(prompts)).sum(-1)
 
 
-def _unit(features: Tensor) -> Tensor:
+def unit_norm(features: Tensor) -> Tensor:
+    """Features divided by their norm, in float32 or better: 16 bits would round a cosine to steps of 0.002."""
     return F.normalize(features.to(torch.promote_types(features.dtype, torch.float32)), dim=-1)

@@ -94,7 +94,7 @@ def preprocessing_of(processor: str | Path) -> Callable[[Tensor], Tensor]:
     try:
         preprocess = partial(differentiable_preprocess, **_settings(host))
         distance = _distance(host, preprocess)
-    except (AttributeError, TypeError, KeyError) as error:  # it lacks a setting that all the plain ones have
+    except (AttributeError, KeyError, TypeError, ValueError) as error:  # it lacks a setting that all the plain ones have
         raise ValueError(_unknown(host)) from error
     if distance > 3:  # levels of 255; 8-bit rounding after rows and columns makes one or two
         raise ValueError(_unknown(host))
@@ -124,8 +124,11 @@ def _settings(host: Any) -> dict[str, Any]:
 
 
 def _distance(host: Any, preprocess: partial[Tensor]) -> float:
-    """The largest difference to the processor on a noisy picture, in levels of 255."""
-    picture = np.random.default_rng(0).integers(0, 256, (3, 60, 60), dtype=np.uint8)
+    """The largest difference to the processor on a noisy picture, in levels of 255.
+
+    It is not square and has odd sides: cropping, stretching and padding differ there, and so does their rounding.
+    """
+    picture = np.random.default_rng(0).integers(0, 256, (3, 61, 90), dtype=np.uint8)
     theirs = host(picture.transpose(1, 2, 0), return_tensors="pt").pixel_values
     ours = preprocess(torch.from_numpy(picture)[None] / 255)
     if theirs.shape != ours.shape:

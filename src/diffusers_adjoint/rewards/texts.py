@@ -2,15 +2,35 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 from diffusers.utils import logging
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-__all__ = ["PromptTokenizer", "check_prompts"]
+__all__ = ["CutWarning", "PromptTokenizer", "check_prompts"]
 
 logger = logging.get_logger(__name__)
+
+
+class CutWarning:
+    """Says once that prompts are cut.
+
+    Args:
+        name: the reward's.
+        length: tokens that its text encoder reads, special ones included.
+    """
+
+    def __init__(self, name: str, length: int) -> None:
+        self.name, self.length = name, length
+        self._given = False
+
+    def __call__(self, lengths: Iterable[int]) -> None:
+        """Look at the numbers of tokens of some prompts."""
+        if not self._given and any(length > self.length for length in lengths):
+            logger.warning(f"{self.name} reads the first {self.length} tokens of a prompt; longer prompts are cut.")
+            self._given = True
 
 
 class PromptTokenizer:
@@ -24,14 +44,12 @@ class PromptTokenizer:
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, length: int, name: str, padding: str = "longest") -> None:
-        self.tokenizer, self.length, self.name, self.padding = tokenizer, length, name, padding
-        self._told_of_cut = False
+        self.tokenizer, self.length, self.padding = tokenizer, length, padding
+        self._warn_of_cut = CutWarning(name, length)
 
     def __call__(self, prompts: list[str]) -> Any:
         """Token ids and masks as `tokenizer(…, return_tensors="pt")` gives them, on the CPU."""
-        if not self._told_of_cut and any(len(ids) > self.length for ids in self.tokenizer(prompts, verbose=False).input_ids):
-            logger.warning(f"{self.name} reads the first {self.length} tokens of a prompt; longer prompts are cut.")
-            self._told_of_cut = True
+        self._warn_of_cut(len(ids) for ids in self.tokenizer(prompts, verbose=False).input_ids)
         return self.tokenizer(prompts, padding=self.padding, truncation=True, max_length=self.length, return_tensors="pt")
 
 

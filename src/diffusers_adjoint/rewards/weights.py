@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import torch
 from huggingface_hub import hf_hub_download
@@ -45,19 +44,20 @@ def _from_hub(model: str, names: tuple[str, ...]) -> Path:
     return Path(hf_hub_download(model, names[-1]))
 
 
-def read_weights(file: Path) -> dict[str, Any]:
+def read_weights(file: Path) -> dict[str, Tensor]:
     """The tensors of a safetensors file, or of a .pt or .pth one, from which nothing but tensors is unpickled.
 
     Raises:
-        ValueError: if it holds anything else.
+        ValueError: if it holds anything else, or is damaged.
     """
-    if file.suffix == ".safetensors":
-        return load_file(file)
     try:
+        if file.suffix == ".safetensors":
+            return load_file(file)
         weights = torch.load(file, map_location="cpu", weights_only=True)
-    except Exception as error:  # pickle's and zip's own errors, by what the file is
+    except Exception as error:  # pickle's, zip's and safetensors' own errors, by what the file is
         raise ValueError(f"{file} holds more than tensors, or is damaged; pass the published file.") from error
-    weights = weights.get("state_dict", weights)
-    if not all(isinstance(value, Tensor) for value in weights.values()):
-        raise ValueError(f"{file} holds more than tensors; pass the published file.")
+    if isinstance(weights, dict):
+        weights = weights.get("state_dict", weights)
+    if not isinstance(weights, dict) or not all(isinstance(value, Tensor) for value in weights.values()):
+        raise ValueError(f"{file} holds more than named tensors; pass the published file.")
     return weights

@@ -1,0 +1,122 @@
+"""Options of `diffusers-adjoint evaluate`."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from .measure import Setting
+
+__all__ = ["DTYPES", "EvaluationArguments"]
+
+DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+SAMPLERS = ("ode", "sde")
+
+
+@dataclass
+class EvaluationArguments:
+    """Options of `evaluate`.
+
+    Raises:
+        ValueError: for a missing option or a value that means nothing.
+    """
+
+    model: str = field(default="", metadata={"help": "Name or folder of the base pipeline."})
+    prompts: str = field(
+        default="", metadata={"help": "File (.txt, .json, .jsonl, .csv, .parquet), folder or Hub dataset with a 'prompt' column."}
+    )
+    rewards: list[str] = field(
+        default_factory=list,
+        metadata={
+            "help": "What samples are measured by: names of diffusers_adjoint.rewards, module:function or file.py:function."
+        },
+    )
+    adapter: list[str] = field(
+        default_factory=list,
+        metadata={"help": "Folders or Hub ids of what was fine-tuned: a LoRA or a whole pipeline. Without any, the base alone."},
+    )
+    steps: list[int] = field(default_factory=lambda: [40], metadata={"help": "Numbers of sampling steps."})
+    sampler: list[str] = field(
+        default_factory=lambda: ["ode"],
+        metadata={"help": "'ode', the pipeline's own scheduler, 'sde', the memoryless one, or both."},
+    )
+    guidance: list[float] = field(
+        default_factory=lambda: [1.0], metadata={"help": "Classifier-free guidance scales, 1 for no guidance."}
+    )
+    samples_per_prompt: int = field(default=10, metadata={"help": "Images of each prompt, model and setting."})
+    diversity: list[str] = field(
+        default_factory=list,
+        metadata={
+            "help": "Features in which diversity is measured: 'pixels', CLIPScore, PickScore, HPSv2, DreamSim, LPIPS, "
+            "module:function. Default: those of the given rewards, 'pixels' if they have none."
+        },
+    )
+    kl_paths: int = field(
+        default=1, metadata={"help": "Memoryless paths of each prompt along which the KL to the base is measured; 0 for none."}
+    )
+    reward_weights: list[float] | None = field(default=None, metadata={"help": "Weights of the rewards in the tilt report."})
+    reward_scale: float | None = field(
+        default=None, metadata={"help": "λ of the training, nats per unit of reward. With it, a tilt report is written."}
+    )
+    output_dir: str = field(default="evaluation", metadata={"help": "Table, sheets and finished prompts; seen by all processes."})
+    overwrite_output_dir: bool = field(default=False, metadata={"help": "Forget what an evaluation left there, and start anew."})
+    seed: int = field(default=0, metadata={"help": "Same seed, same numbers, on any number of processes."})
+    batch_size: int = field(default=10, metadata={"help": "Images of a prompt that are sampled together."})
+    num_prompts: int | None = field(default=None, metadata={"help": "Take the first ones only."})
+    split: str = field(default="train", metadata={"help": "Split of the dataset; a single file is 'train'."})
+    dataset_config: str | None = field(default=None, metadata={"help": "Configuration of the dataset."})
+    pipeline_kwargs: dict[str, Any] | str | None = field(
+        default=None, metadata={"help": "Further arguments of the pipeline's call, as JSON: '{\"height\": 512}'."}
+    )
+    integrator: str | None = field(default=None, metadata={"help": "Of the memoryless scheduler; default 'posterior'."})
+    trained_component: str | None = field(default=None, metadata={"help": "The denoiser that was trained, as in training."})
+    dtype: str = field(default="float32", metadata={"help": "Of the pipeline: float32, bfloat16 or float16."})
+    model_revision: str = field(default="main", metadata={"help": "Of the base on the Hub."})
+    sheet_prompts: int = field(default=4, metadata={"help": "Prompts on each contact sheet; 0 for no sheets."})
+    sheet_samples: int = field(default=5, metadata={"help": "Samples of each of them."})
+
+    def __post_init__(self) -> None:
+        for name in ("rewards", "adapter", "steps", "sampler", "guidance", "diversity"):
+            if not isinstance(value := getattr(self, name), list):  # a YAML file may name a single one
+                setattr(self, name, [value])
+        if isinstance(self.pipeline_kwargs, str):
+            self.pipeline_kwargs = _json_object(self.pipeline_kwargs)
+        for name in ("model", "prompts", "rewards", "steps", "sampler", "guidance"):
+            if not getattr(self, name):
+                raise ValueError(f"{name} is missing; pass --{name}.")
+        for name, least in {
+            "samples_per_prompt": 1,
+            "batch_size": 1,
+            "kl_paths": 0,
+            "sheet_prompts": 0,
+            "sheet_samples": 1,
+        }.items():
+            if getattr(self, name) < least:
+                raise ValueError(f"{name}={getattr(self, name)} is too small; pass {least} or more.")
+        if min(self.steps) < 1 or (self.num_prompts is not None and self.num_prompts < 1):
+            raise ValueError("steps and num_prompts count from 1; pass larger numbers.")
+        if unknown := [name for name in self.sampler if name not in SAMPLERS]:
+            raise ValueError(f"sampler={unknown[0]!r} is unknown; pass 'ode', 'sde' or both.")
+        if self.dtype not in DTYPES:
+            raise ValueError(f"dtype={self.dtype!r} is unknown to diffusers; pass one of {', '.join(DTYPES)}.")
+
+    @property
+    def settings(self) -> list[Setting]:
+        """In the order of the table's rows."""
+        return [Setting(k, s, w) for w, k, s in itertools.product(self.guidance, self.steps, self.sampler)]
+
+
+def _json_object(text: str) -> dict[str, Any]:
+    try:
+        value = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ValueError(
+            f"pipeline_kwargs={text!r} is no JSON ({error.msg}); pass an object such as '{{\"height\": 512}}'."
+        ) from None
+    if not isinstance(value, dict):
+        raise ValueError(f"pipeline_kwargs={text!r} is a {type(value).__name__}; pass an object such as '{{\"height\": 512}}'.")
+    return value

@@ -1,0 +1,194 @@
+"""One prompt: sample it with every model and setting, from the same seeds, and measure the samples."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..denoiser import PipelineDenoiser
+from ..inputs import prompts_of, repeat_rows, without_prompt
+from ..metrics import image_statistics, pairwise_diversity, vendi_score
+from ..replay import PipelineReplay
+from ..rewards import WeightedReward
+from ..rollout import Stream, sampled_path_kl, seeded_generators
+from .models import Model
+
+__all__ = ["Features", "Measured", "Setting", "Settings", "measure"]
+
+Features = Callable[[Tensor], Tensor]
+"""Images (B, 3, H, W) → features (B, D), in whose squared distances diversity is measured."""
+
+
+@dataclass(frozen=True)
+class Setting:
+    """How a model is sampled.
+
+    Args:
+        steps: K.
+        sampler: "ode", the pipeline's own scheduler, or "sde", the memoryless one.
+        guidance: classifier-free guidance scale, 1 for none.
+    """
+
+    steps: int
+    sampler: str
+    guidance: float
+
+    def __str__(self) -> str:
+        return f"{self.sampler}-steps{self.steps}-guidance{self.guidance:g}"
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What is the same for all prompts.
+
+    Args:
+        samples: N, images of a prompt.
+        batch_size: images in one call of the pipeline.
+        kl_paths: memoryless paths of a prompt along which the KL to the base is measured; 0 for none.
+        seed: of all random numbers.
+        reward: whose values are measured.
+        features: name → features.
+    """
+
+    samples: int
+    batch_size: int
+    kl_paths: int
+    seed: int
+    reward: WeightedReward
+    features: dict[str, Features]
+
+
+@dataclass(frozen=True)
+class Measured:
+    """The samples of one prompt, model and setting, in numbers; NaN for what has no value.
+
+    Args:
+        rewards: name → N values.
+        statistics: name → N values.
+        spread: name → (value, standard error) of the samples together.
+        kl: nats, one value a path; empty for the base and for the ODE, where it is infinite.
+    """
+
+    rewards: dict[str, list[float]]
+    statistics: dict[str, list[float]]
+    spread: dict[str, tuple[float, float]]
+    kl: list[float] = field(default_factory=list)
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values, `None` for what is not finite, which JSON does not have."""
+        return _mapped(asdict(self), lambda value: value if math.isfinite(value) else None)
+
+    @classmethod
+    def from_json(cls, values: dict[str, Any]) -> Measured:
+        return cls(**_mapped(values, lambda value: math.nan if value is None else value))
+
+
+def _mapped(values: Any, function: Callable[[Any], Any]) -> Any:
+    if isinstance(values, dict):
+        return {name: _mapped(value, function) for name, value in values.items()}
+    return [_mapped(value, function) for value in values] if isinstance(values, list | tuple) else function(values)
+
+
+def measure(
+    model: Model,
+    base: Model,
+    replay: PipelineReplay,
+    setting: Setting,
+    settings: Settings,
+    row: dict[str, list[Any]],
+    prompt: int,
+) -> tuple[Measured, Tensor]:
+    """Sample one prompt with one model. Seeds depend on the numbers of prompt and sample only.
+
+    Args:
+        replay: of the model's pipeline, for this setting.
+        row: the dataset's columns, with one value each.
+        prompt: number of the prompt.
+
+    Returns:
+        What was measured, and the images (N, …), float32 on the CPU.
+    """
+    rewards: dict[str, list[float]] = {name: [] for name in settings.reward.names}
+    statistics: dict[str, list[float]] = {}
+    features: dict[str, list[Tensor]] = {name: [] for name in settings.features}
+    shown = []
+    with torch.no_grad(), model.active():
+        for first in range(0, settings.samples, settings.batch_size):
+            numbers = range(first, min(first + settings.batch_size, settings.samples))
+            columns = repeat_rows(row, len(numbers))
+            images = _sample(replay, setting, settings.seed, columns, numbers, prompt)
+            for name, values in settings.reward(images, prompts_of(columns), **without_prompt(columns)).items():
+                rewards[name] += values.tolist()
+            visible = _visible(images)
+            if visible is not None:
+                for name, values in image_statistics(visible).items():
+                    statistics.setdefault(name, []).extend(values.tolist())
+                finite = visible[visible.flatten(1).isfinite().all(1)]  # a 16-bit decoder may overflow
+                for name, function in settings.features.items():
+                    features[name].append(_features(function, finite).cpu())
+            shown.append(images.cpu())
+        kl = _path_kl(model, base, replay, setting, settings, row, prompt)
+    return Measured(rewards, statistics, _spread(features), kl), torch.cat(shown)
+
+
+def _sample(
+    replay: PipelineReplay, setting: Setting, seed: int, columns: dict[str, list[Any]], numbers: range, prompt: int
+) -> Tensor:
+    generators = seeded_generators(seed, prompt, numbers, Stream.EVALUATION)
+    # Their own stream: a start and a first noise from the same numbers would be the same picture.
+    noise = seeded_generators(seed, prompt, numbers, Stream.EVALUATION_NOISE) if setting.sampler == "sde" else None
+    images = replay.sample(columns, generators, noise)
+    return images.to(torch.promote_types(images.dtype, torch.float32))
+
+
+def _visible(images: Tensor) -> Tensor | None:
+    """Images or videos, a single channel shown as three; `None` for sound."""
+    if images.ndim not in (4, 5):
+        return None
+    return images.expand(*images.shape[:-3], 3, *images.shape[-2:]) if images.shape[-3] == 1 else images
+
+
+def _features(function: Features, images: Tensor) -> Tensor:
+    """(B, D); of a video, the mean over its frames."""
+    if not len(images):
+        return torch.empty(0, 1)
+    if images.ndim == 4:
+        return function(images)
+    return function(images.flatten(0, 1)).unflatten(0, images.shape[:2]).mean(1)
+
+
+def _spread(features: dict[str, list[Tensor]]) -> dict[str, tuple[float, float]]:
+    spread = {}
+    for name, parts in features.items():
+        f = torch.cat(parts) if parts else torch.empty(0, 1)
+        for label, function in {"diversity": pairwise_diversity, "Vendi": vendi_score}.items():
+            known = function(f[None]) if len(f) > 1 else None
+            spread[f"{label} ({name})"] = (known.mean, known.standard_error) if known else (math.nan, math.nan)
+    return spread
+
+
+def _path_kl(
+    model: Model,
+    base: Model,
+    replay: PipelineReplay,
+    setting: Setting,
+    settings: Settings,
+    row: dict[str, list[Any]],
+    prompt: int,
+) -> list[float]:
+    """KL(paths of the model ‖ paths of the base), nats, one value a path, of the model as it is sampled: guided if it is."""
+    if model is base or setting.sampler == "ode" or not settings.kl_paths:
+        return []
+    numbers = range(settings.kl_paths)
+    starts, noise = (
+        seeded_generators(settings.seed, prompt, numbers, stream) for stream in (Stream.EVALUATION_START, Stream.EVALUATION_NOISE)
+    )
+    frozen = None if model.adapter else getattr(base.pipeline, replay.component)
+    denoiser = PipelineDenoiser(replay, [] if model.adapter else None, frozen)
+    start, conditioning = replay.prepare(repeat_rows(row, len(numbers)), starts, unguided=False)
+    return sampled_path_kl(denoiser, start, conditioning, noise, guided_rollout=True, guided_loss=True).tolist()

@@ -1,0 +1,138 @@
+"""The base and what was fine-tuned from it, sharing every network that they have in common."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import DiffusionPipeline
+from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import EntryNotFoundError
+from torch import nn
+
+from ..inputs import load_pipeline
+from ..lora import WEIGHTS_NAME
+from ..replay.view import denoiser_names
+
+__all__ = ["BASE", "Model", "load_models"]
+
+BASE = "base"
+
+
+@dataclass(frozen=True)
+class Model:
+    """One of the models that are compared.
+
+    Args:
+        name: in tables, file names and sheets.
+        pipeline: of which models that differ by an adapter share one.
+        adapter: name of its LoRA in the pipeline; `None` for the base and for fully fine-tuned models.
+    """
+
+    name: str
+    pipeline: DiffusionPipeline
+    adapter: str | None = None
+
+    @contextmanager
+    def active(self) -> Iterator[None]:
+        """Within this context the pipeline is this model: no other adapter acts."""
+        if self.adapter is not None:
+            self.pipeline.set_adapters(self.adapter)
+            self.pipeline.enable_lora()
+        try:
+            yield
+        finally:
+            if self.adapter is not None:
+                self.pipeline.disable_lora()
+
+
+def load_models(
+    model: str, adapters: Sequence[str], init_kwargs: dict[str, Any], component: str | None, device: torch.device
+) -> list[Model]:
+    """The base first, then one model for each adapter.
+
+    Args:
+        model: name or folder of the base pipeline.
+        adapters: folders or Hub ids of what training wrote: a LoRA, or a whole pipeline, of which the denoiser is loaded only.
+        init_kwargs: of `DiffusionPipeline.from_pretrained`.
+        component: the denoiser that was trained; `None` for the first one.
+        device: where all networks go.
+
+    Raises:
+        ValueError: if one cannot be loaded, or a LoRA has no layer in the denoiser.
+    """
+    base = _loaded("model", model, lambda: load_pipeline(model, init_kwargs))
+    component = component or denoiser_names(base)[0]
+    models = [Model(BASE, base)]
+    for number, (adapter, name) in enumerate(zip(adapters, _names(adapters), strict=True)):
+        if _is_pipeline(adapter):
+            models.append(Model(name, _loaded("adapter", adapter, lambda folder=adapter: _tuned(base, folder, init_kwargs))))
+        else:
+            _loaded("adapter", adapter, lambda folder=adapter, n=number: _load_lora(base, folder, f"tuned_{n}", component))
+            models.append(Model(name, base, f"tuned_{number}"))
+    for pipeline in (model.pipeline for model in models):
+        pipeline.set_progress_bar_config(disable=True)
+        pipeline.to(device)
+    return models
+
+
+def _loaded(option: str, name: str, load: Any) -> Any:
+    try:
+        return load()
+    except OSError as error:
+        raise ValueError(f"{option}={name!r} cannot be loaded ({_reason(error)}); pass the folder or the name of one.") from error
+
+
+def _reason(error: Exception) -> str:
+    return " ".join(str(error).split()).rstrip(".")
+
+
+def _names(adapters: Sequence[str]) -> list[str]:
+    """Short ones: the folder's; with as much of its path as tells it from the others."""
+    paths = [Path(adapter).resolve().parts if Path(adapter).exists() else tuple(adapter.split("/")) for adapter in adapters]
+    for length in range(1, max((len(path) for path in paths), default=0) + 1):
+        names = ["-".join(path[-length:]) for path in paths]
+        if len({*names, BASE}) == len(names) + 1:
+            return names
+    if adapters:
+        raise ValueError("adapter names the same model twice; pass each of them once.")
+    return []
+
+
+def _is_pipeline(name: str) -> bool:
+    if Path(name).exists():
+        return (Path(name) / "model_index.json").is_file()
+    try:
+        hf_hub_download(name, "model_index.json")
+    except EntryNotFoundError:
+        return False
+    return True
+
+
+def _tuned(base: DiffusionPipeline, folder: str, init_kwargs: dict[str, Any]) -> DiffusionPipeline:
+    """The base with the denoisers of another pipeline of its class."""
+    denoisers = denoiser_names(base)
+    shared = {name: part for name, part in base.components.items() if name not in denoisers}
+    return type(base).from_pretrained(folder, **{**init_kwargs, "revision": None}, **shared)
+
+
+def _load_lora(pipeline: DiffusionPipeline, folder: str, name: str, component: str) -> None:
+    if not hasattr(pipeline, "load_lora_weights"):
+        raise ValueError(f"{type(pipeline).__name__} takes no LoRA; pass the folder of a whole pipeline as adapter.")
+    options: dict[str, Any] = {"load_into_transformer_2": True} if component == "transformer_2" else {}
+    if not Path(folder).exists() or (Path(folder) / WEIGHTS_NAME).is_file():
+        options["weight_name"] = WEIGHTS_NAME  # without it nothing is found offline
+    try:
+        pipeline.load_lora_weights(folder, adapter_name=name, use_safetensors=True, **options)
+    except ValueError as error:
+        raise ValueError(
+            f"adapter={folder!r} cannot be loaded ({_reason(error)}); pass what was trained from this model."
+        ) from error
+    network: nn.Module = getattr(pipeline, component)
+    if name not in getattr(network, "peft_config", {}):
+        raise ValueError(f"adapter={folder!r} has no layer in the {component}; pass what was trained from this model.")
+    pipeline.disable_lora()

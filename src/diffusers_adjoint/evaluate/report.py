@@ -1,0 +1,233 @@
+"""From numbers to tables: base against fine-tuned, in the form of tables 2, 5 and 8 of 2409.08861, and what else moved."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..metrics import Estimate, TiltReport, markdown_table, prompt_difference, prompt_mean, tilt_gap, tilt_shift
+from .measure import Measured, Setting
+from .models import BASE
+
+__all__ = ["Report", "Row", "Tilt", "make_report"]
+
+KL = "KL spent (nats)"
+NAMES = ("guidance", "steps", "sampler")
+NOTE = "± is one standard error over prompts (over samples for one prompt); differences pair the same seeds."
+MARKED = "* a difference of more than three standard errors: over-optimisation shows here first."
+SAMPLERS = {"ode": "ODE", "sde": "memoryless"}
+
+
+@dataclass(frozen=True)
+class Samples:
+    """All prompts of one setting and model.
+
+    Args:
+        rewards, statistics: name → (P, N).
+        spread: name → values and standard errors, (P, 2).
+        kl: (P, paths), nats.
+    """
+
+    rewards: dict[str, Tensor]
+    statistics: dict[str, Tensor]
+    spread: dict[str, Tensor]
+    kl: Tensor
+
+    @classmethod
+    def of(cls, prompts: Sequence[Measured]) -> Samples:
+        def stacked(kind: str) -> dict[str, Tensor]:
+            return {name: _table([getattr(prompt, kind)[name] for prompt in prompts]) for name in getattr(prompts[0], kind)}
+
+        return cls(stacked("rewards"), stacked("statistics"), stacked("spread"), _table([prompt.kl for prompt in prompts]))
+
+    def estimates(self) -> dict[str, Estimate]:
+        """Rewards and diversity, one column of the table each."""
+        spread = {
+            name: prompt_mean(values[:, :1]) if len(values) > 1 else Estimate(*values[0].tolist())
+            for name, values in self.spread.items()
+        }
+        kl = {KL: prompt_mean(self.kl)} if self.kl.numel() else {}
+        return {name: prompt_mean(values) for name, values in self.rewards.items()} | spread | kl
+
+    def row(self, setting: Setting, model: str) -> Row:
+        return Row(setting, model, self.estimates(), {name: prompt_mean(values) for name, values in self.statistics.items()})
+
+    def difference(self, setting: Setting, model: str, base: Samples) -> Row:
+        """To the base, prompt by prompt and seed by seed."""
+        pairs = {name: (base.rewards[name], values) for name, values in self.rewards.items()}
+        pairs |= {name: (base.spread[name][:, :1], values[:, :1]) for name, values in self.spread.items()}
+        statistics = {name: (base.statistics[name], values) for name, values in self.statistics.items()}
+        metrics, panel = ({name: prompt_difference(*pair) for name, pair in part.items()} for part in (pairs, statistics))
+        return Row(setting, f"{model} − {BASE}", metrics, panel, is_difference=True)
+
+
+def _table(rows: Sequence[Any]) -> Tensor:
+    return torch.tensor(rows, dtype=torch.float64)
+
+
+@dataclass(frozen=True)
+class Row:
+    """A setting and a model, or a model's difference to the base.
+
+    Args:
+        metrics: rewards, diversity and KL by name.
+        statistics: of the images, by name.
+    """
+
+    setting: Setting
+    model: str
+    metrics: dict[str, Estimate]
+    statistics: dict[str, Estimate]
+    is_difference: bool = False
+
+
+@dataclass(frozen=True)
+class Tilt:
+    """The tilt report of one setting and model; `None` where samples without a reward, or single ones, leave nothing to weigh."""
+
+    setting: Setting
+    model: str
+    report: TiltReport | None
+
+
+@dataclass(frozen=True)
+class Report:
+    """Everything that an evaluation says.
+
+    Args:
+        rows: of the tables.
+        tilts: one for each setting and fine-tuned model, none without a reward scale.
+        prompts: P.
+        samples: N.
+        reward_scale: λ.
+    """
+
+    rows: list[Row]
+    tilts: list[Tilt]
+    prompts: int
+    samples: int
+    reward_scale: float | None
+
+    def markdown(self) -> str:
+        """For the terminal and for results.md."""
+        settings = list(dict.fromkeys(row.setting for row in self.rows))
+        varying = [name for name in NAMES if len({getattr(setting, name) for setting in settings}) > 1]
+        constant = "".join(f", {name} {_label(settings[0], name)}" for name in NAMES if name not in varying)
+        parts = ["## Rewards and diversity", _rendered(self.rows, varying, "metrics")]
+        parts.append(f"{self.prompts} prompts × {self.samples} samples{constant}. {NOTE}")
+        if any(row.statistics for row in self.rows):
+            parts += ["## Image statistics", _rendered(self.rows, varying, "statistics"), MARKED]
+        if self.tilts:
+            parts.append(f"## Tilt report, λ = {self.reward_scale:g}")
+        for tilt in self.tilts:
+            text = "not estimable: samples without a reward, or too few of them." if tilt.report is None else tilt.report.format()
+            parts += [f"{tilt.model}, {_title(tilt.setting)}", text]
+        return "\n\n".join(parts) + "\n"
+
+    def json(self) -> str:
+        """All numbers; `null` for those that do not exist."""
+        rows = [
+            {
+                **_setting(row.setting),
+                "model": row.model,
+                "metrics": {name: _plain(value) for name, value in row.metrics.items()},
+                "statistics": {name: _plain(value) for name, value in row.statistics.items()},
+            }
+            for row in self.rows
+        ]
+        return json.dumps({"prompts": self.prompts, "samples": self.samples, "rows": rows}, indent=2) + "\n"
+
+    def csv(self) -> str:
+        """A line a row, each number with its standard error."""
+        flat = [row.metrics | {f"image {name}": value for name, value in row.statistics.items()} for row in self.rows]
+        names = list(dict.fromkeys(name for values in flat for name in values))
+        text = io.StringIO()
+        writer = csv.writer(text, lineterminator="\n")
+        writer.writerow([*NAMES, "model", *(column for name in names for column in (name, f"{name} standard error"))])
+        for row, values in zip(self.rows, flat, strict=True):
+            plain = [_plain(values.get(name, Estimate(math.nan, math.nan))) for name in names]
+            writer.writerow([*_setting(row.setting).values(), row.model, *(number for pair in plain for number in pair.values())])
+        return text.getvalue()
+
+
+def make_report(
+    results: Sequence[dict[Setting, dict[str, Measured]]],
+    *,
+    reward_scale: float | None = None,
+    weights: dict[str, float] | None = None,
+) -> Report:
+    """All tables.
+
+    Args:
+        results: of each prompt: setting → model's name → what was measured; the base first.
+        reward_scale: λ, nats per unit of reward; without it there is no tilt report.
+        weights: w_i of the rewards in Σ_i w_i f_i; all 1 if not given.
+    """
+    rows, tilts = [], []
+    for setting, models in results[0].items():
+        samples = {name: Samples.of([prompt[setting][name] for prompt in results]) for name in models}
+        base = samples[BASE]
+        rows += [one.row(setting, name) for name, one in samples.items()]
+        tuned = {name: one for name, one in samples.items() if name != BASE}
+        rows += [one.difference(setting, name, base) for name, one in tuned.items()]
+        if reward_scale is not None:
+            tilts += [Tilt(setting, name, _tilt(setting, base, one, reward_scale, weights)) for name, one in tuned.items()]
+    count = len(next(iter(next(iter(results[0].values()))[BASE].rewards.values())))
+    return Report(rows, tilts, len(results), count, reward_scale)
+
+
+def _tilt(setting: Setting, base: Samples, tuned: Samples, scale: float, weights: dict[str, float] | None) -> TiltReport | None:
+    weights = weights or dict.fromkeys(base.rewards, 1.0)
+    before, after = (torch.stack([w * s.rewards[name] for name, w in weights.items()]).sum(0) for s in (base, tuned))
+    statistics = {name: (base.statistics[name], tuned.statistics[name]) for name in base.statistics}
+    pairs = {"reward": (before, after), **statistics}
+    if before.shape[1] < 2 or not all(values.isfinite().all() for pair in pairs.values() for values in pair):
+        return None
+    sampler = SAMPLERS[setting.sampler]
+    shifts = [tilt_shift(name, sampler, *pair, scale * before) for name, pair in pairs.items()]
+    gap = tilt_gap(scale * before, scale * after, tuned.kl) if tuned.kl.numel() else None
+    return TiltReport(shifts, gap, {})
+
+
+def _label(setting: Setting, name: str) -> str:
+    value = getattr(setting, name)
+    return SAMPLERS[value] if name == "sampler" else f"{value:g}"
+
+
+def _title(setting: Setting) -> str:
+    return f"{SAMPLERS[setting.sampler]}, {setting.steps} steps, guidance {setting.guidance:g}"
+
+
+def _setting(setting: Setting) -> dict[str, Any]:
+    return {"guidance": setting.guidance, "steps": setting.steps, "sampler": setting.sampler}
+
+
+def _rendered(rows: Sequence[Row], varying: Sequence[str], part: str) -> str:
+    """A table of the rows' metrics or statistics; what is the same for all settings has no column."""
+    values: list[dict[str, Estimate]] = [getattr(row, part) for row in rows]
+    names = list(dict.fromkeys(name for found in values for name in found))
+    body = [
+        [*(_label(row.setting, name) for name in varying), row.model, *(_cell(row, found.get(name)) for name in names)]
+        for row, found in zip(rows, values, strict=True)
+    ]
+    return markdown_table([[*varying, "model", *names], *body])
+
+
+def _cell(row: Row, estimate: Estimate | None) -> str:
+    if estimate is None or math.isnan(estimate.mean):
+        return "–"
+    marked = row.is_difference and abs(estimate.mean) > 3 * estimate.standard_error
+    return f"{estimate} *" if marked else str(estimate)
+
+
+def _plain(estimate: Estimate) -> dict[str, float | None]:
+    values = {"mean": estimate.mean, "standard_error": estimate.standard_error}
+    return {name: value if math.isfinite(value) else None for name, value in values.items()}

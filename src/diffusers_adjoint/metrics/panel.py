@@ -1,0 +1,71 @@
+"""What fine-tuning did to plain statistics of the images: over-optimisation shows there first."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from .estimate import Estimate, prompt_difference, prompt_mean
+from .table import markdown_table
+
+__all__ = ["StatisticChange", "StatisticsPanel", "statistics_panel"]
+
+
+@dataclass(frozen=True)
+class StatisticChange:
+    """One statistic, before and after.
+
+    Args:
+        statistic: its name.
+        before: mean over images of the base model.
+        after: mean over images of the fine-tuned model.
+        difference: of after − before, paired by seed, so its error is smaller than those of the two suggest.
+    """
+
+    statistic: str
+    before: Estimate
+    after: Estimate
+    difference: Estimate
+
+    @property
+    def moved(self) -> bool:
+        """Whether the difference exceeds three standard errors. With few prompts (P < 10) the error is itself uncertain."""
+        return abs(self.difference.mean) > 3 * self.difference.standard_error
+
+
+@dataclass(frozen=True)
+class StatisticsPanel:
+    """The changes of all statistics, as one table."""
+
+    changes: Sequence[StatisticChange]
+
+    def format(self) -> str:
+        """The panel as Markdown that also reads well in a terminal; ± is one standard error."""
+        header = ["statistic", "base", "fine-tuned", "difference", "> 3 standard errors"]
+        return markdown_table([header, *map(_row, self.changes)])
+
+
+def _row(change: StatisticChange) -> list[str]:
+    estimates = [str(change.before), str(change.after), str(change.difference)]
+    return [change.statistic, *estimates, "yes" if change.moved else ""]
+
+
+def statistics_panel(before: Mapping[str, Tensor], after: Mapping[str, Tensor]) -> StatisticsPanel:
+    """Compare statistics of images that two models draw from the same prompts and seeds.
+
+    Args:
+        before: name → values of the base model's images, shape (P, N) for N images of each of P prompts, NaN where missing.
+        after: the same of the fine-tuned model.
+
+    Raises:
+        ValueError: if the names or shapes differ, or a value is infinite.
+    """
+    if before.keys() != after.keys():
+        raise ValueError(f"before has the statistics {sorted(before)} but after {sorted(after)}; pass the same for both.")
+    return StatisticsPanel([_change(name, before[name], after[name]) for name in before])
+
+
+def _change(name: str, before: Tensor, after: Tensor) -> StatisticChange:
+    return StatisticChange(name, prompt_mean(before), prompt_mean(after), prompt_difference(before, after))

@@ -1,0 +1,488 @@
+"""`diffusers-adjoint evaluate`: its numbers against the pipelines' own calls, resuming, several processes, its pictures."""
+
+import csv
+import io
+import json
+import math
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from diffusers import DiffusionPipeline
+from peft import LoraConfig
+from PIL import Image
+from safetensors.torch import save_file
+from tiny_pipelines import sd3
+from tiny_rewards import tiny_clip
+from tiny_trainer import make_trainer
+
+from diffusers_adjoint import memoryless_scheduler
+from diffusers_adjoint.cli import main
+from diffusers_adjoint.evaluate import store
+from diffusers_adjoint.evaluate.measure import Measured
+from diffusers_adjoint.lora import add_lora, load_lora, save_lora
+from diffusers_adjoint.matching import path_kl
+from diffusers_adjoint.metrics import pairwise_diversity
+from diffusers_adjoint.replay import PipelineReplay
+from diffusers_adjoint.rewards import PickScore
+from diffusers_adjoint.rollout import Stream, sample_trajectory, seeded_generators
+from diffusers_adjoint.sample_images import picture
+
+PROMPTS = ["a cat", "two dogs", "a tree"]
+REWARDS = """
+import torch
+
+def brightness(images, prompts):
+    return images.mean((1, 2, 3))
+
+def redness(images, prompts):
+    return images[:, 0].mean((1, 2))
+
+def labelled(images, prompts, label):
+    return torch.as_tensor(label, dtype=images.dtype) + 0 * images.mean((1, 2, 3))
+
+def cats_only(images, prompts):
+    return [image.mean() if "cat" in prompt else None for image, prompt in zip(images, prompts)]
+
+def counted(images, prompts):
+    import os
+    with open("counted.txt", "a") as file:
+        file.write(f"{os.environ['RANK']}/{os.environ['WORLD_SIZE']} {len(images)}\\n")
+    return images.mean((1, 2, 3))
+
+def features(images):
+    return images.mean((2, 3))
+"""
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    """A base and two adapters of it, whose effect can be seen, as training writes them."""
+    home = tmp_path_factory.mktemp("models")
+    sd3().save_pretrained(home / "base")
+    for seed, name in enumerate(("out", "other")):
+        add_lora(pipeline := sd3(), "transformer", LoraConfig(r=2, lora_alpha=4))
+        torch.manual_seed(seed)
+        for key, value in pipeline.transformer.named_parameters():
+            if "lora_B" in key:
+                torch.nn.init.normal_(value, std=3.0)
+        save_lora(pipeline, "transformer", home / name)
+    return home
+
+
+@pytest.fixture
+def here(models, tmp_path, monkeypatch):
+    """The current directory: rewards and prompts beside the models."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    for name in ("base", "out", "other"):
+        (tmp_path / name).symlink_to(models / name, target_is_directory=True)
+    (tmp_path / "my.py").write_text(REWARDS)
+    (tmp_path / "prompts.txt").write_text("\n".join(PROMPTS))
+    return tmp_path
+
+
+SMALL = {"samples_per_prompt": 3, "batch_size": 2, "pipeline_kwargs": '{"max_sequence_length": 8}', "steps": 3}
+
+
+def evaluate(folder="evaluation", status=0, **options):
+    """Runs the command and returns results.json."""
+    options = {"model": "base", "adapter": "out", "prompts": "prompts.txt", "rewards": "my.py:brightness"} | SMALL | options
+    argv = ["evaluate", "--output_dir", folder]
+    for name, value in options.items():
+        argv += [f"--{name}", *map(str, value if isinstance(value, list) else [value])]
+    assert main(argv) == status
+    return json.loads(Path(folder, "results.json").read_text()) if status == 0 else None
+
+
+def rows_of(results, **wanted):
+    return [row for row in results["rows"] if all(row[name] == value for name, value in wanted.items())]
+
+
+def metric(results, name, **wanted):
+    (row,) = rows_of(results, **wanted)
+    return row["metrics"][name]
+
+
+def pipeline_of(adapter=None):
+    pipeline = DiffusionPipeline.from_pretrained("base")
+    pipeline.set_progress_bar_config(disable=True)
+    if adapter:
+        pipeline.load_lora_weights(adapter)
+    return pipeline
+
+
+def own_call(pipeline, sampler="ode", prompts=PROMPTS, samples=3, steps=3, guidance=1.0):
+    """(P, N, 3, H, W) by the pipeline's ordinary call, with the seeds of the command."""
+    images = []
+    for number, prompt in enumerate(prompts):
+        generators = seeded_generators(0, number, range(samples), Stream.EVALUATION)
+        if sampler == "sde":
+            pipeline.scheduler = memoryless_scheduler(pipeline.scheduler)
+            pipeline.scheduler.set_generator(seeded_generators(0, number, range(samples), Stream.EVALUATION_NOISE))
+        call = {"num_inference_steps": steps, "guidance_scale": guidance, "max_sequence_length": 8, "output_type": "pt"}
+        images.append(pipeline([prompt] * samples, generator=generators, **call).images)
+    return torch.stack(images)
+
+
+# ------------------------------------------------------------------------------------------------------------------ the numbers
+
+
+@pytest.mark.parametrize("sampler", ["ode", "sde"])
+@pytest.mark.parametrize("guidance", [1.0, 3.0])
+def test_rewards_are_those_of_the_pipelines_own_samples(here, sampler, guidance):
+    """float32, other batches: 1e-5. The error is over prompts; base and fine-tuned share their seeds."""
+    results = evaluate(sampler=sampler, guidance=guidance)
+    means = {}
+    for model, adapter in {"base": None, "out": "out"}.items():
+        images = own_call(pipeline_of(adapter), sampler, guidance=guidance)
+        means[model] = images.mean((1, 2, 3, 4)).double()
+        found = metric(results, "brightness", model=model)
+        assert found["mean"] == pytest.approx(means[model].mean().item(), rel=1e-5)
+        assert found["standard_error"] == pytest.approx(means[model].std().item() / 3**0.5, rel=1e-3)
+        spread = pairwise_diversity(images.flatten(2)).mean / images[0, 0].numel()
+        assert metric(results, "diversity (pixels)", model=model)["mean"] == pytest.approx(spread, rel=1e-4)
+    moved = means["out"] - means["base"]
+    assert moved.abs().min() > 1e-3  # else the adapter would not have acted
+    found = metric(results, "brightness", model="out − base")
+    assert found["mean"] == pytest.approx(moved.mean().item(), rel=1e-3)
+    assert found["standard_error"] == pytest.approx(moved.std().item() / 3**0.5, rel=1e-2)
+
+
+def test_step_noise_is_not_the_start(here):
+    """From one generator each, x_0 and the first step's noise would be the same numbers."""
+    start, noise = (seeded_generators(0, 0, [0], s)[0] for s in (Stream.EVALUATION, Stream.EVALUATION_NOISE))
+    assert not torch.equal(torch.randn(8, generator=start), torch.randn(8, generator=noise))
+
+
+def test_every_combination_has_a_row_and_every_setting_its_own_numbers(here):
+    results = evaluate(adapter=["out", "other"], steps=[2, 3], sampler=["ode", "sde"], guidance=[1, 4.5], prompts="prompts.txt")
+    rows = [(row["guidance"], row["steps"], row["sampler"], row["model"]) for row in results["rows"]]
+    models = ["base", "out", "other", "out − base", "other − base"]
+    settings = [(w, k, s) for w in (1.0, 4.5) for k in (2, 3) for s in ("ode", "sde")]
+    assert rows == [(*setting, model) for setting in settings for model in models]
+    values = [row["metrics"]["brightness"]["mean"] for row in results["rows"]]
+    assert len(set(values)) == len(values)
+    table = Path("evaluation", "results.md").read_text()
+    assert "| guidance | steps | sampler    | model" in table and "| 4.5      | 3     | memoryless | out " in table
+    single = evaluate("single")
+    assert "| model " in (text := Path("single", "results.md").read_text()) and "| steps" not in text
+    assert "3 prompts × 3 samples, guidance 1, steps 3, sampler ODE." in text
+    # A prompt's numbers do not depend on what else is evaluated.
+    for model in ("base", "out", "out − base"):
+        same = metric(results, "brightness", model=model, steps=3, sampler="ode", guidance=1.0)
+        assert metric(single, "brightness", model=model) == same
+
+
+def test_the_csv_says_what_the_json_says(here):
+    results = evaluate(sampler=["ode", "sde"], rewards=["my.py:brightness", "my.py:redness"])
+    lines = list(csv.DictReader(io.StringIO(Path("evaluation", "results.csv").read_text())))
+    assert len(lines) == len(results["rows"])
+    for line, row in zip(lines, results["rows"], strict=True):
+        assert (float(line["guidance"]), int(line["steps"]), line["sampler"], line["model"]) == tuple(row.values())[:4]
+        numbers = row["metrics"] | {f"image {name}": value for name, value in row["statistics"].items()}
+        for name, value in numbers.items():
+            for column, key in ((name, "mean"), (f"{name} standard error", "standard_error")):
+                assert line[column] == ("" if value[key] is None else str(value[key]))
+
+
+def test_the_kl_is_the_path_kl_of_the_model_as_it_is_sampled(here):
+    results = evaluate(sampler=["ode", "sde"], guidance=3, kl_paths=2, prompts="prompts.txt", num_prompts=1)
+    trainer = make_trainer("unused", pipeline=pipeline_of(), guidance_scale=3.0, cfg_mode="full", num_inference_steps=3,
+                           pipeline_kwargs={"max_sequence_length": 8}, peft_config=LoraConfig(r=2, lora_alpha=4))  # fmt: skip
+    load_lora(trainer.denoiser.network, "transformer", "out")
+    starts, noise = (seeded_generators(0, 0, range(2), stream) for stream in (Stream.EVALUATION_START, Stream.EVALUATION_NOISE))
+    start, conditioning = trainer.replay.prepare({"prompt": PROMPTS[:1] * 2}, starts)
+    with torch.no_grad():
+        trajectory = sample_trajectory(trainer.denoiser, start, conditioning, noise, guided=True)
+
+        def base_mean(k, x):
+            with trainer.denoiser.base():
+                return trainer.denoiser(x, k, conditioning, True)
+
+        kl = path_kl(lambda k, x: trainer.denoiser(x, k, conditioning, True), base_mean, trajectory)
+    found = metric(results, "KL spent (nats)", model="out", sampler="sde")
+    assert found["mean"] == pytest.approx(kl.mean().item(), rel=1e-4) and found["mean"] > 0.01
+    assert "KL spent (nats)" not in rows_of(results, model="base", sampler="sde")[0]["metrics"]
+    assert "KL spent (nats)" not in rows_of(results, model="out", sampler="ode")[0]["metrics"]
+
+
+def test_a_fully_fine_tuned_pipeline_is_compared_network_by_network(here, models):
+    pipeline = sd3()
+    with torch.no_grad():
+        for parameter in pipeline.transformer.parameters():
+            parameter.mul_(1.05)
+    pipeline.save_pretrained("full")
+    results = evaluate(adapter=["full", "out"], sampler=["ode", "sde"])
+    for sampler in ("ode", "sde"):
+        images = own_call(pipeline, sampler)
+        found = metric(results, "brightness", model="full", sampler=sampler)
+        assert found["mean"] == pytest.approx(images.mean().item(), rel=1e-5)
+    assert metric(results, "KL spent (nats)", model="full", sampler="sde")["mean"] > 0
+    # The adapter, loaded beside it, neither disturbs it nor the base.
+    alone = evaluate("alone", sampler=["ode", "sde"])
+    assert rows_of(alone, model="base") == rows_of(results, model="base")
+    assert rows_of(alone, model="out") == rows_of(results, model="out")
+
+
+def test_a_model_alone(here):
+    argv = ["evaluate", "--model", "base", "--prompts", "prompts.txt", "--rewards", "my.py:redness", "--steps", "3"]
+    assert main([*argv, "--samples_per_prompt", "2", "--output_dir", "alone"]) == 0
+    results = json.loads(Path("alone", "results.json").read_text())
+    assert [row["model"] for row in results["rows"]] == ["base"]
+
+
+def test_columns_reach_the_rewards_and_missing_rewards_are_left_out(here):
+    Path("rows.csv").write_text("prompt,label\na cat,1\na dog,2\n")
+    results = evaluate(prompts="rows.csv", rewards=["my.py:labelled", "my.py:cats_only"])
+    assert metric(results, "labelled", model="base")["mean"] == pytest.approx(1.5)
+    images = own_call(pipeline_of(), prompts=["a cat"])
+    assert metric(results, "cats_only", model="base")["mean"] == pytest.approx(images.mean().item(), rel=1e-5)
+
+
+def test_diversity_in_features_of_a_reward_or_of_ones_own(here, models):
+    tiny_clip(Path("clip"))
+    Path("pick.py").write_text("from diffusers_adjoint.rewards import PickScore\npick = PickScore('clip', 'clip')\n")
+    results = evaluate(rewards=["pick.py:pick", "my.py:brightness"], diversity=["my.py:features", "pixels"])
+    assert {"diversity (my.py:features)", "Vendi (pixels)"} <= results["rows"][0]["metrics"].keys()
+    features = own_call(pipeline_of()).mean((3, 4))
+    found = metric(results, "diversity (my.py:features)", model="base")["mean"]
+    assert found == pytest.approx(pairwise_diversity(features).mean, rel=1e-4)
+    results = evaluate("own", rewards=["pick.py:pick", "my.py:brightness"])
+    images = own_call(pipeline_of())
+    features = PickScore("clip", "clip").features(images.flatten(0, 1)).unflatten(0, images.shape[:2])
+    found = metric(results, "diversity (PickScore)", model="base")["mean"]
+    assert found == pytest.approx(pairwise_diversity(features).mean, rel=1e-3)
+
+
+# -------------------------------------------------------------------------------------------------------- resuming, determinism
+
+
+def counted(monkeypatch):
+    """Numbers of images that pipelines were asked for."""
+    calls, sample = [], PipelineReplay.sample
+    monkeypatch.setattr(PipelineReplay, "sample", lambda self, c, g, n=None: calls.append(len(g)) or sample(self, c, g, n))
+    return calls
+
+
+def test_it_goes_on_where_it_was_interrupted(here, monkeypatch):
+    whole = evaluate("whole")
+    calls = counted(monkeypatch)
+    write = store.Store.write
+
+    def interrupted(self, prompt, *args):
+        write(self, prompt, *args)
+        if prompt == 1:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(store.Store, "write", interrupted)
+    evaluate("evaluation", status=130)
+    assert sum(calls) == 2 * 2 * 3  # prompts, models, samples
+    monkeypatch.setattr(store.Store, "write", write)
+    calls.clear()
+    assert evaluate("evaluation") == whole
+    assert sum(calls) == 2 * 3
+    calls.clear()
+    # With all samples there, a tilt report needs none.
+    assert evaluate("evaluation", reward_scale=2.0) == whole and not calls
+    assert Path("evaluation/results.md").read_text() != Path("whole/results.md").read_text()
+    assert (
+        Path("evaluation/sheets/ode-steps3-guidance1.png").read_bytes()
+        == Path("whole/sheets/ode-steps3-guidance1.png").read_bytes()
+    )
+
+
+def test_more_prompts_may_be_added(here, monkeypatch):
+    whole = evaluate("whole")
+    evaluate(num_prompts=2)
+    calls = counted(monkeypatch)
+    assert evaluate() == whole and sum(calls) == 2 * 3
+
+
+def test_a_prompt_that_was_not_finished_is_measured_again(here, monkeypatch):
+    whole = evaluate("whole")
+    shutil.copytree("whole", "evaluation")
+    folder = Path("evaluation/prompts/000001")
+    folder = folder.rename(folder.with_name("_000001.partial"))  # what a kill within the write leaves
+    (folder / "measured.json").write_text("{")
+    calls = counted(monkeypatch)
+    assert evaluate("evaluation") == whole
+    assert sum(calls) == 2 * 3  # models, samples
+
+
+def test_other_options_or_weights_are_not_mixed_in(here, capsys, models):
+    evaluate()
+    for options, named in (({"steps": 4}, "steps"), ({"seed": 1}, "seed"), ({"rewards": "my.py:redness"}, "rewards")):
+        evaluate(status=1, **options)
+        assert f"evaluation holds an evaluation with other {named}; pass another output_dir" in capsys.readouterr().err
+    Path("prompts.txt").write_text("a cat\nanother\na tree")
+    evaluate(status=1)
+    assert "evaluation holds prompt 2 as 'two dogs', but it is 'another' now; pass" in capsys.readouterr().err
+    Path("prompts.txt").write_text("\n".join(PROMPTS))
+    evaluate(batch_size=3)  # changes no number
+    file = models / "out" / "pytorch_lora_weights.safetensors"
+    os.utime(file, ns=(1, 1))  # as after another training
+    evaluate(status=1)
+    assert "holds an evaluation with other weights" in capsys.readouterr().err
+    evaluate(overwrite_output_dir=True)
+
+
+@pytest.mark.slow
+def test_two_processes_give_the_numbers_of_one(here):
+    whole = evaluate("whole", sampler=["ode", "sde"])
+    source = Path(__file__).parents[1] / "src"
+    argv = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "-m", "diffusers_adjoint.cli", "evaluate"]
+    options = {"model": "base", "adapter": "out", "prompts": "prompts.txt", "rewards": "my.py:counted"} | SMALL
+    argv += [word for name, value in options.items() for word in (f"--{name}", str(value))]
+    environment = os.environ | {"PYTHONPATH": str(source), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    ended = subprocess.run(
+        [*argv, "--sampler", "ode", "sde", "--output_dir", "two"], env=environment, timeout=300, capture_output=True, text=True
+    )
+    assert ended.returncode == 0, ended.stderr
+    assert ended.stdout.count("Tables and contact sheets are in two/") == 1
+    # Matrix products of another process may round differently (its memory lies differently): float32, nothing more.
+    counts = [line.split() for line in Path("counted.txt").read_text().splitlines()]
+    assert {rank for rank, _ in counts} == {"0/2", "1/2"}
+    assert sum(int(images) for _, images in counts) == 3 * 2 * 2 * 3  # prompts, samplers, models, samples
+    for row, wanted in zip(json.loads(Path("two/results.json").read_text())["rows"], whole["rows"], strict=True):
+        assert row["model"] == wanted["model"]
+        for (name, value), same in zip(row["metrics"].items(), wanted["metrics"].values(), strict=True):
+            for key, number in value.items():
+                assert number == pytest.approx(same[key], rel=1e-4, abs=1e-6), (row["model"], name)
+
+
+# -------------------------------------------------------------------------------------------------------- pictures, tilt, errors
+
+
+def test_the_sheet_shows_the_base_above_the_fine_tuned(here):
+    evaluate(sheet_prompts=2, sheet_samples=2)
+    sheet = np.asarray(Image.open("evaluation/sheets/ode-steps3-guidance1.png").convert("RGB"))
+    base, tuned = own_call(pipeline_of()), own_call(pipeline_of("out"))
+
+    def top_of(image):
+        """Row of the sheet where the picture begins, at the left edge or beside one other picture."""
+        shown = np.asarray(picture(image, 160)).astype(int)
+        height, width = shown.shape[:2]
+        for left in (4, 4 + width + 4):
+            for top in range(sheet.shape[0] - height + 1):
+                if abs(sheet[top : top + height, left : left + width].astype(int) - shown).max() <= 1:
+                    return top
+        return None
+
+    tops = [[top_of(images[prompt, sample]) for sample in range(2)] for prompt in range(2) for images in (base, tuned)]
+    assert all(left == right is not None for left, right in tops)
+    assert sorted(top for top, _ in tops) == [top for top, _ in tops]
+    assert top_of(base[2, 0]) is None and top_of(base[0, 2]) is None
+
+
+def test_no_sheets_where_none_are_wanted(here):
+    evaluate(sheet_prompts=0)
+    assert not Path("evaluation/sheets").exists() and "![" not in Path("evaluation/results.md").read_text()
+
+
+def test_a_tilt_report_needs_enough_samples(here):
+    evaluate(reward_scale=2.0, samples_per_prompt=4, num_prompts=1)
+    text = Path("evaluation/results.md").read_text()
+    assert "## Tilt report, λ = 2" in text and "not estimable" in text
+    evaluate("many", reward_scale=0.5, samples_per_prompt=128, num_prompts=1, batch_size=64, sampler="sde", steps=2)
+    report = Path("many/results.md").read_text().split("## Tilt report")[1]
+    assert (
+        "| reward " in report
+        and "KL of the exact tilt" in report
+        and "not estimable" not in report.split("log Z")[0].split("\n")[4]
+    )
+
+
+def test_image_statistics_of_both_models(here):
+    """Means over images and paired differences; a difference beyond three standard errors is marked."""
+    results = evaluate()
+    means = {
+        model: own_call(pipeline_of(adapter)).mean((2, 3, 4)).double() for model, adapter in (("base", None), ("out", "out"))
+    }
+    found = {row["model"]: row["statistics"]["brightness"] for row in results["rows"]}
+    for model, values in means.items():
+        assert found[model]["mean"] == pytest.approx(values.mean().item(), rel=1e-5)
+    moved = (means["out"] - means["base"]).mean(1)
+    assert found["out − base"]["mean"] == pytest.approx(moved.mean().item(), rel=1e-3)
+    assert found["out − base"]["standard_error"] == pytest.approx((moved.std() / 3**0.5).item(), rel=1e-2)
+    assert set(results["rows"][0]["statistics"]) > {"saturation", "contrast", "colourfulness", "sharpness", "saturated pixels"}
+    panel = Path("evaluation/results.md").read_text().split("## Image statistics")[1]
+    (line,) = [line for line in panel.splitlines() if line.startswith("| out − base")]
+    values = results["rows"][2]["statistics"].values()
+    marked = [abs(value["mean"]) > 3 * value["standard_error"] for value in values]
+    assert ["*" in cell for cell in line.split("|")[2:-1]] == marked and any(marked) and not all(marked)
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"model": "nowhere"}, "model='nowhere' cannot be loaded"),
+        ({"adapter": "nowhere"}, "adapter='nowhere' cannot be loaded"),
+        ({"adapter": ["out", "out"]}, "adapter names the same model twice"),
+        ({"prompts": "none.txt"}, "prompts='none.txt' does not exist"),
+        ({"rewards": "my.py:none"}, "my.py has no 'none'"),
+        ({"rewards": "my.py:labelled"}, "reward 'labelled' cannot be called"),
+        ({"diversity": "Fuzz"}, "diversity 'Fuzz' is none of "),
+        ({"pipeline_kwargs": '{"prompt": "x"}'}, "pipeline_kwargs contains 'prompt'"),
+        ({"reward_weights": [1, 2]}, "reward_weights has 2 entries for 1 reward functions"),
+        ({"integrator": "magic"}, "magic"),
+    ],
+)
+def test_one_sentence_for_what_cannot_be_evaluated(here, capsys, options, message):
+    evaluate(status=1, **options)
+    line = capsys.readouterr().err.strip().splitlines()[-1]
+    assert line.startswith("diffusers-adjoint: error: ") and message in line and line.endswith(".")
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (["--sampler", "magic"], "sampler='magic' is unknown; pass 'ode', 'sde' or both."),
+        (["--steps", "0"], "count from 1"),
+        (["--samples_per_prompt", "0"], "samples_per_prompt=0 is too small; pass 1 or more."),
+        (["--dtype", "int8"], "dtype='int8' is unknown to diffusers"),
+        (["--pipeline_kwargs", "{x"], "pipeline_kwargs='{x' is no JSON"),
+        (["--pipeline_kwargs", "[1]"], "pipeline_kwargs='[1]' is a list; pass an object"),
+        (["--model", ""], "model is missing; pass --model."),
+        (["--stepps", "3"], "unknown options --stepps 3"),
+    ],
+)
+def test_bad_options_end_with_status_two(here, capsys, options, message):
+    argv = ["evaluate", "--model", "base", "--prompts", "prompts.txt", "--rewards", "my.py:brightness"]
+    with pytest.raises(SystemExit) as caught:
+        main([*argv, *options])
+    assert caught.value.code == 2 and message in capsys.readouterr().err
+
+
+def test_options_may_come_from_a_file(here):
+    lines = ["model: base", "adapter: out", "prompts: prompts.txt", "rewards: my.py:brightness", "steps: [2, 3]", "guidance: 1.0"]
+    lines += ["samples_per_prompt: 2", "pipeline_kwargs: {max_sequence_length: 8}", "output_dir: file"]
+    Path("evaluation.yaml").write_text("\n".join(lines))
+    assert main(["evaluate", "--config", "evaluation.yaml", "--steps", "2"]) == 0
+    results = json.loads(Path("file/results.json").read_text())
+    assert {row["steps"] for row in results["rows"]} == {2} and len(results["rows"]) == 3
+
+
+def test_an_adapter_of_another_network_is_refused(here, capsys):
+    Path("text").mkdir()
+    layer = "text_encoder.text_model.encoder.layers.0.self_attn.q_proj"
+    save_file(
+        {f"{layer}.lora_A.weight": torch.ones(2, 32), f"{layer}.lora_B.weight": torch.ones(32, 2)},
+        "text/pytorch_lora_weights.safetensors",
+    )
+    evaluate(status=1, adapter="text")
+    assert "has no layer in the transformer; pass" in capsys.readouterr().err
+    save_file({"x": torch.ones(2)}, "text/pytorch_lora_weights.safetensors")
+    evaluate(status=1, adapter="text")
+    assert "adapter='text' cannot be loaded" in capsys.readouterr().err
+
+
+def test_nothing_is_lost_of_a_number_without_a_value():
+    one = Measured({"r": [1.0, math.nan]}, {"s": [math.inf]}, {"d": (0.5, math.nan)}, [])
+    again = Measured.from_json(json.loads(json.dumps(one.to_json(), allow_nan=False)))
+    assert again.rewards["r"][0] == 1.0 and math.isnan(again.rewards["r"][1]) and math.isnan(again.statistics["s"][0])

@@ -1,0 +1,80 @@
+"""Files of prompts: what is read, and which line is named when one is no row."""
+
+import json
+
+import pytest
+from datasets import Dataset, load_dataset
+
+from diffusers_adjoint.prompts import load_prompts
+
+ROWS = [{"prompt": "a cat, asleep", "label": 3}, {"prompt": 'a "red" car', "label": 0}]
+
+
+def write(folder, name, content):
+    file = folder / name
+    file.write_bytes(content if isinstance(content, bytes) else content.encode())
+    return str(file)
+
+
+def test_every_kind_of_file(tmp_path):
+    table = Dataset.from_list(ROWS)
+    table.to_parquet(tmp_path / "p.parquet")
+    files = [
+        write(tmp_path, "p.jsonl", "\n".join(map(json.dumps, ROWS)) + "\n"),
+        write(tmp_path, "p.json", json.dumps(ROWS)),
+        write(tmp_path, "p.csv", 'prompt,label\n"a cat, asleep",3\n"a ""red"" car",0\n'),
+        str(tmp_path / "p.parquet"),
+    ]
+    assert [load_prompts(file, "train").to_list() for file in files] == [ROWS] * 4
+    text = write(tmp_path, "p.txt", '\ufeffa cat, asleep\r\n\n  \na "red" car')
+    assert [row["prompt"] for row in load_prompts(text, "train")] == [row["prompt"] for row in ROWS]
+
+
+def test_rows_of_several_lines_in_a_csv_are_counted_by_their_last_line(tmp_path):
+    file = write(tmp_path, "p.csv", 'prompt,label\n"two\nlines",1\n\nshort\n')
+    with pytest.raises(ValueError, match="^line 5 of p.csv has 1 fields under 2 columns; put text"):
+        load_prompts(file, "train")
+
+
+def test_a_folder_as_a_dataset_of_the_hub_has_splits(tmp_path):
+    folder = tmp_path / "data"
+    folder.mkdir()
+    for split, row in zip(("train", "test"), ROWS, strict=True):
+        write(folder, f"{split}.jsonl", json.dumps(row))
+    assert load_prompts(str(folder), "test").to_list() == ROWS[1:] == load_dataset(str(folder), split="test").to_list()
+    assert next(iter(load_prompts(str(folder), "train", streaming=True))) == ROWS[0]
+
+
+GOOD = json.dumps(ROWS[0])
+
+
+@pytest.mark.parametrize(
+    "name, content, message",
+    [
+        ("p.jsonl", f"{GOOD}\n\n{{'prompt': 1}}\n", "line 3 of p.jsonl is no JSON "),
+        ("p.jsonl", f'{GOOD}\n["a cat"]\n', "line 2 of p.jsonl is a list; write an object"),
+        ("p.jsonl", f'{GOOD}\n{{"prompt": 7}}\n', "line 2 of p.jsonl has a prompt of type int; write a string"),
+        ("p.jsonl", f'{GOOD}\n{{"label": 7}}\n', "line 2 of p.jsonl has no prompt, but the first row has one"),
+        ("p.jsonl", f'{GOOD}\n{{"prompt": null}}\n', "line 2 of p.jsonl has no prompt, but the first row has one"),
+        ("p.jsonl", f'{{"label": 7}}\n{GOOD}\n', "line 2 of p.jsonl has a prompt, but the first row has none"),
+        ("p.csv", "prompt,label\na cat, asleep,3\n", "line 2 of p.csv has 3 fields under 2 columns; put text with commas"),
+        ("p.csv", "prompt,label\na cat,3\n,4\n", "line 3 of p.csv has no prompt, but the first row has one"),
+        ("p.csv", 'prompt,label\n"a cat,3\n', "line 2 of p.csv is no CSV "),
+        ("p.txt", b"a cat\n\xff\xfe\n", "line 2 of p.txt is not UTF-8 "),
+        ("p.txt", "  \n", "dataset_name='.*p.txt' is empty; write"),
+        ("p.doc", "a cat", "dataset_name='.*p.doc' is a file of unknown kind; pass"),
+        ("p.json", "{x", "split 'train' of dataset_name='.*p.json' cannot be read .*JSON"),
+        ("p.parquet", "x", "split 'train' of dataset_name='.*p.parquet' cannot be read "),
+    ],
+)
+def test_a_bad_row_is_named_by_its_line(tmp_path, name, content, message):
+    with pytest.raises(ValueError, match=f"^{message}") as caught:
+        load_prompts(write(tmp_path, name, content), "train")
+    assert str(caught.value).endswith(".")
+
+
+def test_missing_files(tmp_path):
+    with pytest.raises(ValueError, match="does not exist; pass a file"):
+        load_prompts(str(tmp_path / "none.txt"), "train")
+    with pytest.raises(ValueError, match="dataset_name is missing; pass"):
+        load_prompts(None, "train")
