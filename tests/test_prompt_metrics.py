@@ -223,7 +223,7 @@ def test_panel_marks_what_moved():
     after = {"brightness": before["brightness"] + change + 0.1, "contrast": before["contrast"] + change - change.mean()}
     panel = statistics_panel(before, after)
     moved, still = panel.changes
-    assert moved.moved and not still.moved
+    assert moved.difference.differs_from_zero and not still.difference.differs_from_zero
     assert moved.before == prompt_mean(before["brightness"]) and moved.after == prompt_mean(after["brightness"])
     assert moved.difference == prompt_difference(before["brightness"], after["brightness"])
     header, _, first, second = panel.format().splitlines()
@@ -237,8 +237,8 @@ def test_a_mark_needs_three_standard_errors_and_an_error():
     for size, expected in ((2.9, False), (3.1, True), (-3.1, True)):
         values = noise(10, 1)
         values = (values - values.mean()) / values.std() * math.sqrt(10) + size  # error 1, mean `size`
-        assert statistics_panel({"x": torch.zeros(10, 1)}, {"x": values}).changes[0].moved is expected
-    assert not statistics_panel({"x": torch.zeros(1, 1)}, {"x": torch.ones(1, 1)}).changes[0].moved
+        assert statistics_panel({"x": torch.zeros(10, 1)}, {"x": values}).changes[0].difference.differs_from_zero is expected
+    assert not statistics_panel({"x": torch.zeros(1, 1)}, {"x": torch.ones(1, 1)}).changes[0].difference.differs_from_zero
 
 
 def test_panel_needs_the_same_statistics():

@@ -48,7 +48,7 @@ class TrainArguments(ScriptArguments):
     reward_funcs: list[str] = field(
         default_factory=list,
         metadata={
-            "help": "Rewards: a class of diffusers_adjoint.rewards (PickScore), module:function, or path/to/file.py:function; "
+            "help": "Rewards: names of diffusers_adjoint.rewards (PickScore), module:function, or path/to/file.py:function; "
             "a class is instantiated without arguments."
         },
     )

@@ -224,8 +224,7 @@ def _rendered(rows: Sequence[Row], varying: Sequence[str], part: str) -> str:
 def _cell(row: Row, estimate: Estimate | None) -> str:
     if estimate is None or math.isnan(estimate.mean):
         return "–"
-    marked = row.is_difference and abs(estimate.mean) > 3 * estimate.standard_error
-    return f"{estimate} *" if marked else str(estimate)
+    return f"{estimate} *" if row.is_difference and estimate.differs_from_zero else str(estimate)
 
 
 def _plain(estimate: Estimate) -> dict[str, float | None]:

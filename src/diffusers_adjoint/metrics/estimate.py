@@ -23,6 +23,11 @@ class Estimate:
     mean: float
     standard_error: float
 
+    @property
+    def differs_from_zero(self) -> bool:
+        """Whether it is more than three standard errors away from 0; over few prompts (P < 10) the error itself is uncertain."""
+        return abs(self.mean) > 3 * self.standard_error
+
     def __str__(self) -> str:
         """The value to the second significant digit of its standard error: "0.3476 ± 0.0012"."""
         if not (math.isfinite(self.standard_error) and self.standard_error > 0):

@@ -29,11 +29,6 @@ class StatisticChange:
     after: Estimate
     difference: Estimate
 
-    @property
-    def moved(self) -> bool:
-        """Whether the difference exceeds three standard errors. With few prompts (P < 10) the error is itself uncertain."""
-        return abs(self.difference.mean) > 3 * self.difference.standard_error
-
 
 @dataclass(frozen=True)
 class StatisticsPanel:
@@ -49,7 +44,7 @@ class StatisticsPanel:
 
 def _row(change: StatisticChange) -> list[str]:
     estimates = [str(change.before), str(change.after), str(change.difference)]
-    return [change.statistic, *estimates, "yes" if change.moved else ""]
+    return [change.statistic, *estimates, "yes" if change.difference.differs_from_zero else ""]
 
 
 def statistics_panel(before: Mapping[str, Tensor], after: Mapping[str, Tensor]) -> StatisticsPanel:
