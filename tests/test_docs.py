@@ -3,24 +3,29 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import importlib.util
 import re
 import shlex
 from pathlib import Path
 
 import pytest
+import torch
 from accelerate.commands.launch import launch_command_parser
 from peft import LoraConfig
+from safetensors.torch import save_file
+from tiny_imagereward import tiny_imagereward
 from tiny_pipelines import sd3, sd15
-from tiny_rewards import tiny_clip
+from tiny_rewards import aesthetic_head, tiny_classifier, tiny_clip, tiny_siglip
 from tiny_trainer import make_trainer
 from torch.distributed.run import get_args_parser
 from transformers import TrainingArguments
 
-import diffusers_adjoint
-from diffusers_adjoint import AdjointMatchingConfig
-from diffusers_adjoint.cli import COMMANDS, parse_arguments
+from diffusers_adjoint import AdjointMatchingConfig, rewards
+from diffusers_adjoint.cli import COMMANDS, parse_arguments, parse_evaluation_arguments
+from diffusers_adjoint.evaluate import EvaluationArguments
 from diffusers_adjoint.lora import add_lora, save_lora
+from diffusers_adjoint.rewards import around, image_statistics
 
 ROOT = Path(__file__).parents[1]
 PAGES = {path.name: path for path in [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]}
@@ -36,6 +41,11 @@ SUBSTITUTIONS = {
     r'"me/my-lora"': '"{lora}"',
     r'"examples/digits/pipeline"': '"{digits}"',
     r"PickScore\(\)": 'PickScore("{clip}", "{clip}")',
+    r"CLIPScore\(\)": 'CLIPScore("{clip}")',
+    r"ImageReward\(\)": 'ImageReward("{imagereward}", "{imagereward}/bert")',
+    r"AestheticScore\(\)": 'AestheticScore("{aesthetic}", "{clip}")',
+    r'negative="a photo taken in winter"': r'\g<0>, model="{siglip}"',
+    r'"google/vit-base-patch16-224", label=281': '"{classifier}", label=2',
     r"torch\.rand\(2, 3, 512, 512\)": "torch.rand(2, 3, 32, 32)",
     r"max_steps=\d+": "max_steps=1",
     r"(save|eval)_steps=\d+": r"\1_steps=1",
@@ -75,12 +85,15 @@ def folders(tmp_path_factory) -> dict[str, str]:
     home = tmp_path_factory.mktemp("hub")
     for name, build in {"sd3": sd3, "sd15": sd15}.items():
         build().save_pretrained(home / name)
-    tiny_clip(home / "clip")
+    for name, build in {"clip": tiny_clip, "siglip": tiny_siglip, "classifier": tiny_classifier}.items():
+        build(home / name)
+    for name in ("imagereward", "aesthetic"):
+        (home / name).mkdir()
+    tiny_imagereward(home / "imagereward")
+    save_file(aesthetic_head(), home / "aesthetic/model.safetensors")
     add_lora(pipeline := sd3(), "transformer", LoraConfig(r=2))
     save_lora(pipeline, "transformer", home / "lora")
-    return {name: str(home / name) for name in ("sd3", "sd15", "clip", "lora")} | {
-        "digits": str(ROOT / "examples/digits/pipeline")
-    }
+    return {path.name: str(path) for path in home.iterdir()} | {"digits": str(ROOT / "examples/digits/pipeline")}
 
 
 def substituted(code: str, folders: dict[str, str]) -> str:
@@ -126,6 +139,9 @@ def command_lines() -> list[tuple[str, list[str]]]:
     return [(page, words) for page, words in split if words]
 
 
+PARSERS = {"train": parse_arguments, "evaluate": parse_evaluation_arguments}
+
+
 def check_command(words: list[str]) -> None:
     """Fails unless program, target, file, module and options exist; the options by the programs' own parsers."""
     program, *rest = words
@@ -133,9 +149,10 @@ def check_command(words: list[str]) -> None:
         targets = re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE)
         assert {word for word in rest if "=" not in word} <= set(targets)
     elif program == "diffusers-adjoint":
-        assert rest[0] in COMMANDS
-        if rest[0] == "train" and rest[1:] != ["--help"]:
-            parse_arguments(rest[1:])
+        command, *options = rest
+        assert command in COMMANDS
+        if command in PARSERS and options not in ([], ["--help"]):
+            PARSERS[command](options)
     elif program == "accelerate":
         assert rest[0] == "launch"
         launch = launch_command_parser().parse_args(rest[1:])
@@ -199,10 +216,42 @@ def test_every_setting_of_ours_is_discussed():
     assert {name for name in ours if f"`{name}`" not in text} == set()
 
 
-def test_every_public_name_has_its_reference():
+def test_the_tables_of_rewards_are_complete():
+    """Every reward and every function around rewards that the package exports."""
+    classes = [name for name in rewards.__all__ if isinstance(getattr(rewards, name), type)]
+    made = {name for name in classes if issubclass(getattr(rewards, name), torch.nn.Module)}
+    assert rows_after("rewards.md", "## All rewards") == made | set(image_statistics.__all__)
+    assert rows_after("rewards.md", "## Functions around rewards") == set(around.__all__)
+    assert made | {*image_statistics.__all__, *around.__all__} <= set(rewards.__all__)
+
+
+def test_the_table_of_evaluation_options_is_complete():
+    """Every option with its default."""
+    shown = re.findall(r"^\| `(\w+)` \| `?([^|`]+)`? \|", section("evaluation.md", "## Options"), re.MULTILINE)
+    assert dict(shown) == {field.name: default_of(field) for field in dataclasses.fields(EvaluationArguments)}
+
+
+def default_of(field: dataclasses.Field) -> str:
+    value = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
+    if value is False:
+        return "off"
+    return " ".join(map(str, value if isinstance(value, list) else [value])).replace("None", "") or "–"
+
+
+def rows_after(page: str, heading: str) -> set[str]:
+    """First column of the table in a section."""
+    return set(re.findall(r"^\| `(\w+)` \|", section(page, heading), re.MULTILINE))
+
+
+def section(page: str, heading: str) -> str:
+    return text_of(page).split(f"{heading}\n")[1].split("\n## ")[0]
+
+
+@pytest.mark.parametrize("package", ["", ".rewards", ".metrics", ".evaluate"])
+def test_every_public_name_has_its_reference(package):
     text = "".join(text_of(page) for page in ("api.md", "trainer.md"))
-    documented = set(re.findall(r"^::: diffusers_adjoint\.(\w+)$", text, re.MULTILINE))
-    assert documented == set(diffusers_adjoint.__all__)
+    documented = re.findall(rf"^::: diffusers_adjoint{re.escape(package)}\.(\w+)$", text, re.MULTILINE)
+    assert sorted(documented) == sorted(importlib.import_module(f"diffusers_adjoint{package}").__all__)
 
 
 def test_recorded_numbers_agree_with_the_readme():
@@ -219,3 +268,9 @@ def test_recorded_numbers_agree_with_the_readme():
 def numbers(row: str) -> list[str]:
     """Those with decimals, as written but for a leading zero."""
     return re.findall(r"\.\d+", row)
+
+
+def test_the_evaluation_of_the_demo_is_told_once():
+    """The README has the rows without guidance of the table in docs/evaluation.md."""
+    rows = [row for row in text_of("evaluation.md").splitlines() if row.startswith("| 1  ")]
+    assert len(rows) == 12 and "\n".join(rows) in text_of("README.md")

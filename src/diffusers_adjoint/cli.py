@@ -202,6 +202,7 @@ def evaluate(argv: Sequence[str]) -> int:
         return 130
     if state.is_main_process:
         print(f"\n{report.markdown()}\nTables and contact sheets are in {args.output_dir}/")
+    state.destroy_process_group()
     return 0
 
 
