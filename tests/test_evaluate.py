@@ -24,10 +24,10 @@ from tiny_trainer import make_trainer
 from diffusers_adjoint import memoryless_scheduler
 from diffusers_adjoint.cli import main
 from diffusers_adjoint.evaluate import store
-from diffusers_adjoint.evaluate.measure import Measured
+from diffusers_adjoint.evaluate.measure import Measured, _spread
 from diffusers_adjoint.lora import add_lora, load_lora, save_lora
 from diffusers_adjoint.matching import path_kl
-from diffusers_adjoint.metrics import pairwise_diversity
+from diffusers_adjoint.metrics import pairwise_diversity, vendi_score
 from diffusers_adjoint.replay import PipelineReplay
 from diffusers_adjoint.rewards import PickScore
 from diffusers_adjoint.rollout import Stream, sample_trajectory, seeded_generators
@@ -486,3 +486,12 @@ def test_nothing_is_lost_of_a_number_without_a_value():
     one = Measured({"r": [1.0, math.nan]}, {"s": [math.inf]}, {"d": (0.5, math.nan)}, [])
     again = Measured.from_json(json.loads(json.dumps(one.to_json(), allow_nan=False)))
     assert again.rewards["r"][0] == 1.0 and math.isnan(again.rewards["r"][1]) and math.isnan(again.statistics["s"][0])
+
+
+def test_black_images_have_a_diversity_but_no_direction():
+    f = torch.rand(4, 6)
+    f[0] = 0
+    spread = _spread({"pixels": [f[:2], f[2:]], "nothing": [], "one": [f[:1]]})
+    assert spread["diversity (pixels)"][0] == pytest.approx(pairwise_diversity(f[None]).mean)
+    assert spread["Vendi (pixels)"][0] == pytest.approx(vendi_score(f[None, 1:]).mean)
+    assert all(math.isnan(spread[f"{label} ({name})"][0]) for label in ("diversity", "Vendi") for name in ("nothing", "one"))

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..denoiser import PipelineDenoiser
 from ..inputs import prompts_of, repeat_rows, without_prompt
-from ..metrics import image_statistics, pairwise_diversity, vendi_score
+from ..metrics import Estimate, image_statistics, pairwise_diversity, vendi_score
 from ..replay import PipelineReplay
 from ..rewards import WeightedReward
 from ..rollout import Stream, sampled_path_kl, seeded_generators
@@ -166,10 +166,15 @@ def _spread(features: dict[str, list[Tensor]]) -> dict[str, tuple[float, float]]
     spread = {}
     for name, parts in features.items():
         f = torch.cat(parts) if parts else torch.empty(0, 1)
-        for label, function in {"diversity": pairwise_diversity, "Vendi": vendi_score}.items():
-            known = function(f[None]) if len(f) > 1 else None
-            spread[f"{label} ({name})"] = (known.mean, known.standard_error) if known else (math.nan, math.nan)
+        spread[f"diversity ({name})"] = _known(pairwise_diversity, f)
+        spread[f"Vendi ({name})"] = _known(vendi_score, f[f.any(1)])  # pixels of a black image have no direction
     return spread
+
+
+def _known(diversity: Callable[[Tensor], Estimate], f: Tensor) -> tuple[float, float]:
+    """Of the samples that can be seen, if these are two or more."""
+    found = diversity(f[None]) if len(f) > 1 else Estimate(math.nan, math.nan)
+    return found.mean, found.standard_error
 
 
 def _path_kl(

@@ -10,6 +10,9 @@ from .estimate import Estimate, sample_mean
 __all__ = ["pairwise_diversity", "vendi_score"]
 
 
+GROUPS = 30  # of the Vendi score's jackknife
+
+
 def pairwise_diversity(features: Tensor) -> Estimate:
     """Mean squared distance between the features of two images of one prompt, averaged over prompts (2409.08861, app. G).
 
@@ -45,8 +48,8 @@ def vendi_score(features: Tensor) -> Estimate:
 
     Returns:
         Estimate in [1, N]: 1 if all images have the same direction, N if all are orthogonal. Its standard error is the spread
-        over prompts; with one prompt, the jackknife over its images (NaN for N = 2), which takes N scores of N − 1 images,
-        O(N⁴).
+        over prompts; with one prompt, the jackknife over its images (NaN for N = 2), in groups where there are more than
+        `GROUPS`, since each score takes O(N³).
 
     Raises:
         ValueError: if the shape is wrong, N < 2, or a feature is not finite or zero.
@@ -59,7 +62,8 @@ def vendi_score(features: Tensor) -> Estimate:
     scores = _effective_number(kernel)
     if len(scores) > 1:
         return sample_mean(scores)
-    return _jackknife(scores[0], torch.stack([_effective_number(_without(kernel[0], i)) for i in range(f.shape[1])]))
+    groups = torch.arange(f.shape[1]).tensor_split(min(f.shape[1], GROUPS))
+    return _jackknife(scores[0], torch.stack([_effective_number(_without(kernel[0], group)) for group in groups]))
 
 
 def _checked(features: Tensor) -> Tensor:
@@ -86,8 +90,8 @@ def _effective_number(kernel: Tensor) -> Tensor:
     return torch.special.entr(eigenvalues.clamp(min=0)).sum(-1).exp()  # rounding makes a zero slightly negative
 
 
-def _without(kernel: Tensor, image: int) -> Tensor:
-    others = torch.arange(len(kernel)) != image
+def _without(kernel: Tensor, images: Tensor) -> Tensor:
+    others = torch.ones(len(kernel), dtype=torch.bool).index_fill(0, images, False)
     return kernel[others][:, others]
 
 
