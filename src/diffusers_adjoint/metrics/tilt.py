@@ -46,6 +46,7 @@ class TiltEstimate:
         log_normalizer: log Z = log E_base[e^{λr}], nats.
         log_normalizer_standard_error: by the delta method, nats.
         kl_target: KL(p*‖p_base) = E*[λr] − log Z, nats: what reaching the target costs.
+        kl_target_standard_error: by the delta method, nats.
         num_samples: N, of each prompt.
     """
 
@@ -55,6 +56,7 @@ class TiltEstimate:
     log_normalizer: float
     log_normalizer_standard_error: float
     kl_target: float
+    kl_target_standard_error: float
     num_samples: int
 
     @property
@@ -93,6 +95,8 @@ def tilt_estimate(log_weights: Tensor, statistic: Tensor) -> TiltEstimate:
         log_normalizer=log_z.mean().item(),
         log_normalizer_standard_error=(log_z_variance.sum().sqrt() / prompts).item(),
         kl_target=(_weighted_mean(p, log_w) - log_z.mean()).item(),
+        # A sample moves E*[λr] by its influence, and log Z by p_i − 1/N.
+        kl_target_standard_error=(_influence(p, log_w) - (p - 1 / count) / prompts).norm().item(),
         num_samples=count,
     )
 
@@ -203,7 +207,7 @@ class TiltGap:
 
     scaled_reward: Estimate
     kl_spent: Estimate
-    kl_target: float | None
+    kl_target: Estimate | None
     gap: Estimate | None
 
 
@@ -226,7 +230,8 @@ def tilt_gap(base_log_weights: Tensor, tuned_log_weights: Tensor, path_kl: Tenso
         return TiltGap(reward, kl, None, None)
     # Counted as independent: on common paths reward and KL rise together, which makes this an upper bound.
     error = math.hypot(target.log_normalizer_standard_error, reward.standard_error, kl.standard_error)
-    return TiltGap(reward, kl, target.kl_target, Estimate(target.log_normalizer - (reward.mean - kl.mean), error))
+    kl_target = Estimate(target.kl_target, target.kl_target_standard_error)
+    return TiltGap(reward, kl, kl_target, Estimate(target.log_normalizer - (reward.mean - kl.mean), error))
 
 
 def _path_mean(path_kl: Tensor, prompts: int) -> Estimate:
@@ -257,7 +262,7 @@ class TiltReport:
         shifts += [_shift_row(shift) for shift in self.shifts]
         others = [["", "before", "after"]]
         others += [[name, str(before), str(after)] for name, (before, after) in self.before_after.items()]
-        tables = [shifts] + ([_gap_rows(self.gap)] if self.gap else []) + ([others] if self.before_after else [])
+        tables = [shifts, [*_target_rows(self.shifts), *_gap_rows(self.gap)]] + ([others] if self.before_after else [])
         return "\n\n".join(map(markdown_table, tables))
 
 
@@ -272,11 +277,21 @@ def _shift_row(shift: TiltShift) -> list[str]:
     return [shift.statistic, shift.sampler, start, end, str(target), share, effective]
 
 
-def _gap_rows(gap: TiltGap) -> list[list[str]]:
-    kl_target = None if gap.kl_target is None else f"{gap.kl_target:.3f}"
+def _target_rows(shifts: Sequence[TiltShift]) -> list[list[str]]:
+    """What the base samples of each sampler say of the target."""
+    rows = [["the tilt", "nats"]]
+    for sampler, target in {shift.sampler: shift.target for shift in shifts}.items():
+        log_z = Estimate(target.log_normalizer, target.log_normalizer_standard_error)
+        kl = Estimate(target.kl_target, target.kl_target_standard_error)
+        for name, value in {"log Z": log_z, "KL of the exact tilt": kl}.items():
+            rows.append([f"{name}, {sampler}", str(value) if target.estimable else "not estimable"])
+    return rows
+
+
+def _gap_rows(gap: TiltGap | None) -> list[list[str]]:
+    if gap is None:
+        return []
     return [
-        ["distance to the tilt, memoryless sampler", "nats"],
-        ["KL spent", str(gap.kl_spent)],
-        ["KL of the exact tilt", _or_not_estimable(kl_target)],
-        ["log Z − (E[λr] − KL spent), 0 at the exact tilt", _or_not_estimable(gap.gap)],
+        ["KL spent, memoryless", str(gap.kl_spent)],
+        ["log Z − (E[λr] − KL spent), memoryless, 0 at the exact tilt", _or_not_estimable(gap.gap)],
     ]
