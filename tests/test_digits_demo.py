@@ -4,10 +4,12 @@ The thresholds were set after runs with three seeds (README, examples/digits/REA
 error: the importance-sampled target is uncertain by about 5 % of the shift.
 """
 
+import json
 import sys
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples" / "digits"))
 
@@ -54,6 +56,20 @@ def test_digit_classes_move_with_the_ink(ink):
 
 def test_the_saved_lora_loads_into_a_fresh_pipeline(ink):
     assert "→" in demo.check_saved_lora(ink[1])  # raises if the LoRA changes nothing
+
+
+def test_the_evaluation_command_compares_it_with_the_base(ink, capsys):
+    """What `make demo` ends with, on prompts that were not trained on: the table is printed, the sheets are drawn."""
+    folder = ink[1]
+    demo.evaluate(demo.make_task("ink"), folder)
+    printed = capsys.readouterr().out
+    results = json.loads((folder / "evaluation" / "results.json").read_text())
+    assert [row["model"] for row in results["rows"]] == ["base", folder.name, f"{folder.name} − base"] * 8
+    for row in results["rows"][2::3]:
+        assert row["metrics"]["ink"]["mean"] > 3 * row["metrics"]["ink"]["standard_error"]
+        assert printed.count(f"| {folder.name} − base ") == 2 * 8  # rewards and image statistics
+    sheets = sorted((folder / "evaluation" / "sheets").iterdir())
+    assert len(sheets) == 8 and all(Image.open(sheet).size == Image.open(sheets[0]).size for sheet in sheets)
 
 
 def test_the_papers_pairing_falls_short(ink, base, tmp_path):

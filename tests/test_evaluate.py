@@ -3,12 +3,14 @@
 import csv
 import io
 import json
+import logging
 import math
 import os
 import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -20,16 +22,19 @@ from safetensors.torch import save_file
 from tiny_pipelines import sd3
 from tiny_rewards import tiny_clip
 from tiny_trainer import make_trainer
+from tiny_videos import wan22
 
 from diffusers_adjoint import memoryless_scheduler
 from diffusers_adjoint.cli import main
-from diffusers_adjoint.evaluate import store
-from diffusers_adjoint.evaluate.measure import Measured, _spread
+from diffusers_adjoint.evaluate import EvaluationArguments, run, store
+from diffusers_adjoint.evaluate.measure import Measured, Setting, Settings, _spread, measure
+from diffusers_adjoint.evaluate.models import Model, load_models
+from diffusers_adjoint.evaluate.report import make_report
 from diffusers_adjoint.lora import add_lora, load_lora, save_lora
 from diffusers_adjoint.matching import path_kl
 from diffusers_adjoint.metrics import pairwise_diversity, vendi_score
 from diffusers_adjoint.replay import PipelineReplay
-from diffusers_adjoint.rewards import PickScore
+from diffusers_adjoint.rewards import PickScore, WeightedReward
 from diffusers_adjoint.rollout import Stream, sample_trajectory, seeded_generators
 from diffusers_adjoint.sample_images import picture
 
@@ -53,6 +58,9 @@ def counted(images, prompts):
     import os
     with open("counted.txt", "a") as file:
         file.write(f"{os.environ['RANK']}/{os.environ['WORLD_SIZE']} {len(images)}\\n")
+    return images.mean((1, 2, 3))
+
+def brightness_of(images):
     return images.mean((1, 2, 3))
 
 def features(images):
@@ -152,6 +160,12 @@ def test_rewards_are_those_of_the_pipelines_own_samples(here, sampler, guidance)
     found = metric(results, "brightness", model="out − base")
     assert found["mean"] == pytest.approx(moved.mean().item(), rel=1e-3)
     assert found["standard_error"] == pytest.approx(moved.std().item() / 3**0.5, rel=1e-2)
+
+
+def test_a_setting_that_is_named_twice_is_sampled_once():
+    options = {"model": "base", "prompts": "x", "rewards": ["r"]}
+    twice = EvaluationArguments(**options, steps=[2, 3, 2], guidance=[1.0, 1.0])
+    assert twice.settings == [Setting(2, "ode", 1.0), Setting(3, "ode", 1.0)]
 
 
 def test_step_noise_is_not_the_start(here):
@@ -289,12 +303,83 @@ def test_it_goes_on_where_it_was_interrupted(here, monkeypatch):
     assert sum(calls) == 2 * 3
     calls.clear()
     # With all samples there, a tilt report needs none.
-    assert evaluate("evaluation", reward_scale=2.0) == whole and not calls
+    assert evaluate("evaluation", reward_scale=2.0)["rows"] == whole["rows"] and not calls
     assert Path("evaluation/results.md").read_text() != Path("whole/results.md").read_text()
     assert (
         Path("evaluation/sheets/ode-steps3-guidance1.png").read_bytes()
         == Path("whole/sheets/ode-steps3-guidance1.png").read_bytes()
     )
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        *({"guidance": 2}, {"samples_per_prompt": 2}, {"kl_paths": 0}, {"integrator": "euler"}, {"dtype": "bfloat16"}),
+        *(
+            {"pipeline_kwargs": '{"max_sequence_length": 9}'},
+            {"split": "test"},
+            {"sampler": "sde"},
+            {"diversity": "my.py:features"},
+        ),
+    ],
+)
+def test_every_option_that_changes_numbers_is_remembered(here, changes):
+    """Compared before anything is sampled, so that a store is enough."""
+    options = {"model": "base", "prompts": "x", "rewards": ["my.py:brightness"]}
+    numbers = {name: value[0] if isinstance(value, list) else value for name, value in changes.items()}
+    kept = store.Store(here / "kept", [])
+    kept.open(run._options(EvaluationArguments(**options)), overwrite=False)
+    (here / "kept/prompts/000000").mkdir(parents=True)
+    with pytest.raises(ValueError, match=f"with other ({next(iter(changes))}|files, )"):
+        kept.open(run._options(EvaluationArguments(**options | numbers)), overwrite=False)
+    kept.open(run._options(EvaluationArguments(**options, batch_size=3, sheet_samples=2, reward_scale=1.0)), overwrite=False)
+
+
+def test_a_reward_or_a_base_that_changed_is_noticed(here, models, capsys):
+    evaluate()
+    (here / "my.py").write_text(REWARDS + "\n# mended")
+    evaluate(status=1)
+    assert "holds an evaluation with other files; pass another output_dir" in capsys.readouterr().err
+    (here / "base").unlink()
+    shutil.copytree(models / "base", here / "base")
+    evaluate("second")
+    weights = next((here / "base/transformer").glob("*.safetensors"))
+    os.utime(weights, ns=(1, 1))
+    evaluate("second", status=1)
+    assert "holds an evaluation with other files" in capsys.readouterr().err
+
+
+def test_columns_that_changed_are_noticed(here, capsys):
+    Path("rows.csv").write_text("prompt,label\na cat,1\na dog,2\n")
+    evaluate(prompts="rows.csv", rewards="my.py:labelled")
+    Path("rows.csv").write_text("prompt,label\na cat,1\na dog,3\n")
+    evaluate(prompts="rows.csv", rewards="my.py:labelled", status=1)
+    assert "evaluation holds prompt 2, 'a dog', with other columns; pass" in capsys.readouterr().err
+
+
+def test_overwriting_forgets_the_evaluation_and_nothing_else(here):
+    for file in ("mine/prompts/000000/mine.txt", "evaluation/prompts/mine.txt", "evaluation/sheets/mine.png"):
+        (here / file).parent.mkdir(parents=True)
+        (here / file).write_text("precious")
+    evaluate(steps=2)
+    evaluate(overwrite_output_dir=True)
+    assert [file.name for file in sorted(Path("evaluation/sheets").iterdir())] == ["mine.png", "ode-steps3-guidance1.png"]
+    assert Path("evaluation/prompts/mine.txt").read_text() == "precious"
+    store.Store(here / "mine", []).open({}, overwrite=True)  # no evaluation made this folder
+    assert Path("mine/prompts/000000/mine.txt").read_text() == "precious"
+
+
+def test_a_prompt_is_whole_or_absent(here, monkeypatch):
+    def fail(self, *args):
+        raise OSError("no space left")
+
+    monkeypatch.setattr(Image.Image, "save", fail)
+    with pytest.raises(OSError, match="no space"):
+        evaluate()
+    assert not list(Path("evaluation/prompts").glob("[0-9]*"))
+    monkeypatch.undo()
+    os.chdir(here)
+    assert evaluate() == evaluate("again")
 
 
 def test_more_prompts_may_be_added(here, monkeypatch):
@@ -322,13 +407,13 @@ def test_other_options_or_weights_are_not_mixed_in(here, capsys, models):
         assert f"evaluation holds an evaluation with other {named}; pass another output_dir" in capsys.readouterr().err
     Path("prompts.txt").write_text("a cat\nanother\na tree")
     evaluate(status=1)
-    assert "evaluation holds prompt 2 as 'two dogs', but it is 'another' now; pass" in capsys.readouterr().err
+    assert "evaluation holds prompt 2, 'another', as 'two dogs'; pass" in capsys.readouterr().err
     Path("prompts.txt").write_text("\n".join(PROMPTS))
     evaluate(batch_size=3)  # changes no number
     file = models / "out" / "pytorch_lora_weights.safetensors"
     os.utime(file, ns=(1, 1))  # as after another training
     evaluate(status=1)
-    assert "holds an evaluation with other weights" in capsys.readouterr().err
+    assert "holds an evaluation with other files" in capsys.readouterr().err
     evaluate(overwrite_output_dir=True)
 
 
@@ -411,11 +496,61 @@ def test_image_statistics_of_both_models(here):
     assert found["out − base"]["mean"] == pytest.approx(moved.mean().item(), rel=1e-3)
     assert found["out − base"]["standard_error"] == pytest.approx((moved.std() / 3**0.5).item(), rel=1e-2)
     assert set(results["rows"][0]["statistics"]) > {"saturation", "contrast", "colourfulness", "sharpness", "saturated pixels"}
-    panel = Path("evaluation/results.md").read_text().split("## Image statistics")[1]
-    (line,) = [line for line in panel.splitlines() if line.startswith("| out − base")]
-    values = results["rows"][2]["statistics"].values()
-    marked = [abs(value["mean"]) > 3 * value["standard_error"] for value in values]
-    assert ["*" in cell for cell in line.split("|")[2:-1]] == marked and any(marked) and not all(marked)
+    assert "*" not in Path("evaluation/results.md").read_text()  # three prompts
+
+
+def reported(values, base=0.0, **options):
+    """A report on P prompts × N samples, (P, N), of one reward that is also the brightness."""
+    setting = Setting(3, "sde", 1.0)
+    results = []
+    for row, before in zip(values.tolist(), torch.as_tensor(base).expand_as(values).tolist(), strict=True):
+        models = {
+            name: Measured({"r": v}, {"brightness": v}, {"d": (sum(v), 0.3)}) for name, v in (("base", before), ("out", row))
+        }
+        results.append({setting: models})
+    return make_report(results, **options)
+
+
+@pytest.mark.parametrize("prompts", [9, 10])
+def test_what_stands_out_is_marked_from_ten_prompts_on(prompts):
+    """With fewer, the error is too uncertain: noise would be marked in every tenth cell and more."""
+    values = torch.randn(prompts, 2, generator=torch.Generator().manual_seed(0))
+    text = reported(values + 20).markdown()
+    marked = [line for line in text.splitlines() if line.startswith("| out − base") and line.count("*") == line.count("±")]
+    assert len(marked) == (2 if prompts == 10 else 0) and ("over-optimisation" in text) == (prompts == 10)
+    assert "*" not in reported(values).markdown().replace("* a difference", "")
+
+
+def test_samples_without_a_value_are_counted():
+    values = torch.tensor([[1.0, math.nan], [math.nan, 3.0]])
+    report = reported(values)
+    assert "Without a value: r of out, 2 of 4 samples." in report.markdown() and report.missing == {"r of out": 2}
+    assert "Without a value" not in reported(torch.ones(2, 2)).markdown()
+
+
+def test_a_single_prompt_has_errors_too():
+    """Of a difference of diversities the upper bound: the two samples count as independent."""
+    report = reported(torch.tensor([[1.0, 2.0, 4.0]]), base=torch.tensor([[1.0, 1.0, 1.0]]))
+    difference = report.rows[-1].metrics["d"]
+    assert difference.mean == pytest.approx(4.0) and difference.standard_error == pytest.approx(0.3 * 2**0.5)
+    assert "1 prompt × 3 samples" in report.markdown()
+
+
+def test_the_tilt_counts_the_rewards_that_are_aimed_at():
+    """A reward of weight 0 may have no value anywhere; without any weight there is no tilt."""
+    setting, noise = Setting(3, "sde", 1.0), torch.randn(300, generator=torch.Generator().manual_seed(0)).tolist()
+    one = Measured({"r": noise, "none": [math.nan] * 300}, {"brightness": noise, "odd": [math.nan, *noise[1:]]}, {}, [])
+    results = [{setting: {"base": one, "out": one}}]
+    report = make_report(results, reward_scale=0.5, weights={"r": 1.0, "none": 0.0})
+    (tilt,) = report.tilts
+    assert [shift.statistic for shift in tilt.report.shifts] == ["reward", "brightness"]
+    log_z = (0.5 * torch.tensor(noise)).double().exp().mean().log().item()
+    assert tilt.report.shifts[0].target.log_normalizer == pytest.approx(log_z, rel=1e-6)
+    assert "log Z, memoryless" in report.markdown()
+    plain = json.loads(report.json())["tilt"][0]["report"]
+    assert plain["shifts"][0]["target"]["log_normalizer"] == pytest.approx(log_z, rel=1e-6)
+    for weights in ({"r": 0.0, "none": 0.0}, {"r": 1.0, "none": 1.0}):
+        assert make_report(results, reward_scale=0.5, weights=weights).tilts[0].report is None
 
 
 @pytest.mark.parametrize(
@@ -423,6 +558,9 @@ def test_image_statistics_of_both_models(here):
     [
         ({"model": "nowhere"}, "model='nowhere' cannot be loaded"),
         ({"adapter": "nowhere"}, "adapter='nowhere' cannot be loaded"),
+        ({"adapter": "./no/where/at/all"}, "adapter='./no/where/at/all' cannot be loaded"),
+        ({"model": "no/where/at/all"}, "model='no/where/at/all' cannot be loaded"),
+        ({"diversity": "my.py:brightness_of"}, "features 'my.py:brightness_of' returned shape (2,) for 2 images; return (B, D)"),
         ({"adapter": ["out", "out"]}, "adapter names the same model twice"),
         ({"prompts": "none.txt"}, "prompts='none.txt' does not exist"),
         ({"rewards": "my.py:none"}, "my.py has no 'none'"),
@@ -444,6 +582,7 @@ def test_one_sentence_for_what_cannot_be_evaluated(here, capsys, options, messag
     [
         (["--sampler", "magic"], "sampler='magic' is unknown; pass 'ode', 'sde' or both."),
         (["--steps", "0"], "count from 1"),
+        (["--guidance", "1", "0"], "guidance=0 is below 1, which is no guidance; pass 1 or more."),
         (["--samples_per_prompt", "0"], "samples_per_prompt=0 is too small; pass 1 or more."),
         (["--dtype", "int8"], "dtype='int8' is unknown to diffusers"),
         (["--pipeline_kwargs", "{x"], "pipeline_kwargs='{x' is no JSON"),
@@ -476,7 +615,7 @@ def test_an_adapter_of_another_network_is_refused(here, capsys):
         "text/pytorch_lora_weights.safetensors",
     )
     evaluate(status=1, adapter="text")
-    assert "has no layer in the transformer; pass" in capsys.readouterr().err
+    assert "cannot be loaded (it has no layer in the transformer); pass" in capsys.readouterr().err
     save_file({"x": torch.ones(2)}, "text/pytorch_lora_weights.safetensors")
     evaluate(status=1, adapter="text")
     assert "adapter='text' cannot be loaded" in capsys.readouterr().err
@@ -495,3 +634,83 @@ def test_black_images_have_a_diversity_but_no_direction():
     assert spread["diversity (pixels)"][0] == pytest.approx(pairwise_diversity(f[None]).mean)
     assert spread["Vendi (pixels)"][0] == pytest.approx(vendi_score(f[None, 1:]).mean)
     assert all(math.isnan(spread[f"{label} ({name})"][0]) for label in ("diversity", "Vendi") for name in ("nothing", "one"))
+
+
+def measured(images, count, **changes):
+    """What `measure` says of a pipeline that gives these images, one a sample, whatever it is asked for."""
+    given = iter(images)
+    replay = SimpleNamespace(sample=lambda columns, generators, noise: torch.stack([next(given) for _ in generators]))
+    reward = WeightedReward(lambda images, prompts: images.flatten(1).mean(1))
+    settings = Settings(len(images), 2, 0, 0, reward, {"mean": lambda shown: shown.mean((2, 3))})
+    model = Model("base", None)
+    return measure(model, model, replay, Setting(3, "ode", 1.0), settings, {"prompt": ["x"]}, 0, count)
+
+
+def test_images_that_overflowed_are_left_out():
+    images = torch.rand(6, 3, 5, 5)
+    images[1, 0, 0, 0], images[2], images[3] = math.inf, math.nan, math.nan  # a whole batch of two among them
+    numbers, shown = measured(images, 4)
+    assert len(shown) == 4
+    kept = images[[0, 4, 5]]
+    rewards = next(iter(numbers.rewards.values()))
+    assert [math.isfinite(value) for value in rewards] == [True, False, False, False, True, True]
+    assert [math.isfinite(value) for value in numbers.statistics["contrast"]] == [True, False, False, False, True, True]
+    assert numbers.spread["diversity (mean)"][0] == pytest.approx(pairwise_diversity(kept.mean((2, 3))[None]).mean, rel=1e-6)
+
+
+def test_videos_are_measured_by_the_mean_over_frames_and_sound_by_rewards_alone():
+    videos = torch.rand(4, 3, 3, 5, 5)
+    numbers, shown = measured(videos, 1)
+    assert shown.shape == (1, 3, 3, 5, 5)
+    features = videos.mean((3, 4)).mean(1)
+    assert numbers.spread["diversity (mean)"][0] == pytest.approx(pairwise_diversity(features[None]).mean, rel=1e-6)
+    assert numbers.statistics["brightness"] == pytest.approx(videos.mean((1, 2, 3, 4)).tolist(), rel=1e-6)
+    numbers, _ = measured(torch.randn(2, 2, 40), 0)
+    assert numbers.statistics == {} and len(next(iter(numbers.rewards.values()))) == 2
+
+
+def test_images_of_sixteen_bits_are_measured_in_float32():
+    images = torch.rand(2, 3, 5, 5).bfloat16()
+    numbers, shown = measured(images, 2)
+    assert shown.dtype == torch.float32 and next(iter(numbers.rewards.values())) == pytest.approx(
+        images.float().mean((1, 2, 3)).tolist(), rel=1e-6
+    )
+
+
+def test_the_host_says_the_same_thing_once(caplog):
+    handler, logger = logging.StreamHandler(stream := io.StringIO()), logging.getLogger("some_host")
+    logger.addHandler(handler)
+    with run.each_once([logger]):
+        for text in ("cut", "cut", "else", "cut"):
+            logger.warning(text)
+    logger.warning("cut")
+    assert stream.getvalue().split() == ["cut", "else", "cut"]
+
+
+def test_the_lora_of_a_second_transformer(tmp_path, monkeypatch):
+    """Where it acts, at the later steps, the samples change; loaded into the first one they would at the earlier steps."""
+    monkeypatch.chdir(tmp_path)
+    wan22().save_pretrained("base")
+    add_lora(pipeline := wan22(), "transformer_2", LoraConfig(r=2))
+    for key, value in pipeline.transformer_2.named_parameters():
+        if "lora_B" in key:
+            torch.nn.init.normal_(value, std=3.0)
+    save_lora(pipeline, "transformer_2", "out")
+    models = load_models("base", ["out"], {}, "transformer_2", torch.device("cpu"))
+    with models[1].active():
+        assert "tuned_0" in models[1].pipeline.transformer_2.active_adapters()
+    assert "peft_config" not in vars(models[0].pipeline.transformer) and not hasattr(
+        models[0].pipeline.transformer, "peft_config"
+    )
+
+
+def test_models_of_the_hub_come_from_its_cache(here, models, monkeypatch):
+    for name in ("base", "out"):
+        repository = here / "cache" / f"models--me--{name}"
+        (repository / "refs").mkdir(parents=True)
+        (repository / "refs" / "main").write_text("0" * 40)
+        shutil.copytree(models / name, repository / "snapshots" / ("0" * 40))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(here / "cache"))
+    results = evaluate(model="me/base", adapter="me/out")
+    local = evaluate("local")
+    assert rows_of(results, model="out") == rows_of(local, model="out") and rows_of(results, model="base")

@@ -1,4 +1,4 @@
-"""The command line: `diffusers-adjoint train --config recipe.yaml` and `diffusers-adjoint demo`.
+"""The command line: `diffusers-adjoint train --config recipe.yaml`, `evaluate` and `demo`.
 
 `accelerate launch -m diffusers_adjoint.cli train --config recipe.yaml` is the same on several processes.
 """
@@ -198,11 +198,13 @@ def evaluate(argv: Sequence[str]) -> int:
     try:
         report = run_evaluation(args, reward, features, dataset)
     except KeyboardInterrupt:
-        print(f"{PROGRAM}: interrupted; finished prompts are in {args.output_dir}, the same command goes on.", file=sys.stderr)
+        again = "the same command without overwrite_output_dir" if args.overwrite_output_dir else "the same command"
+        print(f"{PROGRAM}: interrupted; finished prompts are in {args.output_dir}, {again} goes on.", file=sys.stderr)
         return 130
+    finally:
+        state.destroy_process_group()
     if state.is_main_process:
         print(f"\n{report.markdown()}\nTables and contact sheets are in {args.output_dir}/")
-    state.destroy_process_group()
     return 0
 
 

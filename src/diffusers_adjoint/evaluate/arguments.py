@@ -45,7 +45,8 @@ class EvaluationArguments:
         metadata={"help": "'ode', the pipeline's own scheduler, 'sde', the memoryless one, or both."},
     )
     guidance: list[float] = field(
-        default_factory=lambda: [1.0], metadata={"help": "Classifier-free guidance scales, 1 for no guidance."}
+        default_factory=lambda: [1.0],
+        metadata={"help": "Classifier-free guidance scales, 1 for none; or the scales that a distilled network takes."},
     )
     samples_per_prompt: int = field(default=10, metadata={"help": "Images of each prompt, model and setting."})
     diversity: list[str] = field(
@@ -97,6 +98,8 @@ class EvaluationArguments:
         }.items():
             if getattr(self, name) < least:
                 raise ValueError(f"{name}={getattr(self, name)} is too small; pass {least} or more.")
+        if min(self.guidance) < 1:
+            raise ValueError(f"guidance={min(self.guidance):g} is below 1, which is no guidance; pass 1 or more.")
         if min(self.steps) < 1 or (self.num_prompts is not None and self.num_prompts < 1):
             raise ValueError("steps and num_prompts count from 1; pass larger numbers.")
         if unknown := [name for name in self.sampler if name not in SAMPLERS]:
@@ -107,7 +110,8 @@ class EvaluationArguments:
     @property
     def settings(self) -> list[Setting]:
         """In the order of the table's rows."""
-        return [Setting(k, s, w) for w, k, s in itertools.product(self.guidance, self.steps, self.sampler)]
+        every = itertools.product(self.guidance, self.steps, self.sampler)
+        return list(dict.fromkeys(Setting(k, s, w) for w, k, s in every))
 
 
 def _json_object(text: str) -> dict[str, Any]:

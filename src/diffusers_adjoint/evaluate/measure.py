@@ -18,7 +18,7 @@ from ..rewards import WeightedReward
 from ..rollout import Stream, sampled_path_kl, seeded_generators
 from .models import Model
 
-__all__ = ["Features", "Measured", "Setting", "Settings", "measure"]
+__all__ = ["Features", "Measured", "Setting", "Settings", "mapped", "measure"]
 
 Features = Callable[[Tensor], Tensor]
 """Images (B, 3, H, W) → features (B, D), in whose squared distances diversity is measured."""
@@ -81,17 +81,18 @@ class Measured:
 
     def to_json(self) -> dict[str, Any]:
         """Plain values, `None` for what is not finite, which JSON does not have."""
-        return _mapped(asdict(self), lambda value: value if math.isfinite(value) else None)
+        return mapped(asdict(self), lambda value: value if math.isfinite(value) else None)
 
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> Measured:
-        return cls(**_mapped(values, lambda value: math.nan if value is None else value))
+        return cls(**mapped(values, lambda value: math.nan if value is None else value))
 
 
-def _mapped(values: Any, function: Callable[[Any], Any]) -> Any:
+def mapped(values: Any, function: Callable[[Any], Any]) -> Any:
+    """`function` of each value in nested dicts and lists."""
     if isinstance(values, dict):
-        return {name: _mapped(value, function) for name, value in values.items()}
-    return [_mapped(value, function) for value in values] if isinstance(values, list | tuple) else function(values)
+        return {name: mapped(value, function) for name, value in values.items()}
+    return [mapped(value, function) for value in values] if isinstance(values, list | tuple) else function(values)
 
 
 def measure(
@@ -102,6 +103,7 @@ def measure(
     settings: Settings,
     row: dict[str, list[Any]],
     prompt: int,
+    shown: int,
 ) -> tuple[Measured, Tensor]:
     """Sample one prompt with one model. Seeds depend on the numbers of prompt and sample only.
 
@@ -109,14 +111,15 @@ def measure(
         replay: of the model's pipeline, for this setting.
         row: the dataset's columns, with one value each.
         prompt: number of the prompt.
+        shown: how many images are to be looked at.
 
     Returns:
-        What was measured, and the images (N, …), float32 on the CPU.
+        What was measured, and the first `shown` images, float32 on the CPU.
     """
     rewards: dict[str, list[float]] = {name: [] for name in settings.reward.names}
     statistics: dict[str, list[float]] = {}
     features: dict[str, list[Tensor]] = {name: [] for name in settings.features}
-    shown = []
+    kept = []
     with torch.no_grad(), model.active():
         for first in range(0, settings.samples, settings.batch_size):
             numbers = range(first, min(first + settings.batch_size, settings.samples))
@@ -129,11 +132,11 @@ def measure(
                 for name, values in image_statistics(visible).items():
                     statistics.setdefault(name, []).extend(values.tolist())
                 finite = visible[visible.flatten(1).isfinite().all(1)]  # a 16-bit decoder may overflow
-                for name, function in settings.features.items():
-                    features[name].append(_features(function, finite).cpu())
-            shown.append(images.cpu())
+                for name, function in settings.features.items() if len(finite) else ():
+                    features[name].append(_features(name, function, finite).cpu())
+            kept.append(images[: max(shown - first, 0)].cpu())
         kl = _path_kl(model, base, replay, setting, settings, row, prompt)
-    return Measured(rewards, statistics, _spread(features), kl), torch.cat(shown)
+    return Measured(rewards, statistics, _spread(features), kl), torch.cat(kept)
 
 
 def _sample(
@@ -153,19 +156,22 @@ def _visible(images: Tensor) -> Tensor | None:
     return images.expand(*images.shape[:-3], 3, *images.shape[-2:]) if images.shape[-3] == 1 else images
 
 
-def _features(function: Features, images: Tensor) -> Tensor:
+def _features(name: str, function: Features, images: Tensor) -> Tensor:
     """(B, D); of a video, the mean over its frames."""
-    if not len(images):
-        return torch.empty(0, 1)
-    if images.ndim == 4:
-        return function(images)
-    return function(images.flatten(0, 1)).unflatten(0, images.shape[:2]).mean(1)
+    frames = images if images.ndim == 4 else images.flatten(0, 1)
+    features = function(frames)
+    if features.ndim != 2 or len(features) != len(frames):
+        raise ValueError(
+            f"features {name!r} returned shape {tuple(features.shape)} for {len(frames)} images; return (B, D), a row each."
+        )
+    return features.unflatten(0, (len(images), -1)).mean(1)
 
 
 def _spread(features: dict[str, list[Tensor]]) -> dict[str, tuple[float, float]]:
     spread = {}
     for name, parts in features.items():
         f = torch.cat(parts) if parts else torch.empty(0, 1)
+        f = f[f.isfinite().all(1)]
         spread[f"diversity ({name})"] = _known(pairwise_diversity, f)
         spread[f"Vendi ({name})"] = _known(vendi_score, f[f.any(1)])  # pixels of a black image have no direction
     return spread
@@ -189,11 +195,15 @@ def _path_kl(
     """KL(paths of the model ‖ paths of the base), nats, one value a path, of the model as it is sampled: guided if it is."""
     if model is base or setting.sampler == "ode" or not settings.kl_paths:
         return []
-    numbers = range(settings.kl_paths)
-    starts, noise = (
-        seeded_generators(settings.seed, prompt, numbers, stream) for stream in (Stream.EVALUATION_START, Stream.EVALUATION_NOISE)
-    )
     frozen = None if model.adapter else getattr(base.pipeline, replay.component)
     denoiser = PipelineDenoiser(replay, [] if model.adapter else None, frozen)
-    start, conditioning = replay.prepare(repeat_rows(row, len(numbers)), starts, unguided=False)
-    return sampled_path_kl(denoiser, start, conditioning, noise, guided_rollout=True, guided_loss=True).tolist()
+    kl: list[float] = []
+    for first in range(0, settings.kl_paths, settings.batch_size):
+        numbers = range(first, min(first + settings.batch_size, settings.kl_paths))
+        starts, noise = (
+            seeded_generators(settings.seed, prompt, numbers, stream)
+            for stream in (Stream.EVALUATION_START, Stream.EVALUATION_NOISE)
+        )
+        start, conditioning = replay.prepare(repeat_rows(row, len(numbers)), starts, unguided=False)
+        kl += sampled_path_kl(denoiser, start, conditioning, noise, guided_rollout=True, guided_loss=True).tolist()
+    return kl

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,6 @@ import torch
 from diffusers import DiffusionPipeline
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError
-from torch import nn
 
 from ..inputs import load_pipeline
 from ..lora import WEIGHTS_NAME
@@ -69,26 +69,21 @@ def load_models(
     component = component or denoiser_names(base)[0]
     models = [Model(BASE, base)]
     for number, (adapter, name) in enumerate(zip(adapters, _names(adapters), strict=True)):
-        if _is_pipeline(adapter):
-            models.append(Model(name, _loaded("adapter", adapter, lambda folder=adapter: _tuned(base, folder, init_kwargs))))
-        else:
-            _loaded("adapter", adapter, lambda folder=adapter, n=number: _load_lora(base, folder, f"tuned_{n}", component))
-            models.append(Model(name, base, f"tuned_{number}"))
+        load = partial(_tuned, base, adapter, name, f"tuned_{number}", component, init_kwargs)
+        models.append(_loaded("adapter", adapter, load))
     for pipeline in (model.pipeline for model in models):
         pipeline.set_progress_bar_config(disable=True)
         pipeline.to(device)
     return models
 
 
-def _loaded(option: str, name: str, load: Any) -> Any:
+def _loaded(option: str, name: str, load: Callable[[], Any]) -> Any:
+    """What `load` returns. Whatever the hosts raise for a name or a file that is not what it should be, is one sentence."""
     try:
         return load()
-    except OSError as error:
-        raise ValueError(f"{option}={name!r} cannot be loaded ({_reason(error)}); pass the folder or the name of one.") from error
-
-
-def _reason(error: Exception) -> str:
-    return " ".join(str(error).split()).rstrip(".")
+    except (OSError, ValueError) as error:
+        reason = " ".join(str(error).split()).rstrip(".")
+        raise ValueError(f"{option}={name!r} cannot be loaded ({reason}); pass the folder or the name of one.") from error
 
 
 def _names(adapters: Sequence[str]) -> list[str]:
@@ -113,26 +108,19 @@ def _is_pipeline(name: str) -> bool:
     return True
 
 
-def _tuned(base: DiffusionPipeline, folder: str, init_kwargs: dict[str, Any]) -> DiffusionPipeline:
-    """The base with the denoisers of another pipeline of its class."""
-    denoisers = denoiser_names(base)
-    shared = {name: part for name, part in base.components.items() if name not in denoisers}
-    return type(base).from_pretrained(folder, **{**init_kwargs, "revision": None}, **shared)
-
-
-def _load_lora(pipeline: DiffusionPipeline, folder: str, name: str, component: str) -> None:
-    if not hasattr(pipeline, "load_lora_weights"):
-        raise ValueError(f"{type(pipeline).__name__} takes no LoRA; pass the folder of a whole pipeline as adapter.")
+def _tuned(base: DiffusionPipeline, source: str, name: str, adapter: str, component: str, init_kwargs: dict[str, Any]) -> Model:
+    """The model of a LoRA, which the base's pipeline then carries, or of a whole pipeline."""
+    if _is_pipeline(source):
+        denoisers = denoiser_names(base)
+        shared = {part: network for part, network in base.components.items() if part not in denoisers}
+        return Model(name, type(base).from_pretrained(source, **{**init_kwargs, "revision": None}, **shared))
+    if not hasattr(base, "load_lora_weights"):
+        raise ValueError(f"{type(base).__name__} takes no LoRA, only whole pipelines")
     options: dict[str, Any] = {"load_into_transformer_2": True} if component == "transformer_2" else {}
-    if not Path(folder).exists() or (Path(folder) / WEIGHTS_NAME).is_file():
+    if not Path(source).exists() or (Path(source) / WEIGHTS_NAME).is_file():
         options["weight_name"] = WEIGHTS_NAME  # without it nothing is found offline
-    try:
-        pipeline.load_lora_weights(folder, adapter_name=name, use_safetensors=True, **options)
-    except ValueError as error:
-        raise ValueError(
-            f"adapter={folder!r} cannot be loaded ({_reason(error)}); pass what was trained from this model."
-        ) from error
-    network: nn.Module = getattr(pipeline, component)
-    if name not in getattr(network, "peft_config", {}):
-        raise ValueError(f"adapter={folder!r} has no layer in the {component}; pass what was trained from this model.")
-    pipeline.disable_lora()
+    base.load_lora_weights(source, adapter_name=adapter, use_safetensors=True, **options)
+    if adapter not in getattr(getattr(base, component, None), "peft_config", {}):
+        raise ValueError(f"it has no layer in the {component}")
+    base.disable_lora()
+    return Model(name, base, adapter)

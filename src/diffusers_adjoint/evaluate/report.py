@@ -6,22 +6,24 @@ import csv
 import io
 import json
 import math
+from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..metrics import Estimate, TiltReport, markdown_table, prompt_difference, prompt_mean, tilt_gap, tilt_shift
-from .measure import Measured, Setting
+from .measure import Measured, Setting, mapped
 from .models import BASE
 
-__all__ = ["Report", "Row", "Tilt", "make_report"]
+__all__ = ["Report", "Row", "Tilt", "make_report", "title_of"]
 
 KL = "KL spent (nats)"
 NAMES = ("guidance", "steps", "sampler")
 NOTE = "± is one standard error over prompts (over samples for one prompt); differences pair the same seeds."
+MARKED_FROM = 10  # prompts; the error from fewer is itself so uncertain that noise would often be marked
 MARKED = "* a difference of more than three standard errors: over-optimisation shows here first."
 SAMPLERS = {"ode": "ODE", "sde": "memoryless"}
 
@@ -50,10 +52,7 @@ class Samples:
 
     def estimates(self) -> dict[str, Estimate]:
         """Rewards and diversity, one column of the table each."""
-        spread = {
-            name: prompt_mean(values[:, :1]) if len(values) > 1 else Estimate(*values[0].tolist())
-            for name, values in self.spread.items()
-        }
+        spread = {name: _over_prompts(values) for name, values in self.spread.items()}
         kl = {KL: prompt_mean(self.kl)} if self.kl.numel() else {}
         return {name: prompt_mean(values) for name, values in self.rewards.items()} | spread | kl
 
@@ -62,11 +61,24 @@ class Samples:
 
     def difference(self, setting: Setting, model: str, base: Samples) -> Row:
         """To the base, prompt by prompt and seed by seed."""
-        pairs = {name: (base.rewards[name], values) for name, values in self.rewards.items()}
-        pairs |= {name: (base.spread[name][:, :1], values[:, :1]) for name, values in self.spread.items()}
-        statistics = {name: (base.statistics[name], values) for name, values in self.statistics.items()}
-        metrics, panel = ({name: prompt_difference(*pair) for name, pair in part.items()} for part in (pairs, statistics))
-        return Row(setting, f"{model} − {BASE}", metrics, panel, is_difference=True)
+        rewards, statistics = (
+            {name: prompt_difference(before[name], values) for name, values in after.items()}
+            for before, after in ((base.rewards, self.rewards), (base.statistics, self.statistics))
+        )
+        spread = {name: _spread_difference(base.spread[name], values) for name, values in self.spread.items()}
+        return Row(setting, f"{model} − {BASE}", rewards | spread, statistics, is_difference=True)
+
+
+def _over_prompts(values: Tensor) -> Estimate:
+    """Of (P, 2) values and errors: over prompts; of a single prompt, its own."""
+    return prompt_mean(values[:, :1]) if len(values) > 1 else Estimate(*values[0].tolist())
+
+
+def _spread_difference(before: Tensor, after: Tensor) -> Estimate:
+    """Prompt by prompt; of a single prompt with both errors, an upper bound, as samples of the same seeds go together."""
+    if len(before) > 1:
+        return prompt_difference(before[:, :1], after[:, :1])
+    return Estimate((after - before)[0, 0].item(), math.hypot(before[0, 1], after[0, 1]))
 
 
 def _table(rows: Sequence[Any]) -> Tensor:
@@ -97,6 +109,11 @@ class Tilt:
     model: str
     report: TiltReport | None
 
+    def to_json(self) -> dict[str, Any]:
+        """The report's own fields by their names; those of a target also where it is "not estimable"."""
+        report = None if self.report is None else mapped(asdict(self.report), _or_none)
+        return {**_setting(self.setting), "model": self.model, "report": report}
+
 
 @dataclass(frozen=True)
 class Report:
@@ -107,6 +124,7 @@ class Report:
         tilts: one for each setting and fine-tuned model, none without a reward scale.
         prompts: P.
         samples: N.
+        missing: model and reward → how many of its samples, over all settings, have no finite value; those with one only.
         reward_scale: λ.
     """
 
@@ -114,6 +132,7 @@ class Report:
     tilts: list[Tilt]
     prompts: int
     samples: int
+    missing: dict[str, int]
     reward_scale: float | None
 
     def markdown(self) -> str:
@@ -121,15 +140,22 @@ class Report:
         settings = list(dict.fromkeys(row.setting for row in self.rows))
         varying = [name for name in NAMES if len({getattr(setting, name) for setting in settings}) > 1]
         constant = "".join(f", {name} {_label(settings[0], name)}" for name in NAMES if name not in varying)
-        parts = ["## Rewards and diversity", _rendered(self.rows, varying, "metrics")]
-        parts.append(f"{self.prompts} prompts × {self.samples} samples{constant}. {NOTE}")
+        marks = self.prompts >= MARKED_FROM
+        parts = ["## Rewards and diversity", _rendered(self.rows, varying, "metrics", marks)]
+        counts = [f"{n} {what}{'s' if n > 1 else ''}" for n, what in ((self.prompts, "prompt"), (self.samples, "sample"))]
+        parts.append(f"{' × '.join(counts)}{constant}. {NOTE}")
+        if self.missing:
+            of = self.prompts * self.samples * len(settings)
+            parts.append(
+                "Without a value: " + ", ".join(f"{name}, {n} of {of} samples" for name, n in self.missing.items()) + "."
+            )
         if any(row.statistics for row in self.rows):
-            parts += ["## Image statistics", _rendered(self.rows, varying, "statistics"), MARKED]
+            parts += ["## Image statistics", _rendered(self.rows, varying, "statistics", marks)] + ([MARKED] if marks else [])
         if self.tilts:
             parts.append(f"## Tilt report, λ = {self.reward_scale:g}")
         for tilt in self.tilts:
             text = "not estimable: samples without a reward, or too few of them." if tilt.report is None else tilt.report.format()
-            parts += [f"{tilt.model}, {_title(tilt.setting)}", text]
+            parts += [f"{tilt.model}, {title_of(tilt.setting)}", text]
         return "\n\n".join(parts) + "\n"
 
     def json(self) -> str:
@@ -143,7 +169,10 @@ class Report:
             }
             for row in self.rows
         ]
-        return json.dumps({"prompts": self.prompts, "samples": self.samples, "rows": rows}, indent=2) + "\n"
+        everything: dict[str, Any] = {"prompts": self.prompts, "samples": self.samples, "missing": self.missing, "rows": rows}
+        if self.reward_scale is not None:
+            everything |= {"reward_scale": self.reward_scale, "tilt": [tilt.to_json() for tilt in self.tilts]}
+        return json.dumps(everything, indent=2, allow_nan=False) + "\n"
 
     def csv(self) -> str:
         """A line a row, each number with its standard error."""
@@ -180,21 +209,33 @@ def make_report(
         rows += [one.difference(setting, name, base) for name, one in tuned.items()]
         if reward_scale is not None:
             tilts += [Tilt(setting, name, _tilt(setting, base, one, reward_scale, weights)) for name, one in tuned.items()]
+    missing = _missing(results)
     count = len(next(iter(next(iter(results[0].values()))[BASE].rewards.values())))
-    return Report(rows, tilts, len(results), count, reward_scale)
+    return Report(rows, tilts, len(results), count, missing, reward_scale)
+
+
+def _missing(results: Sequence[dict[Setting, dict[str, Measured]]]) -> dict[str, int]:
+    counts: Counter[str] = Counter()
+    for models in (models for prompt in results for models in prompt.values()):
+        for model, measured in models.items():
+            for name, values in measured.rewards.items():
+                counts[f"{name} of {model}"] += sum(not math.isfinite(value) for value in values)
+    return dict(+counts)  # the positive ones
 
 
 def _tilt(setting: Setting, base: Samples, tuned: Samples, scale: float, weights: dict[str, float] | None) -> TiltReport | None:
-    weights = weights or dict.fromkeys(base.rewards, 1.0)
-    before, after = (torch.stack([w * s.rewards[name] for name, w in weights.items()]).sum(0) for s in (base, tuned))
-    statistics = {name: (base.statistics[name], tuned.statistics[name]) for name in base.statistics}
-    pairs = {"reward": (before, after), **statistics}
-    if before.shape[1] < 2 or not all(values.isfinite().all() for pair in pairs.values() for values in pair):
+    weights = {name: w for name, w in (weights or dict.fromkeys(base.rewards, 1.0)).items() if w}
+    if not weights:
         return None
+    before, after = (torch.stack([w * s.rewards[name] for name, w in weights.items()]).sum(0) for s in (base, tuned))
+    if before.shape[1] < 2 or not (before.isfinite().all() and after.isfinite().all()):
+        return None
+    pairs = {"reward": (before, after)} | {name: (base.statistics[name], tuned.statistics[name]) for name in base.statistics}
+    known = {name: pair for name, pair in pairs.items() if all(values.isfinite().all() for values in pair)}
     sampler = SAMPLERS[setting.sampler]
-    shifts = [tilt_shift(name, sampler, *pair, scale * before) for name, pair in pairs.items()]
+    shifts = [tilt_shift(name, sampler, *pair, scale * before) for name, pair in known.items()]
     gap = tilt_gap(scale * before, scale * after, tuned.kl) if tuned.kl.numel() else None
-    return TiltReport(shifts, gap, {})
+    return TiltReport(shifts, gap)
 
 
 def _label(setting: Setting, name: str) -> str:
@@ -202,7 +243,7 @@ def _label(setting: Setting, name: str) -> str:
     return SAMPLERS[value] if name == "sampler" else f"{value:g}"
 
 
-def _title(setting: Setting) -> str:
+def title_of(setting: Setting) -> str:
     return f"{SAMPLERS[setting.sampler]}, {setting.steps} steps, guidance {setting.guidance:g}"
 
 
@@ -210,23 +251,30 @@ def _setting(setting: Setting) -> dict[str, Any]:
     return {"guidance": setting.guidance, "steps": setting.steps, "sampler": setting.sampler}
 
 
-def _rendered(rows: Sequence[Row], varying: Sequence[str], part: str) -> str:
+def _rendered(rows: Sequence[Row], varying: Sequence[str], part: str, marks: bool) -> str:
     """A table of the rows' metrics or statistics; what is the same for all settings has no column."""
     values: list[dict[str, Estimate]] = [getattr(row, part) for row in rows]
     names = list(dict.fromkeys(name for found in values for name in found))
     body = [
-        [*(_label(row.setting, name) for name in varying), row.model, *(_cell(row, found.get(name)) for name in names)]
+        [
+            *(_label(row.setting, name) for name in varying),
+            row.model,
+            *(_cell(found.get(name), marks and row.is_difference) for name in names),
+        ]
         for row, found in zip(rows, values, strict=True)
     ]
     return markdown_table([[*varying, "model", *names], *body])
 
 
-def _cell(row: Row, estimate: Estimate | None) -> str:
+def _cell(estimate: Estimate | None, marks: bool) -> str:
     if estimate is None or math.isnan(estimate.mean):
         return "–"
-    return f"{estimate} *" if row.is_difference and estimate.differs_from_zero else str(estimate)
+    return f"{estimate} *" if marks and estimate.differs_from_zero else str(estimate)
 
 
 def _plain(estimate: Estimate) -> dict[str, float | None]:
-    values = {"mean": estimate.mean, "standard_error": estimate.standard_error}
-    return {name: value if math.isfinite(value) else None for name, value in values.items()}
+    return {"mean": _or_none(estimate.mean), "standard_error": _or_none(estimate.standard_error)}
+
+
+def _or_none(value: Any) -> Any:
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import logging
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, cast
 
@@ -12,6 +16,7 @@ from accelerate import PartialState
 from PIL import Image
 from torch import nn
 from tqdm.auto import tqdm
+from tqdm.contrib.logging import logging_redirect_tqdm
 
 from ..inputs import collate_columns, first_row, without_prompt
 from ..replay import PipelineReplay
@@ -21,14 +26,17 @@ from ..schedulers import memoryless_scheduler
 from .arguments import DTYPES, EvaluationArguments
 from .measure import Features, Setting, Settings, measure
 from .models import BASE, Model, load_models
-from .report import Report, make_report
+from .report import Report, make_report, title_of
 from .sheets import SheetRow, contact_sheet, strip
 from .store import Results, Store
 
 __all__ = ["evaluate", "process_state"]
 
 # The numbers do not depend on these.
-FREE = ("output_dir", "overwrite_output_dir", "batch_size", "reward_scale", "reward_weights", "prompts", "num_prompts")
+FREE = ["output_dir", "overwrite_output_dir", "batch_size", "reward_scale", "reward_weights"]
+FREE += ["prompts", "num_prompts", "sheet_prompts", "sheet_samples"]  # rows are compared one by one
+WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt")
+HOSTS = [logging.getLogger(name) for name in ("diffusers", "transformers")]
 
 
 def evaluate(args: EvaluationArguments, reward: WeightedReward, features: dict[str, Features], dataset: Any) -> Report:
@@ -51,10 +59,12 @@ def evaluate(args: EvaluationArguments, reward: WeightedReward, features: dict[s
     if state.is_main_process:
         store.open(_options(args), args.overwrite_output_dir)
     state.wait_for_everyone()
-    mine = [i for i in range(len(rows)) if i % state.num_processes == state.process_index]
-    todo = [i for i in mine if not store.has(i, _text(rows[i]))]
-    if todo:
-        _measure_all(args, reward.to(state.device), features, rows, store, mine, todo)
+    left = [i for i, row in enumerate(rows) if not store.has(i, row)]
+    state.wait_for_everyone()  # before the first one is finished: all must share out the same
+    mine = left[state.process_index :: state.num_processes]
+    if mine:
+        with each_once(HOSTS):
+            _measure_all(args, reward.to(state.device), features, rows, store, mine)
     state.wait_for_everyone()
     results = [store.read(i) for i in range(len(rows))]
     weights = dict(zip(reward.names, reward.weights, strict=True))
@@ -67,7 +77,29 @@ def evaluate(args: EvaluationArguments, reward: WeightedReward, features: dict[s
 
 def process_state() -> PartialState:
     """This process among those that a launcher started; without being told of the CPU, it would take itself for the only one."""
-    return PartialState() if torch.accelerator.is_available() else PartialState(cpu=True)
+    # A process that is done waits for the slowest, for hours perhaps.
+    return PartialState(cpu=not torch.accelerator.is_available(), timeout=timedelta(days=30))
+
+
+@contextmanager
+def each_once(loggers: Sequence[logging.Logger]) -> Iterator[None]:
+    """Within this context the hosts say the same thing once only; "the text was cut" would come with each image."""
+    said: set[str] = set()
+
+    def is_new(record: logging.LogRecord) -> bool:
+        message = record.getMessage()
+        is_first = message not in said
+        said.add(message)
+        return is_first
+
+    handlers = [handler for logger in loggers for handler in logger.handlers]
+    for handler in handlers:
+        handler.addFilter(is_new)
+    try:
+        yield
+    finally:
+        for handler in handlers:
+            handler.removeFilter(is_new)
 
 
 def _rows(dataset: Any, count: int | None) -> list[dict[str, Any]]:
@@ -81,18 +113,16 @@ def _rows(dataset: Any, count: int | None) -> list[dict[str, Any]]:
 
 def _options(args: EvaluationArguments) -> dict[str, Any]:
     """What the numbers of a prompt depend on, as JSON keeps it."""
-    stamps = {name: _file_stamps(Path(name)) for name in args.adapter}
-    return {name: value for name, value in asdict(args).items() if name not in FREE} | {"weights": stamps}
+    sources = [args.model, *args.adapter, *(name.rpartition(":")[0] for name in [*args.rewards, *args.diversity])]
+    files = {name: stamps for name in sources if name and (stamps := _stamps(Path(name)))}
+    return {name: value for name, value in asdict(args).items() if name not in FREE} | {"files": files}
 
 
-def _text(row: dict[str, Any]) -> str:
-    return str(row.get("prompt", ""))
-
-
-def _file_stamps(folder: Path) -> list[list[Any]]:
-    """Size and time of the weights: a model trained anew is another model."""
-    files = sorted(folder.rglob("*.safetensors")) if folder.is_dir() else []
-    return [[str(file.relative_to(folder)), file.stat().st_size, file.stat().st_mtime_ns] for file in files]
+def _stamps(path: Path) -> list[list[Any]]:
+    """Size and time of a local file, or of the weights in a folder: a model trained anew is another one."""
+    weights = sorted(file for file in path.rglob("*") if file.suffix in WEIGHTS) if path.is_dir() else []
+    files = [path] if path.is_file() else weights
+    return [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in files]
 
 
 def _measure_all(
@@ -102,9 +132,8 @@ def _measure_all(
     rows: list[dict[str, Any]],
     store: Store,
     mine: list[int],
-    todo: list[int],
 ) -> None:
-    """All models and settings of the prompts that are left to this process, prompt by prompt."""
+    """All models and settings of this process's prompts, prompt by prompt."""
     state = process_state()
     for function in features.values():
         module = getattr(function, "__self__", function)  # the module of a method `features`
@@ -113,12 +142,11 @@ def _measure_all(
     settings = Settings(args.samples_per_prompt, args.batch_size, args.kl_paths, args.seed, reward, features)
     init_kwargs = {"dtype": DTYPES[args.dtype], "revision": args.model_revision}
     models = load_models(args.model, args.adapter, init_kwargs, args.trained_component, state.device)
-    replay_of = _replays(args, models, rows[todo[0]], reward)
-    images = len(args.settings) * len(models) * settings.samples
-    with tqdm(
-        total=images * len(mine), initial=images * (len(mine) - len(todo)), unit="image", disable=not state.is_main_process
-    ) as bar:
-        for prompt in todo:
+    replay_of = _replays(args, models, rows[mine[0]], reward)
+    count = len(args.settings) * len(models) * settings.samples
+    with tqdm(total=count * len(mine), unit="image", disable=not state.is_main_process) as bar, logging_redirect_tqdm(HOSTS):
+        for prompt in mine:
+            shown = args.sheet_samples if prompt < args.sheet_prompts else 0
             row = collate_columns([rows[prompt]])
             results: Results = {}
             strips: dict[tuple[Setting, str], Image.Image] = {}
@@ -126,12 +154,13 @@ def _measure_all(
                 results[setting] = {}
                 for model in models:
                     bar.set_description(f"prompt {prompt + 1}, {setting}, {model.name}")
-                    measured, shown = measure(model, models[0], replay_of(model, setting), setting, settings, row, prompt)
+                    replay = replay_of(model, setting)
+                    measured, images = measure(model, models[0], replay, setting, settings, row, prompt, shown)
                     results[setting][model.name] = measured
-                    if prompt < args.sheet_prompts and (drawn := strip(shown[: args.sheet_samples])) is not None:
+                    if shown and (drawn := strip(images)) is not None:
                         strips[setting, model.name] = drawn
                     bar.update(settings.samples)
-            store.write(prompt, _text(rows[prompt]), results, strips)
+            store.write(prompt, rows[prompt], results, strips)
 
 
 def _replays(
@@ -179,14 +208,16 @@ def _sheets(args: EvaluationArguments, store: Store, rows: list[dict[str, Any]],
             for model, measured in results[prompt][setting].items():
                 shown = store.read_strip(prompt, setting, model)
                 if shown is not None:
-                    drawn.append(SheetRow(_text(rows[prompt]) or f"row {prompt + 1}", _caption(model, measured.rewards), shown))
+                    text = rows[prompt].get("prompt") or f"row {prompt + 1}"
+                    drawn.append(SheetRow(prompt, text, _caption(model, measured.rewards), shown))
         if drawn:
             folder.mkdir(exist_ok=True)
             files.append(folder / f"{setting}.png")
-            contact_sheet(f"{setting}: same seeds, {BASE} above fine-tuned", drawn).save(files[-1])
+            contact_sheet(f"{title_of(setting)}: same seeds, {BASE} above fine-tuned", drawn).save(files[-1])
     return files
 
 
 def _caption(model: str, rewards: dict[str, list[float]]) -> str:
-    means = {name: sum(values) / len(values) for name, values in rewards.items()}
-    return f"{model}: " + ", ".join(f"{name} {mean:.4g}" for name, mean in means.items())
+    known = {name: [value for value in values if math.isfinite(value)] for name, values in rewards.items()}
+    means = [f"{name} {sum(values) / len(values):.4g}" for name, values in known.items() if values]
+    return f"{model}: {', '.join(means)}"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -13,7 +12,7 @@ from ..sample_images import FONT_SIZE, MARGIN, picture
 
 __all__ = ["SheetRow", "contact_sheet", "strip"]
 
-LINE, CELL = FONT_SIZE + 4, 160  # pixels
+LINE, CELL, LEAST_WIDTH = FONT_SIZE + 4, 160, 640  # pixels
 
 
 @dataclass(frozen=True)
@@ -21,11 +20,13 @@ class SheetRow:
     """The samples of one prompt and model.
 
     Args:
+        number: of the prompt.
         prompt: drawn above the first row of a prompt.
         caption: the model and its numbers.
         strip: its samples, side by side.
     """
 
+    number: int
     prompt: str
     caption: str
     strip: Image.Image
@@ -45,18 +46,22 @@ def strip(images: Tensor) -> Image.Image | None:
 
 def contact_sheet(title: str, rows: Sequence[SheetRow]) -> Image.Image:
     """All rows below each other, each under its caption, each prompt under its text."""
-    width = max(row.strip.width for row in rows) + 2 * MARGIN
-    placed, y, prompt = [], LINE + MARGIN, None
+    width = max(LEAST_WIDTH, *(row.strip.width + 2 * MARGIN for row in rows))
+    placed, y, number = [], LINE + MARGIN, None
     for row in rows:
-        y += LINE if row.prompt != prompt else 0
-        placed.append((y, row, row.prompt != prompt))
-        y, prompt = y + LINE + row.strip.height + MARGIN, row.prompt
+        is_first = row.number != number
+        y += LINE if is_first else 0
+        placed.append((y, row, is_first))
+        y, number = y + LINE + row.strip.height + MARGIN, row.number
     sheet = Image.new("RGB", (width, y), "white")
     draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(FONT_SIZE)
-    characters = max(width // (FONT_SIZE // 2), 8)
 
     def write(top: int, text: str, colour: str = "black") -> None:
-        draw.text((MARGIN, top), textwrap.shorten(text, characters, placeholder="…"), fill=colour, font=font)
+        line = text = " ".join(text.split())
+        while draw.textlength(line, font) > width - 2 * MARGIN and text:
+            text = text[:-1]
+            line = f"{text.rstrip()}…"
+        draw.text((MARGIN, top), line, fill=colour, font=font)
 
     write(MARGIN, title)
     for top, row, is_first in placed:

@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from datasets.fingerprint import Hasher
 from PIL import Image
 
-from ..checkpoint import whole_folder
+from ..checkpoint import whole_files, whole_folder
+from .arguments import SAMPLERS
 from .measure import Measured, Setting
 
 __all__ = ["Results", "Store"]
 
-OPTIONS, NUMBERS = "options.json", "measured.json"
+OPTIONS, NUMBERS, DIGITS = "options.json", "measured.json", 6
 Results = dict[Setting, dict[str, Measured]]
 """setting → model's name → what was measured."""
 
@@ -36,50 +38,61 @@ class Store:
 
         Args:
             options: whatever the numbers depend on.
-            overwrite: forget what is there.
+            overwrite: forget the evaluation that is there; other files stay.
 
         Raises:
             ValueError: if it holds an evaluation with other options.
         """
         file = self.folder / OPTIONS
-        if overwrite:
-            shutil.rmtree(self.folder / "prompts", ignore_errors=True)
-            shutil.rmtree(self.folder / "sheets", ignore_errors=True)
-        elif file.is_file() and any((self.folder / "prompts").glob("[0-9]*")):
-            before = json.loads(file.read_text(encoding="utf-8"))
-            if changed := sorted(name for name in {*before, *options} if before.get(name) != options.get(name)):
-                raise ValueError(
-                    f"{self.folder} holds an evaluation with other {', '.join(changed)}; pass another output_dir, or "
-                    f"overwrite_output_dir to forget it."
-                )
-        self.folder.mkdir(parents=True, exist_ok=True)
-        file.write_text(json.dumps(options, indent=2) + "\n", encoding="utf-8")
+        before: dict[str, Any] | None = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
+        if overwrite and before is not None:
+            self._forget()
+        elif before is not None and before != options and any(self._finished()):
+            changed = sorted(name for name in {*before, *options} if before.get(name) != options.get(name))
+            raise ValueError(
+                f"{self.folder} holds an evaluation with other {', '.join(changed)}; pass another output_dir, or "
+                f"overwrite_output_dir to forget it."
+            )
+        if before != options:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            with whole_files(self.folder, True, barrier=_alone) as partial:
+                (partial / OPTIONS).write_text(json.dumps(options, indent=2) + "\n", encoding="utf-8")
+
+    def _finished(self) -> Iterator[Path]:
+        return (self.folder / "prompts").glob("[0-9]" * DIGITS)
+
+    def _forget(self) -> None:
+        for folder in self._finished():
+            shutil.rmtree(folder)
+        for sampler in SAMPLERS:
+            for sheet in (self.folder / "sheets").glob(f"{sampler}-steps*-guidance*.png"):
+                sheet.unlink()
 
     def path(self, prompt: int) -> Path:
-        return self.folder / "prompts" / f"{prompt:06d}"
+        return self.folder / "prompts" / f"{prompt:0{DIGITS}d}"
 
-    def has(self, prompt: int, text: str) -> bool:
+    def has(self, prompt: int, row: dict[str, Any]) -> bool:
         """Whether the prompt of this number is finished.
 
         Raises:
-            ValueError: if it was another one.
+            ValueError: if it had another text or other columns.
         """
-        if not self.path(prompt).is_dir():
+        if not (self.path(prompt) / NUMBERS).is_file():
             return False
-        before = self._numbers(prompt)["prompt"]
-        if before != text:
+        before, now = self._numbers(prompt), _description(row)
+        if any(before[name] != value for name, value in now.items()):
+            found = f"as {before['prompt']!r}" if before["prompt"] != now["prompt"] else "with other columns"
             raise ValueError(
-                f"{self.folder} holds prompt {prompt + 1} as {before!r}, but it is {text!r} now; pass another output_dir, or "
+                f"{self.folder} holds prompt {prompt + 1}, {now['prompt']!r}, {found}; pass another output_dir, or "
                 f"overwrite_output_dir to forget it."
             )
         return True
 
-    def write(self, prompt: int, text: str, results: Results, strips: dict[tuple[Setting, str], Image.Image]) -> None:
+    def write(self, prompt: int, row: dict[str, Any], results: Results, strips: dict[tuple[Setting, str], Image.Image]) -> None:
         """Keep a finished prompt: its numbers and, for the contact sheets, its pictures of each setting and model."""
         measured = {str(setting): {name: m.to_json() for name, m in models.items()} for setting, models in results.items()}
-        values = {"prompt": text, "measured": measured}
         with whole_folder(self.path(prompt), True, barrier=_alone) as folder:
-            (folder / NUMBERS).write_text(json.dumps(values), encoding="utf-8")
+            (folder / NUMBERS).write_text(json.dumps({**_description(row), "measured": measured}), encoding="utf-8")
             for (setting, name), strip in strips.items():
                 strip.save(folder / _strip_name(setting, name))
 
@@ -100,4 +113,10 @@ def _strip_name(setting: Setting, model: str) -> str:
     return f"{setting}-{model}.png"
 
 
-_alone: Callable[[], None] = lambda: None  # noqa: E731
+def _description(row: dict[str, Any]) -> dict[str, str]:
+    """The prompt, to be read, and all columns, to be compared; images too."""
+    return {"prompt": str(row.get("prompt", "")), "columns": Hasher.hash(row)}
+
+
+def _alone() -> None:
+    """The barrier of a folder that only one process writes."""
