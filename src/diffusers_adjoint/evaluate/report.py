@@ -24,7 +24,7 @@ KL = "KL spent (nats)"
 NAMES = ("guidance", "steps", "sampler")
 NOTE = "± is one standard error over prompts (over samples for one prompt); differences pair the same seeds."
 MARKED_FROM = 10  # prompts; the error from fewer is itself so uncertain that noise would often be marked
-MARKED = "* a difference of more than three standard errors: over-optimisation shows here first."
+MARKED = "* is a difference of more than three of them."
 SAMPLERS = {"ode": "ODE", "sde": "memoryless"}
 
 
@@ -143,14 +143,14 @@ class Report:
         marks = self.prompts >= MARKED_FROM
         parts = ["## Rewards and diversity", _rendered(self.rows, varying, "metrics", marks)]
         counts = [f"{n} {what}{'s' if n > 1 else ''}" for n, what in ((self.prompts, "prompt"), (self.samples, "sample"))]
-        parts.append(f"{' × '.join(counts)}{constant}. {NOTE}")
+        parts.append(f"{' × '.join(counts)}{constant}. {NOTE}" + (f" {MARKED}" if marks else ""))
         if self.missing:
             of = self.prompts * self.samples * len(settings)
             parts.append(
                 "Without a value: " + ", ".join(f"{name}, {n} of {of} samples" for name, n in self.missing.items()) + "."
             )
         if any(row.statistics for row in self.rows):
-            parts += ["## Image statistics", _rendered(self.rows, varying, "statistics", marks)] + ([MARKED] if marks else [])
+            parts += ["## Image statistics", _rendered(self.rows, varying, "statistics", marks)]
         if self.tilts:
             parts.append(f"## Tilt report, λ = {self.reward_scale:g}")
         for tilt in self.tilts:
