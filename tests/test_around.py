@@ -337,7 +337,7 @@ def test_a_term_without_gradient_is_found_in_a_sum():
 @pytest.mark.parametrize(
     "make, message",
     [
-        (lambda: weighted_sum([brightness], [1.0, 2.0]), "reward_weights has 2 entries for 1 reward functions; pass"),
+        (lambda: weighted_sum([brightness], [1.0, 2.0]), "weights has 2 entries for 1 rewards; pass"),
         (lambda: weighted_sum([], []), "reward_funcs is empty; pass"),
         (lambda: weighted_sum([brightness], [math.nan]), r"weights=\[nan\] are not all finite; pass"),
         (lambda: normalised(brightness, 0.0, 0.0), "mean=0.0, std=0.0 give no scale; pass"),
@@ -364,3 +364,32 @@ def test_bad_arguments(make, message):
 def test_not_callable(around, reward):
     with pytest.raises(TypeError, match=r"^reward_funcs contains .*; pass callables f\(images=, prompts=, \*\*columns\)\.$"):
         around(reward)
+
+
+@pytest.mark.parametrize(
+    "images, error, message",
+    [
+        (torch.full((1, 3, 4, 4), 200, dtype=torch.uint8), TypeError, "images has dtype torch.uint8; pass floating"),
+        (torch.full((1, 3, 4, 4), -1.0), ValueError, "images reach from -1 to -1; pass"),
+        (torch.full((1, 2, 3, 4, 4), 255.0), ValueError, "images reach from 255 to 255; pass"),
+        (torch.rand(1, 2, 40), ValueError, r"images has shape \(1, 2, 40\); pass images \(B, C, H, W\) or videos"),
+    ],
+)
+def test_smoothing_does_not_hide_bad_images(images, error, message):
+    """Its copies are cut to [0, 1]: the reward itself would not notice."""
+    with pytest.raises(error, match=f"^{message}"):
+        smoothed(lambda images, prompts: images.flatten(1).mean(1), num_copies=2)(images, ["x"])
+
+
+def test_a_clipped_gradient_may_be_taken_again():
+    images = torch.rand(2, 3, 4, 4, requires_grad=True)
+    value = 3.0 * gradient_clipped(lambda images, prompts: 100.0 * images.flatten(1).sum(1), 0.5)(images, ["x"] * 2)
+    first, again = (torch.autograd.grad(value.sum(), images, retain_graph=True)[0] for _ in range(2))
+    assert torch.equal(first, again) and first.flatten(1).norm(dim=1) == pytest.approx([1.5, 1.5])
+    halved = torch.autograd.grad(0.5 * value.sum(), images)[0]
+    torch.testing.assert_close(halved, 0.5 * first)
+
+
+def test_a_sum_of_one_reward_that_is_no_list():
+    with pytest.raises(TypeError, match="^rewards is a function; pass a list of reward functions.$"):
+        weighted_sum(brightness, [1.0])

@@ -155,3 +155,21 @@ def test_gradient_of_a_sum_through_the_decoder():
     torch.testing.assert_close(result.gradient, (1 - 3 * decoded) / 48)
     torch.testing.assert_close(result.rewards, 2 * decoded.mean((1, 2, 3)) - 3 * (decoded**2).mean((1, 2, 3)))
     assert not any(t.requires_grad for t in (result.rewards, result.images, *result.values.values()))
+
+
+def test_a_reward_of_weight_zero_is_only_looked_at():
+    """It needs no gradient; if all weights are 0 there is nothing to aim at, and all must have one."""
+
+    def looked_at(images, prompts):
+        return images.detach().mean((1, 2, 3))
+
+    def aimed_at(images, prompts):
+        return images.square().mean((1, 2, 3))
+
+    images = torch.rand(2, 3, 4, 4)
+    result = reward_gradient(images, lambda x: x, WeightedReward([aimed_at, looked_at], [1.0, 0.0]), [""] * 2, {})
+    torch.testing.assert_close(result.gradient, images / 24)  # 2x/48
+    torch.testing.assert_close(result.values["looked_at"], images.mean((1, 2, 3)))
+    for weights in ([0.0, 0.0], [0.0, 1.0]):
+        with pytest.raises(ValueError, match="^reward 'looked_at' is not differentiable in the images"):
+            reward_gradient(images, lambda x: x, WeightedReward([aimed_at, looked_at], weights), [""] * 2, {})

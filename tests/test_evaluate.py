@@ -270,7 +270,7 @@ def test_diversity_in_features_of_a_reward_or_of_ones_own(here, models):
     results = evaluate("own", rewards=["pick.py:pick", "my.py:brightness"])
     images = own_call(pipeline_of())
     features = PickScore("clip", "clip").features(images.flatten(0, 1)).unflatten(0, images.shape[:2])
-    found = metric(results, "diversity (PickScore)", model="base")["mean"]
+    found = metric(results, "diversity (pick.py:pick)", model="base")["mean"]
     assert found == pytest.approx(pairwise_diversity(features).mean, rel=1e-3)
 
 

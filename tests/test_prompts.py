@@ -30,6 +30,22 @@ def test_every_kind_of_file(tmp_path):
     assert [row["prompt"] for row in load_prompts(text, "train")] == [row["prompt"] for row in ROWS]
 
 
+def test_prompts_of_a_csv_are_the_texts_that_are_written(tmp_path):
+    """Not numbers, and no line breaks where only Python sees one."""
+    file = write(tmp_path, "p.csv", "prompt,label\n1,1\n007,2\na\u2028cat\x0c,3\n")
+    assert load_prompts(file, "train")["prompt"][:] == ["1", "007", "a\u2028cat\x0c"]
+    assert load_prompts(file, "train")["label"][:] == [1, 2, 3]
+    file = write(tmp_path, "n.csv", "prompt\n1\n2\n")
+    assert load_prompts(file, "train")["prompt"][:] == ["1", "2"]
+
+
+def test_a_name_is_no_pattern(tmp_path):
+    (tmp_path / "a[1]").mkdir()
+    for name in ("a[1]/p[2].txt", "a[1]/p2.txt"):
+        write(tmp_path, name, name)
+    assert load_prompts(str(tmp_path / "a[1]/p[2].txt"), "train")["prompt"][:] == ["a[1]/p[2].txt"]
+
+
 def test_rows_of_several_lines_in_a_csv_are_counted_by_their_last_line(tmp_path):
     file = write(tmp_path, "p.csv", 'prompt,label\n"two\nlines",1\n\nshort\n')
     with pytest.raises(ValueError, match="^line 5 of p.csv has 1 fields under 2 columns; put text"):
@@ -54,11 +70,16 @@ GOOD = json.dumps(ROWS[0])
         ("p.jsonl", f"{GOOD}\n\n{{'prompt': 1}}\n", "line 3 of p.jsonl is no JSON "),
         ("p.jsonl", f'{GOOD}\n["a cat"]\n', "line 2 of p.jsonl is a list; write an object"),
         ("p.jsonl", f'{GOOD}\n{{"prompt": 7}}\n', "line 2 of p.jsonl has a prompt of type int; write a string"),
-        ("p.jsonl", f'{GOOD}\n{{"label": 7}}\n', "line 2 of p.jsonl has no prompt, but the first row has one"),
-        ("p.jsonl", f'{GOOD}\n{{"prompt": null}}\n', "line 2 of p.jsonl has no prompt, but the first row has one"),
+        ("p.jsonl", f'{GOOD}\n{{"label": 7}}\n', "line 2 of p.jsonl has no prompt; write one there"),
+        ("p.jsonl", f'{GOOD}\n{{"prompt": null}}\n', "line 2 of p.jsonl has no prompt; write one there"),
         ("p.jsonl", f'{{"label": 7}}\n{GOOD}\n', "line 2 of p.jsonl has a prompt, but the first row has none"),
         ("p.csv", "prompt,label\na cat, asleep,3\n", "line 2 of p.csv has 3 fields under 2 columns; put text with commas"),
-        ("p.csv", "prompt,label\na cat,3\n,4\n", "line 3 of p.csv has no prompt, but the first row has one"),
+        ("p.csv", "prompt,label\na cat,3\n,4\n", "line 3 of p.csv has no prompt; write one there"),
+        ("p.csv", "prompt,label\n,4\n", "line 2 of p.csv has no prompt; write one there"),
+        ("p.csv", "prompt,prompt\na,b\n", "line 1 of p.csv names the column 'prompt' twice; name"),
+        ("p.csv", "prompt,label\n", "split 'train' of dataset_name='.*p.csv' cannot be read "),
+        ("p.json", "[1, 2]", "row 1 of p.json is a int; write an object"),
+        ("p.json", f'[{GOOD}, {{"prompt": 7}}]', "row 2 of p.json has a prompt of type int; write a string"),
         ("p.csv", 'prompt,label\n"a cat,3\n', "line 2 of p.csv is no CSV "),
         ("p.txt", b"a cat\n\xff\xfe\n", "line 2 of p.txt is not UTF-8 "),
         ("p.txt", "  \n", "dataset_name='.*p.txt' is empty; write"),

@@ -23,7 +23,8 @@ from transformers import (
 )
 
 from diffusers_adjoint.rewards import PickScore, WeightedReward, differentiable_preprocess, reward_gradient
-from diffusers_adjoint.rewards.preprocess import preprocessing_of
+from diffusers_adjoint.rewards.preprocess import check_images, preprocessing_of
+from diffusers_adjoint.rewards.texts import check_prompts
 
 MEAN, STD = (0.48, 0.46, 0.41), (0.27, 0.26, 0.28)
 PROMPTS = ["a cat", "the sea", "a red house"]
@@ -227,3 +228,28 @@ from diffusers_adjoint.rewards import PickScore
 assert PickScore({str(folder)!r}, {str(folder)!r})(torch.rand(1, 3, 16, 16), ["a cat"]).shape == (1,)
 """
     subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
+
+
+def test_a_local_model_brings_its_own_processor(reward, folder):
+    images = torch.rand(3, 3, 16, 20)
+    assert torch.equal(PickScore(folder)(images, PROMPTS), reward(images, PROMPTS))
+
+
+@pytest.mark.parametrize(
+    "images, prompts, message",
+    [
+        ([torch.rand(3, 4, 4)], PROMPTS, "images is a list; pass a tensor of shape"),
+        (None, PROMPTS, "images is a NoneType; pass a tensor of shape"),
+        (torch.rand(3, 3, 16, 16), [1, 2, 3], r"prompts is \[1, 2, 3\]; pass a list of strings"),
+        (torch.rand(3, 3, 16, 16), None, "prompts is None; pass a list of strings"),
+    ],
+)
+def test_what_is_no_tensor_and_no_text(images, prompts, message):
+    with pytest.raises(TypeError, match=f"^{message}"):
+        check_images(images)
+        check_prompts(prompts, images)
+
+
+def test_a_video_is_told_of_per_frame(reward):
+    with pytest.raises(ValueError, match="or wrap the reward in per_frame for videos.$"):
+        reward(torch.rand(3, 2, 3, 16, 16), PROMPTS)

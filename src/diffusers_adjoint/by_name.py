@@ -6,8 +6,9 @@ import importlib
 import importlib.util
 import inspect
 import sys
+import traceback
 from collections.abc import Callable, Sequence
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -17,7 +18,7 @@ import torch
 from . import rewards
 from .metrics import features
 
-__all__ = ["load_features", "load_rewards"]
+__all__ = ["is_ours", "load_features", "load_rewards"]
 
 
 def load_rewards(names: Sequence[str]) -> list[Callable[..., Any]]:
@@ -28,49 +29,71 @@ def load_rewards(names: Sequence[str]) -> list[Callable[..., Any]]:
     """
     if not names:
         raise ValueError("reward_funcs is missing; pass PickScore, module:function or path/to/file.py:function.")
-    return [_made(name, _named(name, rewards, "reward")) for name in names]
+    return [_made("reward", name, _named(name, rewards, "reward")) for name in names]
 
 
-def load_features(names: Sequence[str], reward_funcs: Sequence[Any], device: torch.device) -> dict[str, Callable[..., Any]]:
-    """Features for diversity, by name; see `EvaluationArguments.diversity`. A reward that is loaded already serves for its own.
+def load_features(
+    names: Sequence[str], reward_names: Sequence[str], reward_funcs: Sequence[Any], device: torch.device
+) -> dict[str, Callable[..., Any]]:
+    """Features for diversity, by name; see `EvaluationArguments.diversity`.
 
     Args:
         names: none for those of the rewards, or the pixels where these have none.
-        reward_funcs: the loaded ones.
+        reward_names, reward_funcs: the rewards that are loaded already; of the same name, one is not loaded twice.
         device: where those go that cannot be moved later.
 
     Raises:
-        ValueError: if a module, a file or a name does not exist, or a reward has no features.
+        ValueError: if a module, a file or a name does not exist, or cannot be loaded.
     """
-    # A network that is there already is not loaded a second time.
-    loaded = {type(reward).__name__: reward.features for reward in reward_funcs if hasattr(reward, "features")}
+    rewards_by_name = zip(reward_names, reward_funcs, strict=True)
+    loaded = {name: reward.features for name, reward in rewards_by_name if hasattr(reward, "features")}
     return {name: loaded.get(name) or _features(name, device) for name in names or loaded or ["pixels"]}
 
 
 def _features(name: str, device: torch.device) -> Callable[..., Any]:
-    if hasattr(getattr(rewards, name, None), "features"):
-        return _made(name, getattr(rewards, name)).features
-    found = _named(name, features, "diversity")
-    return found(device=device) if name in ("LPIPS", "DreamSim") else _made(name, found)
+    of_rewards = [key for key in rewards.__all__ if hasattr(getattr(rewards, key), "features")]
+    found = getattr(rewards, name) if name in of_rewards else _named(name, features, "diversity", of_rewards)
+    made = _made("diversity", name, partial(found, device=device) if name in ("LPIPS", "DreamSim") else found)
+    return getattr(made, "features", made)
 
 
-def _made(name: str, found: Any) -> Any:
-    """An instance, of a class."""
-    if not isinstance(found, type):
+def _made(option: str, name: str, found: Any) -> Any:
+    """An instance, of a class; what its making raises is one sentence."""
+    if not isinstance(found, type | partial):
         return found
+    if not _takes_nothing(found):
+        raise ValueError(f"{option} {name!r} is not made without arguments; pass module:function, where it is made.")
     try:
         return found()
-    except TypeError as error:  # it has arguments without a default
-        raise ValueError(f"{name} is not made without arguments ({error}); pass module:function with one made.") from error
+    except (OSError, ValueError) as error:
+        if is_ours(error):
+            raise
+        reason = " ".join(str(error).split()).rstrip(".")
+        raise ValueError(f"{option} {name!r} cannot be loaded ({reason}); pass one that can.") from error
 
 
-def _named(name: str, module: ModuleType, option: str) -> Any:
-    """What a name of `module` stands for, or module:function, or file.py:function."""
+def is_ours(error: BaseException) -> bool:
+    """Whether this package raised it: then it is a sentence for the user."""
+    raised_in = traceback.extract_tb(error.__traceback__)[-1].filename
+    return Path(raised_in).is_relative_to(Path(__file__).parent)
+
+
+def _takes_nothing(found: Any) -> bool:
+    try:
+        inspect.signature(found).bind()
+    except TypeError:
+        return False
+    return True
+
+
+def _named(name: str, module: ModuleType, option: str, others: Sequence[str] = ()) -> Any:
+    """What a name of `module` stands for, or module:function, or file.py:function; `others` would have been names, too."""
     source, colon, attribute = name.rpartition(":")
     if not colon:
         names = [key for key in module.__all__ if _is_usable(getattr(module, key))]
         if name not in names:
-            raise ValueError(f"{option} {name!r} is none of {', '.join(names)}; pass one of them or module:function.")
+            known = ", ".join([*names, *others])
+            raise ValueError(f"{option} {name!r} is none of {known}; pass one of them or module:function.")
         return getattr(module, name)
     found = _module_of_file(Path(source)) if source.endswith(".py") else _module_of_name(source)
     if not hasattr(found, attribute):
@@ -79,9 +102,9 @@ def _named(name: str, module: ModuleType, option: str) -> Any:
 
 
 def _is_usable(value: Any) -> bool:
-    """Whether it measures images: a class, or a function of images, or of images and prompts."""
+    """Whether it measures images: a class that is made without arguments, a function of images, or of images and prompts."""
     if isinstance(value, type):
-        return callable(getattr(value, "forward", None)) or "device" in inspect.signature(value).parameters
+        return _takes_nothing(value)
     return list(inspect.signature(value).parameters)[:2] in (["images"], ["images", "prompts"])
 
 
@@ -103,10 +126,11 @@ def _make_importable(folder: Path) -> None:
 
 @cache
 def _module_of_file(file: Path) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(file.stem, file)
+    spec = importlib.util.spec_from_file_location(str(file.resolve()), file)  # a name that no other module has
     if not file.is_file() or spec is None or spec.loader is None:
         raise ValueError(f"there is no file {str(file)!r}; pass module:function or path/to/file.py:function.")
     _make_importable(file.parent)
     module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # where data classes look their annotations up
     spec.loader.exec_module(module)
     return module

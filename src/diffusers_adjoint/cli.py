@@ -9,7 +9,6 @@ import argparse
 import re
 import subprocess
 import sys
-import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,7 +19,7 @@ from transformers.utils import logging
 from trl import ModelConfig, ScriptArguments, TrlParser, get_peft_config
 
 from . import prompts
-from .by_name import load_features, load_rewards
+from .by_name import is_ours, load_features, load_rewards
 from .config import AdjointMatchingConfig
 from .evaluate import EvaluationArguments, process_state
 from .evaluate import evaluate as run_evaluation
@@ -194,7 +193,7 @@ def evaluate(argv: Sequence[str]) -> int:
     dataset = prompts.load_prompts(args.prompts, args.split, config=args.dataset_config, option="prompts")
     functions = load_rewards(args.rewards)
     reward, state = WeightedReward(functions, args.reward_weights), process_state()
-    features = load_features(args.diversity, functions, state.device)
+    features = load_features(args.diversity, args.rewards, functions, state.device)
     try:
         report = run_evaluation(args, reward, features, dataset)
     except KeyboardInterrupt:
@@ -240,8 +239,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return command(argv[1:])
     except (ImportError, TypeError, ValueError) as error:
-        raised_in = traceback.extract_tb(error.__traceback__)[-1].filename
-        if not Path(raised_in).is_relative_to(Path(__file__).parent):
+        if not is_ours(error):
             raise  # not a message of ours: the traceback is needed
         print(f"{PROGRAM}: error: {error}", file=sys.stderr)
         return 1

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import glob
 import json
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -13,6 +14,12 @@ from datasets.exceptions import DatasetsError
 
 __all__ = ["load_prompts", "require_prompt_strings"]
 
+OPTIONS: dict[str, dict[str, Any]] = {
+    # Some editors begin a file with a mark, which would become part of the first prompt.
+    "text": {"encoding": "utf-8-sig"},
+    # A prompt "7" is a text, too.
+    "csv": {"converters": {"prompt": str}},
+}
 READERS = {".txt": "text", ".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
 
 
@@ -38,9 +45,9 @@ def load_prompts(
         raise ValueError(f"{option}={name!r} does not exist; pass a file, a folder, or the name of a dataset on the Hub.")
     if file.is_file():
         _check_file(file, option)
-    source = {"path": reader, "data_files": str(file)} if reader else {"path": name, "name": config}
-    if reader == "text":
-        source["encoding"] = "utf-8-sig"  # some editors begin a file with a mark, which would become part of the first prompt
+    source: dict[str, Any] = {"path": name, "name": config}
+    if reader:  # a bracket in the name would be a pattern
+        source = {"path": reader, "data_files": glob.escape(str(file))} | OPTIONS.get(reader, {})
     try:
         dataset = load_dataset(**source, split=split, streaming=streaming)
         if reader == "text":
@@ -65,18 +72,17 @@ def _check_file(file: Path, option: str) -> None:
     """Read a text file line by line, only to name the line that the dataset's reader would fail on, or misread."""
     if file.suffix not in READERS:
         raise ValueError(f"{option}={str(file)!r} is a file of unknown kind; pass one ending in {', '.join(READERS)}.")
-    if not file.read_bytes().strip():
+    has_prompt = None
+    for place, row in LINES[file.suffix](file) if file.suffix in LINES else ():
+        has_prompt = "prompt" in row if has_prompt is None else has_prompt
+        _check_row(f"{place} of {file.name}", row, has_prompt)
+    if not file.stat().st_size or (has_prompt is None and file.suffix in (".txt", ".jsonl")):
         raise ValueError(f"{option}={str(file)!r} is empty; write at least one prompt into it.")
-    if file.suffix in LINES:
-        has_prompt = None
-        for number, row in LINES[file.suffix](file):
-            has_prompt = "prompt" in row if has_prompt is None else has_prompt
-            _check_row(f"line {number} of {file.name}", row, has_prompt)
 
 
-def _check_row(place: str, row: dict[str, Any], has_prompt: bool) -> None:
+def _check_row(place: str, row: Any, has_prompt: bool) -> None:
     if has_prompt and row.get("prompt") is None:
-        raise ValueError(f"{place} has no prompt, but the first row has one; write one there or remove the row.")
+        raise ValueError(f"{place} has no prompt; write one there or remove the row.")
     if "prompt" in row and not has_prompt:
         raise ValueError(f"{place} has a prompt, but the first row has none; write one into each row.")
     prompt = row.get("prompt", "")
@@ -86,47 +92,64 @@ def _check_row(place: str, row: dict[str, Any], has_prompt: bool) -> None:
 
 def _text_lines(file: Path) -> Iterator[tuple[int, str]]:
     """(number, line) of the lines that are not blank; numbers count from 1, as editors do."""
-    for number, line in enumerate(file.read_bytes().split(b"\n"), 1):
-        try:
-            text = line.decode("utf-8-sig")
-        except UnicodeDecodeError as error:
-            raise ValueError(f"line {number} of {file.name} is not UTF-8 ({error.reason}); save the file as UTF-8.") from None
-        if text.strip():
-            yield number, text
+    with file.open("rb") as lines:
+        for number, line in enumerate(lines, 1):
+            try:
+                text = line.decode("utf-8-sig")
+            except UnicodeDecodeError as error:
+                raise ValueError(f"line {number} of {file.name} is not UTF-8 ({error.reason}); save it as UTF-8.") from None
+            if text.strip():
+                yield number, text
 
 
-def _plain_rows(file: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+def _plain_rows(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     for number, line in _text_lines(file):
-        yield number, {"prompt": line}
+        yield f"line {number}", {"prompt": line}
 
 
-def _json_rows(file: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+def _json_lines(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     for number, line in _text_lines(file):
         try:
             row = json.loads(line)
         except json.JSONDecodeError as error:
             raise ValueError(f"line {number} of {file.name} is no JSON ({error.msg}); write one object a line.") from None
-        if not isinstance(row, dict):
-            raise ValueError(f"line {number} of {file.name} is a {type(row).__name__}; write an object with a 'prompt' there.")
-        yield number, row
+        yield f"line {number}", _object(f"line {number} of {file.name}", row)
 
 
-def _csv_rows(file: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    # Blank lines stay in: the reader counts them.
-    lines = [text for _, text in _text_lines(file)] and file.read_text(encoding="utf-8-sig").splitlines(keepends=True)
-    reader = csv.reader(lines, strict=True)
+def _json_rows(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Of an array; what else a .json file may hold is left to the dataset's reader."""
     try:
-        header = next(reader)
-        for values in reader:
-            if values and len(values) != len(header):
-                raise ValueError(
-                    f"line {reader.line_num} of {file.name} has {len(values)} fields under {len(header)} columns; put text "
-                    f'with commas into "quotes".'
-                )
-            if values:
-                yield reader.line_num, {name: value or None for name, value in zip(header, values, strict=True)}
-    except csv.Error as error:
-        raise ValueError(f"line {reader.line_num} of {file.name} is no CSV ({error}); mend it.") from None
+        rows = json.loads(file.read_bytes())
+    except ValueError:  # perhaps an object a line
+        rows = []
+    for number, row in enumerate(rows if isinstance(rows, list) else [], 1):
+        yield f"row {number}", _object(f"row {number} of {file.name}", row)
 
 
-LINES = {".txt": _plain_rows, ".jsonl": _json_rows, ".csv": _csv_rows}
+def _object(place: str, row: Any) -> dict[str, Any]:
+    if not isinstance(row, dict):
+        raise ValueError(f"{place} is a {type(row).__name__}; write an object with a 'prompt' there.")
+    return row
+
+
+def _csv_rows(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    for _ in _text_lines(file):  # all of it is UTF-8; the lines of a CSV itself may break within quotes
+        continue
+    with file.open(encoding="utf-8-sig", newline="") as text:
+        reader = csv.reader(text, strict=True)
+        try:
+            header = next(reader, [])
+            if twice := [name for name in header if header.count(name) > 1]:
+                raise ValueError(f"line 1 of {file.name} names the column {twice[0]!r} twice; name each once.")
+            for values in filter(None, reader):
+                if len(values) != len(header):
+                    raise ValueError(
+                        f"line {reader.line_num} of {file.name} has {len(values)} fields under {len(header)} columns; put text "
+                        f'with commas into "quotes".'
+                    )
+                yield f"line {reader.line_num}", {name: value or None for name, value in zip(header, values, strict=True)}
+        except csv.Error as error:
+            raise ValueError(f"line {reader.line_num} of {file.name} is no CSV ({error}); mend it.") from None
+
+
+LINES = {".txt": _plain_rows, ".json": _json_rows, ".jsonl": _json_lines, ".csv": _csv_rows}

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from .combine import RewardFunction, WeightedReward, with_graph
+from .preprocess import check_range
 
 __all__ = ["clamped", "gradient_clipped", "normalised", "per_frame", "smoothed", "weighted_sum"]
 
@@ -49,7 +50,7 @@ class _Around(nn.Module):
     def _score(self, images: Tensor, prompts: list[str], columns: Columns) -> Tensor:
         values = self.inner(images, prompts, **columns)
         if torch.is_grad_enabled() and images.requires_grad:  # in a sum nobody else would see that one has no gradient
-            values = {name: with_graph(name, value, images) for name, value in values.items()}
+            values |= {name: with_graph(name, values[name], images) for name in self.inner.aimed_at}
         return self.inner.total(values)
 
 
@@ -66,6 +67,10 @@ def weighted_sum(rewards: Sequence[RewardFunction], weights: Sequence[float]) ->
         ValueError: if there is no reward, or the weights are not finite or of another number.
         TypeError: if a reward is not callable.
     """
+    if not isinstance(rewards, list | tuple):
+        raise TypeError(f"rewards is a {type(rewards).__name__}; pass a list of reward functions.")
+    if len(weights) != len(rewards):
+        raise ValueError(f"weights has {len(weights)} entries for {len(rewards)} rewards; pass one each.")
     if not all(map(math.isfinite, weights)):
         raise ValueError(f"weights={list(weights)} are not all finite; pass numbers.")
     return _Around(rewards, weights, lambda score, *shown: score(*shown))
@@ -175,6 +180,11 @@ def smoothed(reward: RewardFunction, std: float = 0.02, num_copies: int = 20, se
         raise ValueError(f"num_copies={num_copies} leaves nothing to average; pass 1 or more.")
 
     def around(score: Score, images: Tensor, prompts: list[str], columns: Columns) -> Tensor:
+        if images.ndim not in (4, 5):
+            raise ValueError(f"images has shape {tuple(images.shape)}; pass images (B, C, H, W) or videos (B, F, C, H, W).")
+        finite = images[images.detach().flatten(1).isfinite().all(1)]  # the others have no reward
+        if len(finite):  # the reward sees copies that are cut to the range, whatever they were
+            check_range(finite)
         x = images.to(torch.promote_types(images.dtype, torch.float32))  # 16 bits would round the noise
         generator = torch.Generator().manual_seed(seed)
         values = []
@@ -209,7 +219,7 @@ def gradient_clipped(reward: RewardFunction, max_norm: float) -> nn.Module:
         if value.requires_grad and seen.requires_grad:
             factors: list[Tensor] = []  # what ∂r/∂pixels comes multiplied by: weights, and whatever is around this
             value.register_hook(factors.append)
-            seen.register_hook(lambda gradient: _shortened(gradient, max_norm * factors.pop().abs()))
+            seen.register_hook(lambda gradient: _shortened(gradient, max_norm * factors[-1].abs()))
         return value
 
     return _Around([reward], None, around)

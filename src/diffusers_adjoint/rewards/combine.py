@@ -90,6 +90,11 @@ class WeightedReward:
         }
         return values if shown is images else {name: value.where(finite, torch.nan) for name, value in values.items()}
 
+    @property
+    def aimed_at(self) -> list[str]:
+        """Names of the functions whose weight is not 0; the others are only looked at. All, if there is none."""
+        return [name for name, w in zip(self.names, self.weights, strict=True) if w] or self.names
+
     def total(self, values: dict[str, Tensor]) -> Tensor:
         """Σ_i w_i f_i, shape (B,), from the values of a call."""
         # A weight of 0 logs a reward without aiming at it, so its NaN must not count.
@@ -131,7 +136,8 @@ def reward_gradient(
         decoded = decode(x)
         # A fresh leaf in float32: gradients in the pixels are small, a 16-bit decoder's output would round them away.
         images = decoded.detach().to(torch.promote_types(decoded.dtype, torch.float32)).requires_grad_()
-        values = {name: with_graph(name, value, images) for name, value in reward(images, prompts, **columns).items()}
+        values = reward(images, prompts, **columns)
+        values |= {name: with_graph(name, values[name], images) for name in reward.aimed_at}
         total = reward.total(values)
     in_pixels = torch.autograd.grad(total.sum(), images, allow_unused=True)[0]
     gradient = None if in_pixels is None else vector_jacobian(decoded, x, in_pixels)

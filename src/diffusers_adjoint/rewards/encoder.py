@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -25,15 +26,22 @@ class ImageTextEncoder(nn.Module):
 
     Attributes:
         scale: exp(logit_scale), the inverse temperature of the model's training.
+
+    Raises:
+        ValueError: if it is no model of images and texts, or its image processor does more than resize, crop and normalise.
+        ImportError: if its tokenizer needs packages that are not installed.
     """
 
     def __init__(self, model: str | Path, processor: str | Path | None = None, *, name: str) -> None:
         super().__init__()
         processor = model if processor is None else processor
         self.model = AutoModel.from_pretrained(model, dtype=torch.float32)
+        if not hasattr(self.model, "get_text_features"):
+            found = type(self.model).__name__
+            raise ValueError(f"{model} is a {found}; pass a CLIPModel, a SiglipModel or another of images and texts.")
         self.preprocess = preprocessing_of(processor)
         text = self.model.config.text_config
-        tokenizer, padding = AutoTokenizer.from_pretrained(processor), "longest"
+        tokenizer, padding = _tokenizer(processor), "longest"
         if self.model.config.model_type.startswith("siglip"):  # trained on texts padded to its length, without a mask
             tokenizer.model_input_names, padding = ["input_ids"], "max_length"
         self.tokenize = PromptTokenizer(tokenizer, text.max_position_embeddings, name, padding)
@@ -59,6 +67,16 @@ class ImageTextEncoder(nn.Module):
         """
         check_prompts(prompts, images)
         return (self.images(images) * self.texts(prompts)).sum(-1)
+
+
+def _tokenizer(processor: str | Path) -> Any:
+    try:
+        return AutoTokenizer.from_pretrained(processor)
+    except ImportError as error:  # SigLIP's needs sentencepiece and protobuf
+        raise ImportError(
+            f"the tokenizer of {processor} cannot be made ({str(error).strip().splitlines()[0]}); run pip install "
+            f'"diffusers-adjoint[rewards]".'
+        ) from error
 
 
 def unit_norm(features: Tensor) -> Tensor:

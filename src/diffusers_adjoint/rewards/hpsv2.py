@@ -79,7 +79,9 @@ def _open_clip() -> Any:
     try:
         return importlib.import_module("open_clip")
     except ImportError as error:
-        raise ImportError('HPSv2 needs the package open_clip; run pip install "diffusers-adjoint[rewards]"') from error
+        raise ImportError(
+            f'the package open_clip cannot be imported ({error}); run pip install "diffusers-adjoint[rewards]".'
+        ) from error
 
 
 def _with_borders(images: Tensor, size: int, mean: tuple[float, ...], std: tuple[float, ...]) -> Tensor:

@@ -11,6 +11,8 @@ from .encoder import ImageTextEncoder
 
 __all__ = ["PickScore"]
 
+PROCESSOR = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"
+
 
 class PickScore(nn.Module):
     """r = exp(logit_scale) · cos(image, prompt), differentiable in the images; frozen, in float32 unless moved by `.to(dtype)`.
@@ -20,15 +22,18 @@ class PickScore(nn.Module):
 
     Args:
         model: Hub id or local folder of a `CLIPModel`.
-        processor: Hub id or local folder of its tokenizer and image processor.
+        processor: Hub id or local folder of its tokenizer and image processor; `None` for the model's local folder, if it holds
+            them, or else for those that the published model was trained with.
     """
 
     def __init__(
         self,
         model: str | Path = "yuvalkirstain/PickScore_v1",
-        processor: str | Path = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K",
+        processor: str | Path | None = None,
     ) -> None:
         super().__init__()
+        if processor is None and not (Path(model) / "preprocessor_config.json").is_file():
+            processor = PROCESSOR
         self.encoder = ImageTextEncoder(model, processor, name="PickScore")
         self.eval()
 

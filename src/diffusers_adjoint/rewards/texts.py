@@ -54,7 +54,9 @@ class PromptTokenizer:
 
 
 def check_prompts(prompts: list[str], images: Tensor) -> None:
-    """Raises ValueError unless there is one prompt for each image."""
-    if isinstance(prompts, str) or len(prompts) != len(images):
+    """Raises ValueError or TypeError unless there is one text for each image."""
+    if isinstance(prompts, str) or (isinstance(prompts, list | tuple) and len(prompts) != len(images)):
         got = "one string" if isinstance(prompts, str) else f"a list of {len(prompts)}"
         raise ValueError(f"prompts is {got} for {len(images)} images; pass a list with one prompt for each image.")
+    if not isinstance(prompts, list | tuple) or not all(isinstance(prompt, str) for prompt in prompts):
+        raise TypeError(f"prompts is {prompts!r:.60}; pass a list of strings, one for each image.")
