@@ -102,7 +102,7 @@ def arrays(images):
 def test_one_number_an_image_whatever_its_batch(make, name):
     reward, images = make(name), torch.rand(3, 3, 16, 20)
     scores = reward(images=images, prompts=PROMPTS, other_column=["x"] * 3)
-    assert scores.shape == (3,) and scores.dtype == torch.float32 and scores.std() > 1e-3
+    assert scores.shape == (3,) and scores.dtype == torch.float32 and scores.std() > 1e-4
     alone = torch.cat([reward(images[i : i + 1], PROMPTS[i : i + 1]) for i in range(3)])
     torch.testing.assert_close(scores, alone)
 
