@@ -77,3 +77,5 @@ if __name__ == "__main__":
             "rewards": [line["reward"] for line in trainer.state.log_history if "reward" in line],
         }
         torch.save(result, f"{folder}/result.pt")
+    # A process that ends while threads of gloo still run may be aborted.
+    torch.distributed.destroy_process_group()

@@ -338,7 +338,7 @@ def test_a_term_without_gradient_is_found_in_a_sum():
     "make, message",
     [
         (lambda: weighted_sum([brightness], [1.0, 2.0]), "weights has 2 entries for 1 rewards; pass"),
-        (lambda: weighted_sum([], []), "reward_funcs is empty; pass"),
+        (lambda: weighted_sum([], []), "rewards is empty; pass"),
         (lambda: weighted_sum([brightness], [math.nan]), r"weights=\[nan\] are not all finite; pass"),
         (lambda: normalised(brightness, 0.0, 0.0), "mean=0.0, std=0.0 give no scale; pass"),
         (lambda: normalised(brightness, math.nan, 1.0), "mean=nan, std=1.0 give no scale; pass"),
@@ -362,7 +362,7 @@ def test_bad_arguments(make, message):
 @pytest.mark.parametrize("around", [*WRAPPERS.values(), per_frame], ids=[*WRAPPERS, "per_frame"])
 @pytest.mark.parametrize("reward", [0.5, [brightness]])
 def test_not_callable(around, reward):
-    with pytest.raises(TypeError, match=r"^reward_funcs contains .*; pass callables f\(images=, prompts=, \*\*columns\)\.$"):
+    with pytest.raises(TypeError, match=r"^reward .* is not callable; pass f\(images=, prompts=, \*\*columns\)\.$"):
         around(reward)
 
 
@@ -372,13 +372,29 @@ def test_not_callable(around, reward):
         (torch.full((1, 3, 4, 4), 200, dtype=torch.uint8), TypeError, "images has dtype torch.uint8; pass floating"),
         (torch.full((1, 3, 4, 4), -1.0), ValueError, "images reach from -1 to -1; pass"),
         (torch.full((1, 2, 3, 4, 4), 255.0), ValueError, "images reach from 255 to 255; pass"),
-        (torch.rand(1, 2, 40), ValueError, r"images has shape \(1, 2, 40\); pass images \(B, C, H, W\) or videos"),
+        (torch.rand(1, 2, 40), ValueError, r"images has shape \(1, 2, 40\); pass"),
+        (torch.rand(1, 4, 8, 8), ValueError, r"images has shape \(1, 4, 8, 8\); pass"),
+        (torch.rand(0, 3, 4, 4), ValueError, r"images has shape \(0, 3, 4, 4\); pass"),
     ],
 )
 def test_smoothing_does_not_hide_bad_images(images, error, message):
     """Its copies are cut to [0, 1]: the reward itself would not notice."""
     with pytest.raises(error, match=f"^{message}"):
         smoothed(lambda images, prompts: images.flatten(1).mean(1), num_copies=2)(images, ["x"])
+
+
+def test_smoothing_gives_no_reward_to_infinite_pixels():
+    """Cut to the range they would be white, or black."""
+    images = torch.rand(4, 3, 4, 4)
+    images[1, 0, 0, 0], images[2, 0, 0, 0], images[3, 0, 0, 0] = torch.inf, -torch.inf, torch.nan
+    values = smoothed(brightness, num_copies=2)(images, ["x"] * 4)
+    assert values[0].isfinite() and values[1:].isnan().all()
+
+
+@around_any
+def test_what_is_no_tensor(around):
+    with pytest.raises(TypeError, match="^images is a list; pass a tensor of shape"):
+        around(brightness)([torch.rand(3, 4, 4)], ["x"])
 
 
 def test_a_clipped_gradient_may_be_taken_again():
@@ -390,6 +406,36 @@ def test_a_clipped_gradient_may_be_taken_again():
     torch.testing.assert_close(halved, 0.5 * first)
 
 
-def test_a_sum_of_one_reward_that_is_no_list():
-    with pytest.raises(TypeError, match="^rewards is a function; pass a list of reward functions.$"):
-        weighted_sum(brightness, [1.0])
+def test_a_clipped_gradient_has_no_second_derivative():
+    images = torch.rand(1, 3, 4, 4, requires_grad=True)
+    value = gradient_clipped(energy, 0.5)(images, ["x"])
+    (gradient,) = torch.autograd.grad(value.sum(), images, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        gradient.sum().backward()
+
+
+def test_clipping_without_a_gradient_in_the_images():
+    """Of a function of something else the sum's check can speak."""
+    other = torch.ones(2, requires_grad=True)
+    reward = WeightedReward(gradient_clipped(lambda images, prompts: other * 2, 1.0))
+    with pytest.raises(ValueError, match="do not depend on the images; pass functions of the images.$"):
+        reward_gradient(torch.rand(2, 3, 4, 4), lambda x: x, reward, [""] * 2, {})
+
+
+@pytest.mark.parametrize(
+    "make, message",
+    [
+        (lambda: weighted_sum(brightness, [1.0]), "rewards is a function; pass a list of reward functions"),
+        (lambda: weighted_sum([brightness], None), "weights is a NoneType; pass a list of numbers"),
+        (lambda: weighted_sum([brightness], ["a"]), r"weights\[0\] is 'a'; pass a number"),
+        (lambda: normalised(brightness, 0.0, "a"), "std is 'a'; pass a number"),
+        (lambda: clamped(brightness, "a", 1.0), "low is 'a'; pass a number"),
+        (lambda: per_frame(brightness, 1.5), "num_frames is 1.5; pass a whole number"),
+        (lambda: smoothed(brightness, "a"), "std is 'a'; pass a number"),
+        (lambda: smoothed(brightness, num_copies=None), "num_copies is None; pass a whole number"),
+        (lambda: gradient_clipped(brightness, None), "max_norm is None; pass a number"),
+    ],
+)
+def test_arguments_of_another_type(make, message):
+    with pytest.raises(TypeError, match=f"^{message}\\.$"):
+        make()

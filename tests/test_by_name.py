@@ -3,9 +3,11 @@
 import pytest
 import torch
 from tiny_rewards import tiny_clip
+from transformers import AutoTokenizer, ViTConfig, ViTModel
 
 from diffusers_adjoint import rewards
 from diffusers_adjoint.by_name import load_features, load_rewards
+from diffusers_adjoint.metrics import features
 
 CPU = torch.device("cpu")
 MINE = """
@@ -50,6 +52,7 @@ def here(tmp_path, monkeypatch):
     tiny_clip(tmp_path / "clip")
     tiny_clip(tmp_path / "other", seed=1)
     (tmp_path / "mine.py").write_text(MINE)
+    (tmp_path / "absent.py").write_text("from diffusers_adjoint.rewards import PickScore\nreward = PickScore('no/such')\n")
     return tmp_path
 
 
@@ -77,8 +80,8 @@ def test_features_are_those_of_the_reward_of_the_same_name(here):
 
 
 def test_a_class_with_features_serves_without_being_a_reward(here):
-    (features,) = load_features(["mine.py:Clip"], ["brightness"], load_rewards(["brightness"]), CPU).values()
-    assert features(torch.rand(2, 3, 9, 9)).shape == (2, 32)
+    (found,) = load_features(["mine.py:Clip"], ["brightness"], load_rewards(["brightness"]), CPU).values()
+    assert found(torch.rand(2, 3, 9, 9)).shape == (2, 32)
 
 
 def test_without_any_features_there_are_the_pixels():
@@ -92,9 +95,10 @@ def test_without_any_features_there_are_the_pixels():
 @pytest.mark.parametrize(
     "name, message",
     [
-        ("PickScore", "reward 'PickScore' cannot be loaded (.*); pass one that can.$"),
-        ("ImageReward", "reward 'ImageReward' cannot be loaded (.*); pass one that can.$"),
+        ("PickScore", r"reward 'PickScore' cannot be loaded \(.*\); pass one that can.$"),
+        ("ImageReward", r"reward 'ImageReward' cannot be loaded \(.*\); pass one that can.$"),
         ("mine.py:Refusing", r"reward 'mine.py:Refusing' cannot be loaded \(no way\); pass one that can.$"),
+        ("absent.py:reward", r"reward 'absent.py:reward' cannot be loaded \(.*\); pass one that can.$"),
         ("mine.py:Options.x", "mine.py has no 'Options.x'"),
         ("ClassLogProbability", "reward 'ClassLogProbability' is none of "),
     ],
@@ -103,6 +107,26 @@ def test_what_cannot_be_loaded_is_one_sentence(here, name, message):
     with pytest.raises(ValueError, match=f"^{message}") as caught:
         load_rewards([name])
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["PickScore", "DreamSim"])
+def test_features_that_cannot_be_loaded_are_one_sentence(monkeypatch, name):
+    def unreachable(*args, **kwargs):
+        raise OSError("no\nnetwork.")
+
+    for module in (rewards, features):
+        if hasattr(module, name):
+            monkeypatch.setattr(getattr(module, name), "__init__", unreachable)
+    with pytest.raises(ValueError, match=rf"^diversity '{name}' cannot be loaded \(no network\); pass one that can.$"):
+        load_features([name], [], [], CPU)
+
+
+def test_a_file_of_the_same_name_in_another_folder_is_another(tmp_path, monkeypatch):
+    for number in (1, 2):
+        (tmp_path / str(number)).mkdir()
+        monkeypatch.chdir(tmp_path / str(number))
+        (tmp_path / str(number) / "own.py").write_text(f"def reward(images, prompts):\n    return {number}\n")
+        assert load_rewards(["own.py:reward"])[0](None, None) == number
 
 
 def test_a_missing_package_keeps_its_sentence(monkeypatch):
@@ -116,9 +140,17 @@ def test_a_mistake_within_a_class_is_not_about_its_arguments(here):
         load_rewards(["mine.py:Broken"])
 
 
-def test_a_model_that_reads_no_text_is_refused(here):
-    from transformers import ViTConfig, ViTModel
+def test_a_tokenizer_that_needs_a_package_says_what_to_install(here, monkeypatch):
+    def missing(*args):
+        raise ImportError("\nT requires the protobuf library. Check the instructions on the\npage of it.\n")
 
+    monkeypatch.setattr(AutoTokenizer, "from_pretrained", missing)
+    expected = r"^the tokenizer of clip cannot be made \(T requires the protobuf library\); run pip install .*\[rewards\]\"\.$"
+    with pytest.raises(ImportError, match=expected):
+        rewards.CLIPScore("clip")
+
+
+def test_a_model_that_reads_no_text_is_refused(here):
     ViTModel(ViTConfig(hidden_size=8, num_hidden_layers=1, num_attention_heads=1, intermediate_size=8)).save_pretrained(
         here / "vit"
     )

@@ -26,10 +26,11 @@ from tiny_videos import wan22
 
 from diffusers_adjoint import memoryless_scheduler
 from diffusers_adjoint.cli import main
-from diffusers_adjoint.evaluate import EvaluationArguments, run, store
+from diffusers_adjoint.evaluate import EvaluationArguments, run, sheets, store
 from diffusers_adjoint.evaluate.measure import Measured, Setting, Settings, _spread, measure
 from diffusers_adjoint.evaluate.models import Model, load_models
 from diffusers_adjoint.evaluate.report import make_report
+from diffusers_adjoint.evaluate.sheets import SheetRow, contact_sheet
 from diffusers_adjoint.lora import add_lora, load_lora, save_lora
 from diffusers_adjoint.matching import path_kl
 from diffusers_adjoint.metrics import pairwise_diversity, vendi_score
@@ -206,12 +207,12 @@ def test_the_csv_says_what_the_json_says(here):
 
 
 def test_the_kl_is_the_path_kl_of_the_model_as_it_is_sampled(here):
-    results = evaluate(sampler=["ode", "sde"], guidance=3, kl_paths=2, prompts="prompts.txt", num_prompts=1)
+    results = evaluate(sampler=["ode", "sde"], guidance=3, kl_paths=3, prompts="prompts.txt", num_prompts=1)
     trainer = make_trainer("unused", pipeline=pipeline_of(), guidance_scale=3.0, cfg_mode="full", num_inference_steps=3,
                            pipeline_kwargs={"max_sequence_length": 8}, peft_config=LoraConfig(r=2, lora_alpha=4))  # fmt: skip
     load_lora(trainer.denoiser.network, "transformer", "out")
-    starts, noise = (seeded_generators(0, 0, range(2), stream) for stream in (Stream.EVALUATION_START, Stream.EVALUATION_NOISE))
-    start, conditioning = trainer.replay.prepare({"prompt": PROMPTS[:1] * 2}, starts)
+    starts, noise = (seeded_generators(0, 0, range(3), stream) for stream in (Stream.EVALUATION_START, Stream.EVALUATION_NOISE))
+    start, conditioning = trainer.replay.prepare({"prompt": PROMPTS[:1] * 3}, starts)
     with torch.no_grad():
         trajectory = sample_trajectory(trainer.denoiser, start, conditioning, noise, guided=True)
 
@@ -539,7 +540,7 @@ def test_a_single_prompt_has_errors_too():
 def test_the_tilt_counts_the_rewards_that_are_aimed_at():
     """A reward of weight 0 may have no value anywhere; without any weight there is no tilt."""
     setting, noise = Setting(3, "sde", 1.0), torch.randn(300, generator=torch.Generator().manual_seed(0)).tolist()
-    one = Measured({"r": noise, "none": [math.nan] * 300}, {"brightness": noise, "odd": [math.nan, *noise[1:]]}, {}, [])
+    one = Measured({"r": noise, "none": [math.nan] * 300}, {"brightness": noise, "odd": [math.nan, *noise[1:]]}, {}, [0.1, 0.2])
     results = [{setting: {"base": one, "out": one}}]
     report = make_report(results, reward_scale=0.5, weights={"r": 1.0, "none": 0.0})
     (tilt,) = report.tilts
@@ -547,6 +548,9 @@ def test_the_tilt_counts_the_rewards_that_are_aimed_at():
     log_z = (0.5 * torch.tensor(noise)).double().exp().mean().log().item()
     assert tilt.report.shifts[0].target.log_normalizer == pytest.approx(log_z, rel=1e-6)
     assert "log Z, memoryless" in report.markdown()
+    reward = 0.5 * sum(noise) / 300
+    assert tilt.report.gap.scaled_reward.mean == pytest.approx(reward, rel=1e-6)
+    assert tilt.report.gap.gap.mean == pytest.approx(log_z - (reward - 0.15), rel=1e-6)
     plain = json.loads(report.json())["tilt"][0]["report"]
     assert plain["shifts"][0]["target"]["log_normalizer"] == pytest.approx(log_z, rel=1e-6)
     for weights in ({"r": 0.0, "none": 0.0}, {"r": 1.0, "none": 1.0}):
@@ -714,3 +718,13 @@ def test_models_of_the_hub_come_from_its_cache(here, models, monkeypatch):
     results = evaluate(model="me/base", adapter="me/out")
     local = evaluate("local")
     assert rows_of(results, model="out") == rows_of(local, model="out") and rows_of(results, model="base")
+
+
+def test_a_prompt_is_written_once_on_a_sheet():
+    strip = Image.new("RGB", (50, 20))
+    heights = [
+        contact_sheet("title", [SheetRow(number, "a cat", "base", strip) for number in numbers]).height
+        for numbers in ((0, 0), (0, 1), (0, 1, 1))
+    ]
+    assert heights[1] - heights[0] == sheets.LINE
+    assert heights[2] - heights[1] == sheets.LINE + strip.height + 4

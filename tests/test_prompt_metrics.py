@@ -261,13 +261,14 @@ def base_samples(count, seed=0):
 
 
 def test_tilt_by_prompt_is_calibrated():
-    z_mean, z_log = torch.empty(300), torch.empty(300)
+    z_mean, z_log, z_kl = torch.empty(300), torch.empty(300), torch.empty(300)
     for seed in range(300):
         x = base_samples(1500, seed)
         estimate = tilt_estimate(SLOPE * x, x)
         z_mean[seed] = (estimate.mean - TILTED_MEAN) / estimate.standard_error
         z_log[seed] = (estimate.log_normalizer - LOG_Z) / estimate.log_normalizer_standard_error
-    for z in (z_mean, z_log):
+        z_kl[seed] = (estimate.kl_target - KL) / estimate.kl_target_standard_error
+    for z in (z_mean, z_log, z_kl):
         # Of 300 standard normals: mean within four errors (.23), spread 1 ± .04, a few per cent more for skewed weights.
         assert abs(z.mean()) < 0.23 and z.std() == pytest.approx(1.0, abs=0.15)
 

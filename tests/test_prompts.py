@@ -39,6 +39,21 @@ def test_prompts_of_a_csv_are_the_texts_that_are_written(tmp_path):
     assert load_prompts(file, "train")["prompt"][:] == ["1", "2"]
 
 
+def test_a_word_for_nothing_is_a_prompt_too(tmp_path):
+    """In other columns it is still nothing, as pandas reads it; blank lines before the header are none of it."""
+    words = ["NA", "null", "None", "nan", "caf\u00e9"]
+    file = write(tmp_path, "p.csv", "\nprompt,label\n" + "".join(f"{word},{i or 'NA'}\n" for i, word in enumerate(words)))
+    for streaming in (True, False, True):  # after it was read whole, a stream knows its columns
+        rows = list(load_prompts(file, "train", streaming=streaming))
+        assert [row["prompt"] for row in rows] == words
+        assert [row["label"] for row in rows] == [None, 1.0, 2.0, 3.0, 4.0]
+
+
+def test_a_csv_without_prompts_is_read_as_it_is(tmp_path):
+    rows = [{"image": "a.png", "label": 3}, {"image": "b.png", "label": 0}]
+    assert load_prompts(write(tmp_path, "p.csv", "image,label\na.png,3\nb.png,0\n"), "train").to_list() == rows
+
+
 def test_a_name_is_no_pattern(tmp_path):
     (tmp_path / "a[1]").mkdir()
     for name in ("a[1]/p[2].txt", "a[1]/p2.txt"):
@@ -68,7 +83,7 @@ GOOD = json.dumps(ROWS[0])
     "name, content, message",
     [
         ("p.jsonl", f"{GOOD}\n\n{{'prompt': 1}}\n", "line 3 of p.jsonl is no JSON "),
-        ("p.jsonl", f'{GOOD}\n["a cat"]\n', "line 2 of p.jsonl is a list; write an object"),
+        ("p.jsonl", f'{GOOD}\n["a cat"]\n', "line 2 of p.jsonl is of type list; write an object"),
         ("p.jsonl", f'{GOOD}\n{{"prompt": 7}}\n', "line 2 of p.jsonl has a prompt of type int; write a string"),
         ("p.jsonl", f'{GOOD}\n{{"label": 7}}\n', "line 2 of p.jsonl has no prompt; write one there"),
         ("p.jsonl", f'{GOOD}\n{{"prompt": null}}\n', "line 2 of p.jsonl has no prompt; write one there"),
@@ -78,7 +93,7 @@ GOOD = json.dumps(ROWS[0])
         ("p.csv", "prompt,label\n,4\n", "line 2 of p.csv has no prompt; write one there"),
         ("p.csv", "prompt,prompt\na,b\n", "line 1 of p.csv names the column 'prompt' twice; name"),
         ("p.csv", "prompt,label\n", "split 'train' of dataset_name='.*p.csv' cannot be read "),
-        ("p.json", "[1, 2]", "row 1 of p.json is a int; write an object"),
+        ("p.json", "[1, 2]", "row 1 of p.json is of type int; write an object"),
         ("p.json", f'[{GOOD}, {{"prompt": 7}}]', "row 2 of p.json has a prompt of type int; write a string"),
         ("p.csv", 'prompt,label\n"a cat,3\n', "line 2 of p.csv is no CSV "),
         ("p.txt", b"a cat\n\xff\xfe\n", "line 2 of p.txt is not UTF-8 "),

@@ -9,9 +9,11 @@ from tiny_rewards import IMAGE_SIZE, tiny_clip
 from torch.autograd import gradcheck
 from torch.nn import functional as F
 from transformers import (
+    AutoTokenizer,
     BlipImageProcessorPil,
     CLIPImageProcessorPil,
     CLIPModel,
+    CLIPProcessor,
     CLIPTokenizer,
     ConvNextImageProcessorPil,
     DeiTImageProcessorPil,
@@ -235,16 +237,28 @@ def test_a_local_model_brings_its_own_processor(reward, folder):
     assert torch.equal(PickScore(folder)(images, PROMPTS), reward(images, PROMPTS))
 
 
+def test_a_processor_that_is_saved_whole_is_found(reward, folder, tmp_path):
+    """transformers' `CLIPProcessor` writes processor_config.json alone."""
+    reward.encoder.model.save_pretrained(tmp_path)
+    CLIPProcessor(CLIPImageProcessorPil.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)).save_pretrained(tmp_path)
+    assert not (tmp_path / "preprocessor_config.json").exists()
+    images = torch.rand(3, 3, 16, 20)
+    assert torch.equal(PickScore(tmp_path)(images, PROMPTS), reward(images, PROMPTS))
+
+
 @pytest.mark.parametrize(
     "images, prompts, message",
     [
         ([torch.rand(3, 4, 4)], PROMPTS, "images is a list; pass a tensor of shape"),
         (None, PROMPTS, "images is a NoneType; pass a tensor of shape"),
+        (None, ["of one image"], "images is a NoneType; pass a tensor of shape"),
         (torch.rand(3, 3, 16, 16), [1, 2, 3], r"prompts is \[1, 2, 3\]; pass a list of strings"),
         (torch.rand(3, 3, 16, 16), None, "prompts is None; pass a list of strings"),
     ],
 )
-def test_what_is_no_tensor_and_no_text(images, prompts, message):
+def test_what_is_no_tensor_and_no_text(reward, images, prompts, message):
+    with pytest.raises(TypeError, match=f"^{message}"):
+        reward(images, prompts)
     with pytest.raises(TypeError, match=f"^{message}"):
         check_images(images)
         check_prompts(prompts, images)

@@ -92,3 +92,5 @@ if __name__ == "__main__":
     result["kl_bf16"] = logged(autocast, "kl")
     if trainer.is_world_process_zero():
         torch.save(result, f"{folder}/result.pt")
+    # A process that ends while threads of gloo still run may be aborted.
+    torch.distributed.destroy_process_group()

@@ -7,7 +7,8 @@ import importlib.util
 import inspect
 import sys
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import cache, partial
 from pathlib import Path
 from types import ModuleType
@@ -25,11 +26,16 @@ def load_rewards(names: Sequence[str]) -> list[Callable[..., Any]]:
     """The reward functions of these names; see `TrainArguments.reward_funcs`.
 
     Raises:
-        ValueError: if there is none, or a module, a file or a name in it does not exist.
+        ValueError: if there is none, a module, a file or a name in it does not exist, or it cannot be loaded.
     """
     if not names:
         raise ValueError("reward_funcs is missing; pass PickScore, module:function or path/to/file.py:function.")
-    return [_made("reward", name, _named(name, rewards, "reward")) for name in names]
+    return [_reward(name) for name in names]
+
+
+def _reward(name: str) -> Any:
+    with _one_sentence("reward", name):
+        return _made("reward", name, _named(name, rewards, "reward"))
 
 
 def load_features(
@@ -52,19 +58,26 @@ def load_features(
 
 def _features(name: str, device: torch.device) -> Callable[..., Any]:
     of_rewards = [key for key in rewards.__all__ if hasattr(getattr(rewards, key), "features")]
-    found = getattr(rewards, name) if name in of_rewards else _named(name, features, "diversity", of_rewards)
-    made = _made("diversity", name, partial(found, device=device) if name in ("LPIPS", "DreamSim") else found)
+    with _one_sentence("diversity", name):
+        found = getattr(rewards, name) if name in of_rewards else _named(name, features, "diversity", of_rewards)
+        made = _made("diversity", name, partial(found, device=device) if name in ("LPIPS", "DreamSim") else found)
     return getattr(made, "features", made)
 
 
 def _made(option: str, name: str, found: Any) -> Any:
-    """An instance, of a class; what its making raises is one sentence."""
+    """An instance, of a class."""
     if not isinstance(found, type | partial):
         return found
     if not _takes_nothing(found):
         raise ValueError(f"{option} {name!r} is not made without arguments; pass module:function, where it is made.")
+    return found()
+
+
+@contextmanager
+def _one_sentence(option: str, name: str) -> Iterator[None]:
+    """For what the Hub, a file of weights or a user's file raises while it is loaded."""
     try:
-        return found()
+        yield
     except (OSError, ValueError) as error:
         if is_ours(error):
             raise
@@ -95,7 +108,7 @@ def _named(name: str, module: ModuleType, option: str, others: Sequence[str] = (
             known = ", ".join([*names, *others])
             raise ValueError(f"{option} {name!r} is none of {known}; pass one of them or module:function.")
         return getattr(module, name)
-    found = _module_of_file(Path(source)) if source.endswith(".py") else _module_of_name(source)
+    found = _module_of_file(Path(source).resolve(), source) if source.endswith(".py") else _module_of_name(source)
     if not hasattr(found, attribute):
         raise ValueError(f"{source} has no {attribute!r}; pass the name of a function that is defined there.")
     return getattr(found, attribute)
@@ -125,10 +138,10 @@ def _make_importable(folder: Path) -> None:
 
 
 @cache
-def _module_of_file(file: Path) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(str(file.resolve()), file)  # a name that no other module has
+def _module_of_file(file: Path, written: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(str(file), file)  # a name that no other module has
     if not file.is_file() or spec is None or spec.loader is None:
-        raise ValueError(f"there is no file {str(file)!r}; pass module:function or path/to/file.py:function.")
+        raise ValueError(f"there is no file {written!r}; pass module:function or path/to/file.py:function.")
     _make_importable(file.parent)
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module  # where data classes look their annotations up

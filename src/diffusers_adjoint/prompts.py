@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from datasets import load_dataset
+from datasets import Value, load_dataset
 from datasets.exceptions import DatasetsError
 
 __all__ = ["load_prompts", "require_prompt_strings"]
@@ -17,8 +17,8 @@ __all__ = ["load_prompts", "require_prompt_strings"]
 OPTIONS: dict[str, dict[str, Any]] = {
     # Some editors begin a file with a mark, which would become part of the first prompt.
     "text": {"encoding": "utf-8-sig"},
-    # A prompt "7" is a text, too.
-    "csv": {"converters": {"prompt": str}},
+    # A prompt "7" or "null" is a text, too: bytes are made neither a number nor nothing.
+    "csv": {"converters": {"prompt": str.encode}},
 }
 READERS = {".txt": "text", ".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
 
@@ -53,6 +53,8 @@ def load_prompts(
         if reader == "text":
             dataset = dataset.filter(lambda row: row["text"].strip()).rename_column("text", "prompt")
         first = next(iter(dataset), None)
+        if reader == "csv" and first and "prompt" in first:
+            dataset = _decoded(dataset, streaming)
     except (OSError, ValueError, DatasetsError) as error:
         reason = " ".join(str(error.__cause__ or error).split()) or type(error).__name__
         raise ValueError(f"split {split!r} of {option}={name!r} cannot be read ({reason}); pass one that can.") from error
@@ -66,6 +68,13 @@ def require_prompt_strings(prompts: Iterable[Any]) -> None:
     for number, prompt in enumerate(prompts):
         if not isinstance(prompt, str):
             raise ValueError(f"prompt {number} is of type {type(prompt).__name__}; pass a string in each row.")
+
+
+def _decoded(dataset: Any, streaming: bool) -> Any:
+    """With prompts of text in place of bytes."""
+    if streaming:  # of unknown columns, in which none can be cast
+        return dataset.map(lambda row: {"prompt": row["prompt"].decode()})
+    return dataset.cast_column("prompt", Value("string"))
 
 
 def _check_file(file: Path, option: str) -> None:
@@ -128,7 +137,7 @@ def _json_rows(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
 
 def _object(place: str, row: Any) -> dict[str, Any]:
     if not isinstance(row, dict):
-        raise ValueError(f"{place} is a {type(row).__name__}; write an object with a 'prompt' there.")
+        raise ValueError(f"{place} is of type {type(row).__name__}; write an object with a 'prompt' there.")
     return row
 
 
@@ -137,11 +146,12 @@ def _csv_rows(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
         continue
     with file.open(encoding="utf-8-sig", newline="") as text:
         reader = csv.reader(text, strict=True)
+        rows = filter(None, reader)  # blank lines are no rows
         try:
-            header = next(reader, [])
+            header = next(rows, [])
             if twice := [name for name in header if header.count(name) > 1]:
-                raise ValueError(f"line 1 of {file.name} names the column {twice[0]!r} twice; name each once.")
-            for values in filter(None, reader):
+                raise ValueError(f"line {reader.line_num} of {file.name} names the column {twice[0]!r} twice; name each once.")
+            for values in rows:
                 if len(values) != len(header):
                     raise ValueError(
                         f"line {reader.line_num} of {file.name} has {len(values)} fields under {len(header)} columns; put text "

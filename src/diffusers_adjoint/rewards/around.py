@@ -7,15 +7,17 @@ gets the columns that it has arguments for, as in the trainer. Around one reward
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Sequence, Sized
+from numbers import Integral, Real
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
 from .combine import RewardFunction, WeightedReward, with_graph
-from .preprocess import check_range
+from .preprocess import check_images, check_tensor
 
 __all__ = ["clamped", "gradient_clipped", "normalised", "per_frame", "smoothed", "weighted_sum"]
 
@@ -37,11 +39,15 @@ class _Around(nn.Module):
         self, functions: Sequence[RewardFunction], weights: Sequence[float] | None, around: Callable[..., Tensor]
     ) -> None:
         super().__init__()
+        for function in functions:
+            if not callable(function):
+                raise TypeError(f"reward {function!r} is not callable; pass f(images=, prompts=, **columns).")
         self.inner, self.around = WeightedReward(list(functions), weights), around
         self.parts = nn.ModuleList(f for f in functions if isinstance(f, nn.Module))
         self.__name__ = "_and_".join(self.inner.names)
 
     def forward(self, images: Tensor, prompts: list[str], **columns: Any) -> Tensor:
+        check_tensor(images)
         return self.around(self._score, images, prompts, columns)
 
     def require_arguments(self, columns: Columns) -> set[str]:
@@ -65,12 +71,17 @@ def weighted_sum(rewards: Sequence[RewardFunction], weights: Sequence[float]) ->
 
     Raises:
         ValueError: if there is no reward, or the weights are not finite or of another number.
-        TypeError: if a reward is not callable.
+        TypeError: if a reward is not callable, a weight no number, or one of the two no list.
     """
     if not isinstance(rewards, list | tuple):
         raise TypeError(f"rewards is a {type(rewards).__name__}; pass a list of reward functions.")
+    if not rewards:
+        raise ValueError("rewards is empty; pass at least one reward function.")
+    if not isinstance(weights, Sized):
+        raise TypeError(f"weights is a {type(weights).__name__}; pass a list of numbers.")
     if len(weights) != len(rewards):
         raise ValueError(f"weights has {len(weights)} entries for {len(rewards)} rewards; pass one each.")
+    _require_numbers(**{f"weights[{i}]": weight for i, weight in enumerate(weights)})
     if not all(map(math.isfinite, weights)):
         raise ValueError(f"weights={list(weights)} are not all finite; pass numbers.")
     return _Around(rewards, weights, lambda score, *shown: score(*shown))
@@ -85,8 +96,9 @@ def normalised(reward: RewardFunction, mean: float, std: float) -> nn.Module:
 
     Raises:
         ValueError: if one is not finite or std ≤ 0.
-        TypeError: if the reward is not callable.
+        TypeError: if the reward is not callable, or mean or std no number.
     """
+    _require_numbers(mean=mean, std=std)
     if not (math.isfinite(mean) and 0 < std < math.inf):
         raise ValueError(
             f"mean={mean}, std={std} give no scale; pass the finite mean and the standard deviation > 0 of the reward."
@@ -103,9 +115,10 @@ def clamped(reward: RewardFunction, low: float | None = None, high: float | None
 
     Raises:
         ValueError: if low is not below high.
-        TypeError: if the reward is not callable.
+        TypeError: if the reward is not callable, or a bound no number.
     """
     bottom, top = -math.inf if low is None else low, math.inf if high is None else high
+    _require_numbers(low=bottom, high=top)
     if not bottom < top:
         raise ValueError(f"low={low} is not below high={high}; pass low < high, or leave one out.")
     return _Around([reward], None, lambda score, *shown: score(*shown).clamp(bottom, top))
@@ -126,8 +139,9 @@ def per_frame(reward: RewardFunction, num_frames: int = 4) -> nn.Module:
 
     Raises:
         ValueError: if num_frames < 1.
-        TypeError: if the reward is not callable.
+        TypeError: if the reward is not callable, or num_frames no whole number.
     """
+    _require_counts(num_frames=num_frames)
     if num_frames < 1:
         raise ValueError(f"num_frames={num_frames} leaves nothing to score; pass 1 or more.")
 
@@ -172,20 +186,21 @@ def smoothed(reward: RewardFunction, std: float = 0.02, num_copies: int = 20, se
 
     Raises:
         ValueError: if std is not positive and finite, or num_copies < 1.
-        TypeError: if the reward is not callable.
+        TypeError: if the reward is not callable, std no number, or num_copies or seed no whole number.
     """
+    _require_numbers(std=std)
+    _require_counts(num_copies=num_copies, seed=seed)
     if not 0 < std < math.inf:
         raise ValueError(f"std={std} is no spread of noise; pass a number > 0, such as 0.02.")
     if num_copies < 1:
         raise ValueError(f"num_copies={num_copies} leaves nothing to average; pass 1 or more.")
 
     def around(score: Score, images: Tensor, prompts: list[str], columns: Columns) -> Tensor:
-        if images.ndim not in (4, 5):
-            raise ValueError(f"images has shape {tuple(images.shape)}; pass images (B, C, H, W) or videos (B, F, C, H, W).")
-        finite = images[images.detach().flatten(1).isfinite().all(1)]  # the others have no reward
-        if len(finite):  # the reward sees copies that are cut to the range, whatever they were
-            check_range(finite)
-        x = images.to(torch.promote_types(images.dtype, torch.float32))  # 16 bits would round the noise
+        frames = images.flatten(0, 1) if images.ndim == 5 else images
+        # The reward would see copies that are cut to the range, whatever they were.
+        check_images(frames.detach().nan_to_num(0.5, 0.5, 0.5))
+        x = images.where(images.isfinite(), torch.nan)  # such an image has no reward; an infinite value would be cut to 1
+        x = x.to(torch.promote_types(x.dtype, torch.float32))  # 16 bits would round the noise
         generator = torch.Generator().manual_seed(seed)
         values = []
         for _ in range(num_copies):
@@ -208,25 +223,59 @@ def gradient_clipped(reward: RewardFunction, max_norm: float) -> nn.Module:
 
     Raises:
         ValueError: if max_norm is not positive and finite.
-        TypeError: if the reward is not callable.
+        TypeError: if the reward is not callable, or max_norm no number.
     """
+    _require_numbers(max_norm=max_norm)
     if not 0 < max_norm < math.inf:
         raise ValueError(f"max_norm={max_norm} is no length; pass a number > 0.")
 
     def around(score: Score, images: Tensor, prompts: list[str], columns: Columns) -> Tensor:
-        seen = images.view_as(images)  # a node of its own in the graph, for this reward's gradient alone
-        value = score(seen, prompts, columns)
-        if value.requires_grad and seen.requires_grad:
-            factors: list[Tensor] = []  # what ∂r/∂pixels comes multiplied by: weights, and whatever is around this
-            value.register_hook(factors.append)
-            seen.register_hook(lambda gradient: _shortened(gradient, max_norm * factors[-1].abs()))
-        return value
+        if not (torch.is_grad_enabled() and images.requires_grad):
+            return score(images, prompts, columns)
+        x = images.detach().requires_grad_()
+        value = score(x, prompts, columns)
+        (gradient,) = torch.autograd.grad(value.sum(), x, allow_unused=True)
+        if gradient is None:  # a value with a gradient, but in something else than the images
+            return value
+        with_gradient: Callable[..., Tensor] = _WithGradient.apply
+        return with_gradient(images, value.detach(), _shortened(gradient, max_norm))
 
     return _Around([reward], None, around)
 
 
-def _shortened(gradient: Tensor, lengths: Tensor) -> Tensor:
+class _WithGradient(torch.autograd.Function):
+    """A value (B,) whose gradient in the images is the one that comes with it. It has no second derivative."""
+
+    @staticmethod
+    def forward(ctx: Any, images: Tensor, value: Tensor, gradient: Tensor) -> Tensor:
+        ctx.save_for_backward(gradient)
+        return value.clone()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, factors: Tensor) -> Any:
+        (gradient,) = ctx.saved_tensors
+        return _times(gradient, factors), None, None
+
+
+def _shortened(gradient: Tensor, length: float) -> Tensor:
     """(B, …), each of the B at most as long as it should be."""
     norms = torch.linalg.vector_norm(gradient.flatten(1), dim=1)
-    factor = torch.where(norms > lengths, lengths / norms, 1.0).to(gradient.dtype)
-    return gradient * factor.view(-1, *[1] * (gradient.ndim - 1))
+    return _times(gradient, length / norms.clamp_min(length))
+
+
+def _times(gradient: Tensor, factors: Tensor) -> Tensor:
+    """Each of the B in (B, …) times its own factor."""
+    return gradient * factors.to(gradient.dtype).view(-1, *[1] * (gradient.ndim - 1))
+
+
+def _require_numbers(**values: Any) -> None:
+    for name, value in values.items():
+        if not isinstance(value, Real | Tensor):
+            raise TypeError(f"{name} is {value!r}; pass a number.")
+
+
+def _require_counts(**values: Any) -> None:
+    for name, value in values.items():
+        if not isinstance(value, Integral):
+            raise TypeError(f"{name} is {value!r}; pass a whole number.")

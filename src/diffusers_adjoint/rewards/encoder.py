@@ -74,7 +74,7 @@ def _tokenizer(processor: str | Path) -> Any:
         return AutoTokenizer.from_pretrained(processor)
     except ImportError as error:  # SigLIP's needs sentencepiece and protobuf
         raise ImportError(
-            f"the tokenizer of {processor} cannot be made ({str(error).strip().splitlines()[0]}); run pip install "
+            f"the tokenizer of {processor} cannot be made ({str(error).strip().split('. ')[0]}); run pip install "
             f'"diffusers-adjoint[rewards]".'
         ) from error
 

@@ -12,6 +12,7 @@ from .encoder import ImageTextEncoder
 __all__ = ["PickScore"]
 
 PROCESSOR = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"
+SETTINGS = ["preprocessor_config.json", "processor_config.json"]  # as image processors and whole processors are saved
 
 
 class PickScore(nn.Module):
@@ -32,7 +33,7 @@ class PickScore(nn.Module):
         processor: str | Path | None = None,
     ) -> None:
         super().__init__()
-        if processor is None and not (Path(model) / "preprocessor_config.json").is_file():
+        if processor is None and not any((Path(model) / name).is_file() for name in SETTINGS):
             processor = PROCESSOR
         self.encoder = ImageTextEncoder(model, processor, name="PickScore")
         self.eval()

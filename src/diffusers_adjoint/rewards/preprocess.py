@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import AutoImageProcessor
 
-__all__ = ["check_images", "check_range", "differentiable_preprocess", "preprocessing_of"]
+__all__ = ["check_images", "check_tensor", "differentiable_preprocess", "preprocessing_of"]
 
 RANGE_SLACK = 1e-3  # rounding of a 16-bit decoder, far below what an image in [-1, 1] shows
 MODES = {Image.Resampling.BILINEAR: "bilinear", Image.Resampling.BICUBIC: "bicubic"}
@@ -22,22 +22,22 @@ MODES = {Image.Resampling.BILINEAR: "bilinear", Image.Resampling.BICUBIC: "bicub
 
 def check_images(images: Tensor) -> None:
     """Raises ValueError or TypeError unless `images` is (B, 3, H, W), floating, finite and in [0, 1]."""
-    if not isinstance(images, Tensor):
-        raise TypeError(f"images is a {type(images).__name__}; pass a tensor of shape (B, 3, H, W).")
+    check_tensor(images)
     if images.ndim != 4 or images.shape[1] != 3 or not images.numel():
         instead = ", or wrap the reward in per_frame for videos" if images.ndim == 5 else ""
         raise ValueError(f"images has shape {tuple(images.shape)}; pass a non-empty batch of shape (B, 3, H, W){instead}.")
-    check_range(images)
-
-
-def check_range(images: Tensor) -> None:
-    """Raises ValueError or TypeError unless all values are floating, finite and in [0, 1]."""
     if not images.is_floating_point():
         raise TypeError(f"images has dtype {images.dtype}; pass floating values in [0, 1], integers carry no gradient.")
     low, high = (value.item() for value in torch.aminmax(images.detach()))  # NaN if one value is
     if not (low >= -RANGE_SLACK and high <= 1 + RANGE_SLACK):
         found = "hold NaN" if low != low else f"reach from {low:.3g} to {high:.3g}"
         raise ValueError(f"images {found}; pass the pipeline's post-processed images, in [0, 1].")
+
+
+def check_tensor(images: Tensor) -> None:
+    """Raises TypeError unless it is a tensor."""
+    if not isinstance(images, Tensor):
+        raise TypeError(f"images is a {type(images).__name__}; pass a tensor of shape (B, 3, H, W).")
 
 
 def differentiable_preprocess(

@@ -9,6 +9,8 @@ from diffusers.utils import logging
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from .preprocess import check_tensor
+
 __all__ = ["CutWarning", "PromptTokenizer", "check_prompts"]
 
 logger = logging.get_logger(__name__)
@@ -55,6 +57,7 @@ class PromptTokenizer:
 
 def check_prompts(prompts: list[str], images: Tensor) -> None:
     """Raises ValueError or TypeError unless there is one text for each image."""
+    check_tensor(images)
     if isinstance(prompts, str) or (isinstance(prompts, list | tuple) and len(prompts) != len(images)):
         got = "one string" if isinstance(prompts, str) else f"a list of {len(prompts)}"
         raise ValueError(f"prompts is {got} for {len(images)} images; pass a list with one prompt for each image.")
