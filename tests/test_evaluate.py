@@ -16,13 +16,14 @@ import numpy as np
 import pytest
 import torch
 from diffusers import DiffusionPipeline
+from families import FAMILIES
 from peft import LoraConfig
 from PIL import Image
 from safetensors.torch import save_file
 from tiny_pipelines import sd3
 from tiny_rewards import tiny_clip
 from tiny_trainer import make_trainer
-from tiny_videos import wan22
+from tiny_videos import kandinsky5_video, wan22
 
 from diffusers_adjoint import memoryless_scheduler
 from diffusers_adjoint.cli import main
@@ -60,6 +61,9 @@ def counted(images, prompts):
     with open("counted.txt", "a") as file:
         file.write(f"{os.environ['RANK']}/{os.environ['WORLD_SIZE']} {len(images)}\\n")
     return images.mean((1, 2, 3))
+
+def videos(images, prompts):
+    return images.flatten(1).mean(1)
 
 def brightness_of(images):
     return images.mean((1, 2, 3))
@@ -331,9 +335,10 @@ def test_every_option_that_changes_numbers_is_remembered(here, changes):
     kept = store.Store(here / "kept", [])
     kept.open(run._options(EvaluationArguments(**options)), overwrite=False)
     (here / "kept/prompts/000000").mkdir(parents=True)
-    with pytest.raises(ValueError, match=f"with other ({next(iter(changes))}|files, )"):
+    (here / "kept/prompts/000000/measured.json").touch()
+    with pytest.raises(ValueError, match=f"with other {next(iter(changes))}"):
         kept.open(run._options(EvaluationArguments(**options | numbers)), overwrite=False)
-    kept.open(run._options(EvaluationArguments(**options, batch_size=3, sheet_samples=2, reward_scale=1.0)), overwrite=False)
+    kept.open(run._options(EvaluationArguments(**options, batch_size=3, sheet_samples=2, num_prompts=4)), overwrite=False)
 
 
 def test_a_reward_or_a_base_that_changed_is_noticed(here, models, capsys):
@@ -368,6 +373,21 @@ def test_overwriting_forgets_the_evaluation_and_nothing_else(here):
     assert Path("evaluation/prompts/mine.txt").read_text() == "precious"
     store.Store(here / "mine", []).open({}, overwrite=True)  # no evaluation made this folder
     assert Path("mine/prompts/000000/mine.txt").read_text() == "precious"
+
+
+def test_results_of_unknown_options_are_neither_used_nor_overwritten(here, capsys):
+    evaluate(num_prompts=1)
+    Path("evaluation/evaluation.json").unlink()
+    for options in ({}, {"overwrite_output_dir": True}):
+        evaluate(status=1, **options)
+        assert (
+            "evaluation holds results, but no evaluation.json that says of what; pass another output_dir."
+            in capsys.readouterr().err
+        )
+    Path("mine").mkdir()
+    Path("mine/results.md").write_text("precious")
+    evaluate("mine", status=1)
+    assert Path("mine/results.md").read_text() == "precious"
 
 
 def test_a_prompt_is_whole_or_absent(here, monkeypatch):
@@ -475,13 +495,17 @@ def test_a_tilt_report_needs_enough_samples(here):
     evaluate(reward_scale=2.0, samples_per_prompt=4, num_prompts=1)
     text = Path("evaluation/results.md").read_text()
     assert "## Tilt report, λ = 2" in text and "not estimable" in text
-    evaluate("many", reward_scale=0.5, samples_per_prompt=128, num_prompts=1, batch_size=64, sampler="sde", steps=2)
-    report = Path("many/results.md").read_text().split("## Tilt report")[1]
-    assert (
-        "| reward " in report
-        and "KL of the exact tilt" in report
-        and "not estimable" not in report.split("log Z")[0].split("\n")[4]
-    )
+    options = {"samples_per_prompt": 128, "num_prompts": 1, "batch_size": 64, "sampler": "sde", "steps": 2, "kl_paths": 2}
+    results = evaluate("many", reward_scale=0.5, **options)
+    (shift, *_) = results["tilt"][0]["report"]["shifts"]
+    rewards = own_call(pipeline_of(), "sde", PROMPTS[:1], 128, 2).mean((2, 3, 4))[0].double()
+    assert shift["target"]["mean"] == pytest.approx(((0.5 * rewards).softmax(0) * rewards).sum().item(), rel=1e-5)
+    tuned = own_call(pipeline_of("out"), "sde", PROMPTS[:1], 128, 2).mean().item()
+    assert shift["after"]["mean"] == pytest.approx(tuned, rel=1e-5)
+    text = Path("many/results.md").read_text()
+    assert "| log Z, memoryless " in text and "| KL spent, memoryless " in text
+    (line,) = [line for line in text.split("## Tilt report")[1].splitlines() if line.startswith("| reward ")]
+    assert "not estimable" not in line.split("|")[5]
 
 
 def test_image_statistics_of_both_models(here):
@@ -525,8 +549,18 @@ def test_what_stands_out_is_marked_from_ten_prompts_on(prompts):
 def test_samples_without_a_value_are_counted():
     values = torch.tensor([[1.0, math.nan], [math.nan, 3.0]])
     report = reported(values)
-    assert "Without a value: r of out, 2 of 4 samples." in report.markdown() and report.missing == {"r of out": 2}
+    assert "Without a value: r of out, 2 times." in report.markdown() and report.missing == {"r of out": 2}
     assert "Without a value" not in reported(torch.ones(2, 2)).markdown()
+
+
+def test_a_kl_that_overflowed_costs_the_gap_alone():
+    values = torch.randn(1, 300, generator=torch.Generator().manual_seed(0))
+    report = reported(values, base=values, reward_scale=0.5)
+    assert report.tilts[0].report.gap is None  # none was measured
+    setting = Setting(3, "sde", 1.0)
+    one = Measured({"r": values[0].tolist()}, {"brightness": values[0].tolist()}, {}, [0.5, math.nan])
+    report = make_report([{setting: {"base": one, "out": one}}], reward_scale=0.5)
+    assert report.tilts[0].report.gap is None and report.missing["KL spent (nats) of out"] == 1
 
 
 def test_a_single_prompt_has_errors_too():
@@ -586,8 +620,13 @@ def test_one_sentence_for_what_cannot_be_evaluated(here, capsys, options, messag
     [
         (["--sampler", "magic"], "sampler='magic' is unknown; pass 'ode', 'sde' or both."),
         (["--steps", "0"], "count from 1"),
-        (["--guidance", "1", "0"], "guidance=0 is below 1, which is no guidance; pass 1 or more."),
+        (["--guidance", "1", "0"], "guidance=0 is no scale of guidance; pass 1, for none, or more."),
         (["--samples_per_prompt", "0"], "samples_per_prompt=0 is too small; pass 1 or more."),
+        (["--guidance", "nan"], "guidance=nan is no scale of guidance"),
+        (["--seed", "-1"], "seed=-1 is below 0; pass 0 or more."),
+        (["--reward_scale", "2"], "reward_scale=2 makes no tilt report; pass a number above 0, and an adapter."),
+        (["--adapter", "out", "--reward_scale", "nan"], "reward_scale=nan makes no tilt report"),
+        (["--reward_weights", "inf"], "reward_weights=[inf] are not all finite"),
         (["--dtype", "int8"], "dtype='int8' is unknown to diffusers"),
         (["--pipeline_kwargs", "{x"], "pipeline_kwargs='{x' is no JSON"),
         (["--pipeline_kwargs", "[1]"], "pipeline_kwargs='[1]' is a list; pass an object"),
@@ -728,3 +767,28 @@ def test_a_prompt_is_written_once_on_a_sheet():
     ]
     assert heights[1] - heights[0] == sheets.LINE
     assert heights[2] - heights[1] == sheets.LINE + strip.height + 4
+
+
+def test_the_kl_of_a_lora_where_the_state_is_a_part_of_the_latents(tmp_path, monkeypatch):
+    """Frames that are conditions lie in the same tensor: where the state is must be found first."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    pipeline = kandinsky5_video()
+    layers = [name for name, module in pipeline.transformer.named_modules() if isinstance(module, torch.nn.Linear)]
+    pipeline.transformer.add_adapter(LoraConfig(r=2, target_modules=layers[-1:]), adapter_name="tuned_0")
+    pipeline.transformer.disable_adapters()
+    pipeline.set_progress_bar_config(disable=True)
+    monkeypatch.setattr(run, "load_models", lambda *_: [Model("base", pipeline), Model("out", pipeline, "tuned_0")])
+    Path("p.txt").write_text("a cat")
+    Path("my.py").write_text(REWARDS)
+    (family,) = [family for family in FAMILIES if family.build is kandinsky5_video]
+    kwargs = {"samples_per_prompt": 1, "steps": 2, "pipeline_kwargs": json.dumps(family.kwargs)}
+    results = evaluate(prompts="p.txt", rewards="my.py:videos", sampler="sde", **kwargs)
+    assert metric(results, "KL spent (nats)", model="out")["mean"] == 0.0  # a new adapter changes nothing
+
+
+def test_a_file_of_options_may_name_single_ones(here):
+    options = EvaluationArguments(model="m", prompts="p", rewards="r", adapter="a", steps=3, reward_scale=1.0, reward_weights=2.0)
+    assert (options.rewards, options.adapter, options.steps, options.reward_weights) == (["r"], ["a"], [3], [2.0])
+    with pytest.raises(ValueError, match=r"^pipeline_kwargs=\[1\] is a list; pass an object"):
+        EvaluationArguments(model="m", prompts="p", rewards="r", pipeline_kwargs=[1])

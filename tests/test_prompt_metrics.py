@@ -152,7 +152,13 @@ def test_vendi_of_one_prompt_is_jackknifed():
     assert vendi_score(f).standard_error == pytest.approx(math.sqrt(6 / 7 * centred.square().sum().item()), rel=1e-9)
 
 
-@pytest.mark.parametrize("images", [30, 75])  # one by one, and in groups of two and three
+def test_vendi_of_many_different_images_is_certain():
+    """Whatever number the jackknife leaves out of: they all count the same."""
+    for images in (30, 31, 45, 100):
+        assert vendi_score(torch.eye(images)[None]).standard_error == pytest.approx(0.0, abs=1e-6)
+
+
+@pytest.mark.parametrize("images", [30, 75])  # all left out in turn, or every third
 def test_jackknife_of_vendi_is_calibrated(images):
     """Around the mean score of as many images (it is biased in N, and says so): the errors are the spread of repetitions."""
     scores = [vendi_score(0.5 + noise(1, images, 5, seed=seed)) for seed in range(100)]

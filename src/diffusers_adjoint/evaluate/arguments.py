@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,6 +16,7 @@ __all__ = ["DTYPES", "EvaluationArguments"]
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 SAMPLERS = ("ode", "sde")
+EXAMPLE = '{"height": 512}'
 
 
 @dataclass
@@ -77,15 +79,16 @@ class EvaluationArguments:
     trained_component: str | None = field(default=None, metadata={"help": "The denoiser that was trained, as in training."})
     dtype: str = field(default="float32", metadata={"help": "Of the pipeline: float32, bfloat16 or float16."})
     model_revision: str = field(default="main", metadata={"help": "Of the base on the Hub."})
-    sheet_prompts: int = field(default=4, metadata={"help": "Prompts on each contact sheet; 0 for no sheets."})
+    sheet_prompts: int = field(
+        default=4, metadata={"help": "Prompts on each contact sheet, 0 for none; finished ones stay as they are."}
+    )
     sheet_samples: int = field(default=5, metadata={"help": "Samples of each of them."})
 
     def __post_init__(self) -> None:
-        for name in ("rewards", "adapter", "steps", "sampler", "guidance", "diversity"):
-            if not isinstance(value := getattr(self, name), list):  # a YAML file may name a single one
+        for name in ("rewards", "adapter", "steps", "sampler", "guidance", "diversity", "reward_weights"):
+            if not isinstance(value := getattr(self, name), list | None):  # a YAML file may name a single one
                 setattr(self, name, [value])
-        if isinstance(self.pipeline_kwargs, str):
-            self.pipeline_kwargs = _json_object(self.pipeline_kwargs)
+        self.pipeline_kwargs = _json_object(self.pipeline_kwargs)
         for name in ("model", "prompts", "rewards", "steps", "sampler", "guidance"):
             if not getattr(self, name):
                 raise ValueError(f"{name} is missing; pass --{name}.")
@@ -98,8 +101,14 @@ class EvaluationArguments:
         }.items():
             if getattr(self, name) < least:
                 raise ValueError(f"{name}={getattr(self, name)} is too small; pass {least} or more.")
-        if min(self.guidance) < 1:
-            raise ValueError(f"guidance={min(self.guidance):g} is below 1, which is no guidance; pass 1 or more.")
+        if wrong := [scale for scale in self.guidance if not 1 <= scale < math.inf]:
+            raise ValueError(f"guidance={wrong[0]:g} is no scale of guidance; pass 1, for none, or more.")
+        if self.reward_scale is not None and not (0 < self.reward_scale < math.inf and self.adapter):
+            raise ValueError(f"reward_scale={self.reward_scale:g} makes no tilt report; pass a number above 0, and an adapter.")
+        if self.reward_weights is not None and not all(map(math.isfinite, self.reward_weights)):
+            raise ValueError(f"reward_weights={self.reward_weights} are not all finite; pass numbers.")
+        if self.seed < 0:
+            raise ValueError(f"seed={self.seed} is below 0; pass 0 or more.")
         if min(self.steps) < 1 or (self.num_prompts is not None and self.num_prompts < 1):
             raise ValueError("steps and num_prompts count from 1; pass larger numbers.")
         if unknown := [name for name in self.sampler if name not in SAMPLERS]:
@@ -114,13 +123,12 @@ class EvaluationArguments:
         return list(dict.fromkeys(Setting(k, s, w) for w, k, s in every))
 
 
-def _json_object(text: str) -> dict[str, Any]:
+def _json_object(value: Any) -> dict[str, Any] | None:
+    """A command line's text as the object that a YAML file has already."""
     try:
-        value = json.loads(text)
+        parsed = json.loads(value) if isinstance(value, str) else value
     except json.JSONDecodeError as error:
-        raise ValueError(
-            f"pipeline_kwargs={text!r} is no JSON ({error.msg}); pass an object such as '{{\"height\": 512}}'."
-        ) from None
-    if not isinstance(value, dict):
-        raise ValueError(f"pipeline_kwargs={text!r} is a {type(value).__name__}; pass an object such as '{{\"height\": 512}}'.")
-    return value
+        raise ValueError(f"pipeline_kwargs={value!r} is no JSON ({error.msg}); pass an object such as {EXAMPLE}.") from None
+    if not isinstance(parsed, dict | None):
+        raise ValueError(f"pipeline_kwargs={value!r} is a {type(parsed).__name__}; pass an object such as {EXAMPLE}.")
+    return parsed

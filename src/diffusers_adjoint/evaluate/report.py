@@ -124,7 +124,7 @@ class Report:
         tilts: one for each setting and fine-tuned model, none without a reward scale.
         prompts: P.
         samples: N.
-        missing: model and reward → how many of its samples, over all settings, have no finite value; those with one only.
+        missing: reward, or KL, and model → how many values, over all settings, are not finite, where there are such.
         reward_scale: λ.
     """
 
@@ -145,10 +145,7 @@ class Report:
         counts = [f"{n} {what}{'s' if n > 1 else ''}" for n, what in ((self.prompts, "prompt"), (self.samples, "sample"))]
         parts.append(f"{' × '.join(counts)}{constant}. {NOTE}" + (f" {MARKED}" if marks else ""))
         if self.missing:
-            of = self.prompts * self.samples * len(settings)
-            parts.append(
-                "Without a value: " + ", ".join(f"{name}, {n} of {of} samples" for name, n in self.missing.items()) + "."
-            )
+            parts.append("Without a value: " + ", ".join(f"{name}, {n} times" for name, n in self.missing.items()) + ".")
         if any(row.statistics for row in self.rows):
             parts += ["## Image statistics", _rendered(self.rows, varying, "statistics", marks)]
         if self.tilts:
@@ -220,6 +217,7 @@ def _missing(results: Sequence[dict[Setting, dict[str, Measured]]]) -> dict[str,
         for model, measured in models.items():
             for name, values in measured.rewards.items():
                 counts[f"{name} of {model}"] += sum(not math.isfinite(value) for value in values)
+            counts[f"{KL} of {model}"] += sum(not math.isfinite(value) for value in measured.kl)
     return dict(+counts)  # the positive ones
 
 
@@ -234,7 +232,7 @@ def _tilt(setting: Setting, base: Samples, tuned: Samples, scale: float, weights
     known = {name: pair for name, pair in pairs.items() if all(values.isfinite().all() for values in pair)}
     sampler = SAMPLERS[setting.sampler]
     shifts = [tilt_shift(name, sampler, *pair, scale * before) for name, pair in known.items()]
-    gap = tilt_gap(scale * before, scale * after, tuned.kl) if tuned.kl.numel() else None
+    gap = tilt_gap(scale * before, scale * after, tuned.kl) if tuned.kl.numel() and tuned.kl.isfinite().all() else None
     return TiltReport(shifts, gap)
 
 

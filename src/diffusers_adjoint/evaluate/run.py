@@ -186,7 +186,7 @@ def _replays(
             first_row([row], "prompts", made[key].arguments.takes_prompt)
             made[key].arguments.require_known(columns, asked)
             made[key].arguments(columns, 1)
-            if model.name != BASE and args.kl_paths and "sde" in args.sampler:
+            if len(models) > 1 and args.kl_paths and "sde" in args.sampler:
                 made[key].find_state(columns, seeded_generators(args.seed, 0, [0], Stream.EVALUATION_START))
     return lambda model, setting: made[id(model.pipeline), setting.steps, setting.guidance]
 

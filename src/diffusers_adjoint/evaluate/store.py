@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,7 @@ from .measure import Measured, Setting
 
 __all__ = ["Results", "Store"]
 
-OPTIONS, NUMBERS, DIGITS = "options.json", "measured.json", 6
+OPTIONS, NUMBERS, DIGITS = "evaluation.json", "measured.json", 6
 Results = dict[Setting, dict[str, Measured]]
 """setting → model's name → what was measured."""
 
@@ -43,8 +42,9 @@ class Store:
         Raises:
             ValueError: if it holds an evaluation with other options.
         """
-        file = self.folder / OPTIONS
-        before: dict[str, Any] | None = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
+        before = self._options()
+        if before is None and (any(self._finished()) or (self.folder / "results.md").exists()):
+            raise ValueError(f"{self.folder} holds results, but no {OPTIONS} that says of what; pass another output_dir.")
         if overwrite and before is not None:
             self._forget()
         elif before is not None and before != options and any(self._finished()):
@@ -58,8 +58,15 @@ class Store:
             with whole_files(self.folder, True, barrier=_alone) as partial:
                 (partial / OPTIONS).write_text(json.dumps(options, indent=2) + "\n", encoding="utf-8")
 
-    def _finished(self) -> Iterator[Path]:
-        return (self.folder / "prompts").glob("[0-9]" * DIGITS)
+    def _options(self) -> dict[str, Any] | None:
+        file = self.folder / OPTIONS
+        if not file.is_file():
+            return None
+        options: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+        return options
+
+    def _finished(self) -> list[Path]:
+        return [file.parent for file in (self.folder / "prompts").glob("[0-9]" * DIGITS + f"/{NUMBERS}")]
 
     def _forget(self) -> None:
         for folder in self._finished():

@@ -10,7 +10,7 @@ from .estimate import Estimate, sample_mean
 __all__ = ["pairwise_diversity", "vendi_score"]
 
 
-GROUPS = 30  # of the Vendi score's jackknife
+LEFT_OUT = 30  # images that the Vendi score's jackknife leaves out at most, evenly spread: each costs a score
 
 
 def pairwise_diversity(features: Tensor) -> Estimate:
@@ -34,7 +34,7 @@ def pairwise_diversity(features: Tensor) -> Estimate:
     per_prompt = total / (images * (images - 1) / 2)
     if len(per_prompt) > 1:
         return sample_mean(per_prompt)
-    return _jackknife(per_prompt[0], (total - row_sums[0]) / ((images - 1) * (images - 2) / 2))
+    return _jackknife(per_prompt[0], (total - row_sums[0]) / ((images - 1) * (images - 2) / 2), images)
 
 
 def vendi_score(features: Tensor) -> Estimate:
@@ -48,8 +48,8 @@ def vendi_score(features: Tensor) -> Estimate:
 
     Returns:
         Estimate in [1, N]: 1 if all images have the same direction, N if all are orthogonal. Its standard error is the spread
-        over prompts; with one prompt, the jackknife over its images (NaN for N = 2), in groups where there are more than
-        `GROUPS`, since each score takes O(N³).
+        over prompts; with one prompt, the jackknife over its images (NaN for N = 2), over some of them where there are more
+        than `LEFT_OUT`, since each takes O(N³).
 
     Raises:
         ValueError: if the shape is wrong, N < 2, or a feature is not finite or zero.
@@ -58,12 +58,13 @@ def vendi_score(features: Tensor) -> Estimate:
     norms = f.norm(dim=2, keepdim=True)
     if not norms.all():
         raise ValueError("features holds a vector of zeros, which has no direction; pass features of non-zero norm.")
-    kernel = (f / norms) @ (f / norms).mT
+    directions = f / norms
+    kernel = directions @ directions.mT
     scores = _effective_number(kernel)
     if len(scores) > 1:
         return sample_mean(scores)
-    groups = torch.arange(f.shape[1]).tensor_split(min(f.shape[1], GROUPS))
-    return _jackknife(scores[0], torch.stack([_effective_number(_without(kernel[0], group)) for group in groups]))
+    images = range(0, f.shape[1], -(-f.shape[1] // LEFT_OUT))
+    return _jackknife(scores[0], torch.stack([_effective_number(_without(kernel[0], i)) for i in images]), f.shape[1])
 
 
 def _checked(features: Tensor) -> Tensor:
@@ -90,15 +91,15 @@ def _effective_number(kernel: Tensor) -> Tensor:
     return torch.special.entr(eigenvalues.clamp(min=0)).sum(-1).exp()  # rounding makes a zero slightly negative
 
 
-def _without(kernel: Tensor, images: Tensor) -> Tensor:
-    others = torch.ones(len(kernel), dtype=torch.bool).index_fill(0, images, False)
+def _without(kernel: Tensor, image: int) -> Tensor:
+    others = torch.arange(len(kernel)) != image
     return kernel[others][:, others]
 
 
-def _jackknife(value: Tensor, left_out: Tensor) -> Estimate:
-    """The diversity of one prompt, with its error from leaving out each image in turn (the images share pairs, so no s/√N)."""
-    images = len(left_out)
+def _jackknife(value: Tensor, left_out: Tensor, images: int) -> Estimate:
+    """The diversity of one prompt. The images share pairs, so that its error is no s/√N but comes from leaving out one at a time;
+    all of them in turn, or some for an estimate."""
     if images == 2:  # one image alone has no diversity
         return Estimate(value.item(), torch.nan)
-    variance = (images - 1) / images * (left_out - left_out.mean()).square().sum()
+    variance = (images - 1) * left_out.var(correction=int(len(left_out) < images))
     return Estimate(value.item(), variance.sqrt().item())
