@@ -15,6 +15,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from datasets import Dataset
 from diffusers import DiffusionPipeline
 from families import FAMILIES
 from peft import LoraConfig
@@ -792,3 +793,16 @@ def test_a_file_of_options_may_name_single_ones(here):
     assert (options.rewards, options.adapter, options.steps, options.reward_weights) == (["r"], ["a"], [3], [2.0])
     with pytest.raises(ValueError, match=r"^pipeline_kwargs=\[1\] is a list; pass an object"):
         EvaluationArguments(model="m", prompts="p", rewards="r", pipeline_kwargs=[1])
+
+
+def test_a_single_channel_is_measured_as_grey():
+    images = torch.rand(3, 1, 5, 5)
+    numbers, shown = measured(images, 2)
+    assert numbers.statistics["brightness"] == pytest.approx(images.mean((1, 2, 3)).tolist(), rel=1e-6)
+    assert numbers.statistics["saturation"] == [0.0] * 3 and shown.shape == (2, 1, 5, 5)
+
+
+def test_a_row_without_a_text_is_named(here, capsys):
+    Dataset.from_list([{"prompt": "a cat"}, {"prompt": None}]).to_parquet("rows.parquet")
+    evaluate(prompts="rows.parquet", status=1)
+    assert "error: prompt 1 is of type NoneType; pass a string in each row." in capsys.readouterr().err

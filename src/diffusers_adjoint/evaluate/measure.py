@@ -121,8 +121,7 @@ def measure(
     features: dict[str, list[Tensor]] = {name: [] for name in settings.features}
     kept = []
     with torch.no_grad(), model.active():
-        for first in range(0, settings.samples, settings.batch_size):
-            numbers = range(first, min(first + settings.batch_size, settings.samples))
+        for numbers in _batches(settings.samples, settings.batch_size):
             columns = repeat_rows(row, len(numbers))
             images = _sample(replay, setting, settings.seed, columns, numbers, prompt)
             for name, values in settings.reward(images, prompts_of(columns), **without_prompt(columns)).items():
@@ -134,9 +133,14 @@ def measure(
                 finite = visible[visible.flatten(1).isfinite().all(1)]  # a 16-bit decoder may overflow
                 for name, function in settings.features.items() if len(finite) else ():
                     features[name].append(_features(name, function, finite).cpu())
-            kept.append(images[: max(shown - first, 0)].cpu())
+            kept.append(images[: max(shown - numbers.start, 0)].cpu())
         kl = _path_kl(model, base, replay, setting, settings, row, prompt)
     return Measured(rewards, statistics, _spread(features), kl), torch.cat(kept)
+
+
+def _batches(count: int, size: int) -> list[range]:
+    """The numbers 0 … count − 1, at most `size` at a time."""
+    return [range(first, min(first + size, count)) for first in range(0, count, size)]
 
 
 def _sample(
@@ -198,8 +202,7 @@ def _path_kl(
     frozen = None if model.adapter else getattr(base.pipeline, replay.component)
     denoiser = PipelineDenoiser(replay, [] if model.adapter else None, frozen)
     kl: list[float] = []
-    for first in range(0, settings.kl_paths, settings.batch_size):
-        numbers = range(first, min(first + settings.batch_size, settings.kl_paths))
+    for numbers in _batches(settings.kl_paths, settings.batch_size):
         starts, noise = (
             seeded_generators(settings.seed, prompt, numbers, stream)
             for stream in (Stream.EVALUATION_START, Stream.EVALUATION_NOISE)

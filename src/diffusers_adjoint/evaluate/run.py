@@ -19,6 +19,7 @@ from tqdm.auto import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from ..inputs import collate_columns, first_row, without_prompt
+from ..prompts import require_prompt_strings
 from ..replay import PipelineReplay
 from ..rewards import WeightedReward
 from ..rollout import Stream, seeded_generators
@@ -104,10 +105,7 @@ def each_once(loggers: Sequence[logging.Logger]) -> Iterator[None]:
 
 def _rows(dataset: Any, count: int | None) -> list[dict[str, Any]]:
     rows = list(dataset if count is None else dataset.take(count))
-    for number, row in enumerate(rows):
-        if "prompt" in row and not isinstance(row["prompt"], str):
-            found = type(row["prompt"]).__name__
-            raise ValueError(f"row {number + 1} of the prompts has a prompt of type {found}; write a string there.")
+    require_prompt_strings(row["prompt"] for row in rows if "prompt" in row)
     return rows
 
 
