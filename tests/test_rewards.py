@@ -267,3 +267,15 @@ def test_what_is_no_tensor_and_no_text(reward, images, prompts, message):
 def test_a_video_is_told_of_per_frame(reward):
     with pytest.raises(ValueError, match="or wrap the reward in per_frame for videos.$"):
         reward(torch.rand(3, 2, 3, 16, 16), PROMPTS)
+
+
+def test_a_prompt_of_several_images_is_encoded_once(reward):
+    read = []
+    reward.encoder.model.text_model.register_forward_pre_hook(
+        lambda module, args, kwargs: read.append(len(kwargs["input_ids"])), with_kwargs=True
+    )
+    images, prompts = torch.rand(5, 3, 16, 16), ["a cat", "the sea", "a cat", "a cat", "the sea"]
+    scores = reward(images, prompts)
+    assert read == [2]
+    alone = torch.cat([reward(images[i : i + 1], prompts[i : i + 1]) for i in range(5)])
+    torch.testing.assert_close(scores, alone)

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from transformers import AutoModel, AutoTokenizer
 
 from .preprocess import preprocessing_of
-from .texts import PromptTokenizer, check_prompts
+from .texts import PromptTokenizer, check_prompts, encoded_once
 
 __all__ = ["ImageTextEncoder", "unit_norm"]
 
@@ -55,8 +55,10 @@ class ImageTextEncoder(nn.Module):
 
     def texts(self, prompts: list[str]) -> Tensor:
         """Features of B texts, shape (B, D), of norm 1, float32 or better; no gradient."""
-        with torch.no_grad():
-            return unit_norm(self.model.get_text_features(**self.tokenize(prompts).to(self.model.device)).pooler_output)
+        return encoded_once(prompts, self._texts)
+
+    def _texts(self, prompts: list[str]) -> Tensor:
+        return unit_norm(self.model.get_text_features(**self.tokenize(prompts).to(self.model.device)).pooler_output)
 
     def cosine(self, images: Tensor, prompts: list[str]) -> Tensor:
         """cos(image, prompt), shape (B,).

@@ -6,13 +6,12 @@ import importlib
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .encoder import unit_norm
 from .preprocess import check_images, differentiable_preprocess
-from .texts import CutWarning, check_prompts
+from .texts import CutWarning, check_prompts, encoded_once
 from .weights import published_file, read_weights
 
 __all__ = ["HPSv2"]
@@ -62,7 +61,7 @@ class HPSv2(nn.Module):
             TypeError: if the images are not floating.
         """
         check_prompts(prompts, images)
-        return (self.features(images) * self._texts(prompts)).sum(-1)
+        return (self.features(images) * encoded_once(prompts, self._texts)).sum(-1)
 
     def features(self, images: Tensor) -> Tensor:
         """Image features of norm 1, (B, D): what diversity is measured in."""
@@ -71,8 +70,7 @@ class HPSv2(nn.Module):
 
     def _texts(self, prompts: list[str]) -> Tensor:
         self._warn_of_cut(len(self.tokenizer.encode(prompt)) + 2 for prompt in prompts)  # start and end
-        with torch.no_grad():
-            return unit_norm(self.model.encode_text(self.tokenizer(prompts).to(self.model.logit_scale.device)))
+        return unit_norm(self.model.encode_text(self.tokenizer(prompts).to(self.model.logit_scale.device)))
 
 
 def _open_clip() -> Any:

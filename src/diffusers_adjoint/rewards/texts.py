@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
+import torch
 from diffusers.utils import logging
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from .preprocess import check_tensor
 
-__all__ = ["CutWarning", "PromptTokenizer", "check_prompts"]
+__all__ = ["CutWarning", "PromptTokenizer", "check_prompts", "encoded_once"]
 
 logger = logging.get_logger(__name__)
 
@@ -53,6 +54,13 @@ class PromptTokenizer:
         """Token ids and masks as `tokenizer(…, return_tensors="pt")` gives them, on the CPU."""
         self._warn_of_cut(len(ids) for ids in self.tokenizer(prompts, verbose=False).input_ids)
         return self.tokenizer(prompts, padding=self.padding, truncation=True, max_length=self.length, return_tensors="pt")
+
+
+def encoded_once(prompts: list[str], encode: Callable[[list[str]], Tensor]) -> Tensor:
+    """`encode` of B texts, (B, D), without a gradient; several images of one prompt need it once."""
+    distinct = list(dict.fromkeys(prompts))
+    with torch.no_grad():
+        return encode(distinct)[[distinct.index(prompt) for prompt in prompts]]
 
 
 def check_prompts(prompts: list[str], images: Tensor) -> None:
