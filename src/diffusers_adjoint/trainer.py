@@ -114,26 +114,15 @@ class AdjointMatchingTrainer(PipelineTrainer):
         args = args or AdjointMatchingConfig(f"{type(pipeline).__name__}-AdjointMatching")
         require_writable(args.output_dir)
         self.reward = WeightedReward(reward_funcs, args.reward_weights)
-        # Rows are lists of Python values: each process collates its own, and numbers its images by its rank.
-        args.accelerator_config.dispatch_batches = False
-        if args.n_gpu > 1:  # torch.nn.DataParallel would scatter the states but not the conditioning
-            logger.warning(f"{args.n_gpu} GPUs are visible but one is used; start with `accelerate launch` to use them all.")
-            args._n_gpu = 1
+        _suit_the_host(args)
         set_seed(args.seed)  # before LoRA draws its weights
 
-        self.replay = PipelineReplay(
-            pipeline,
-            memoryless_scheduler(pipeline.scheduler, integrator=args.integrator),
-            args.num_inference_steps,
-            guidance_scale=args.guidance_scale,
-            pipeline_kwargs=parsed(args.pipeline_kwargs),
-            component=args.trained_component,
-        )
+        self.pipeline = pipeline
+        self.replay = _replay_of(pipeline, args)
         if self.replay.arguments.takes_prompt:
             for dataset in [train_dataset, *parts_of(eval_dataset)]:
                 require_prompts(dataset)
         warn_of_guidance(self.replay, args.guidance_scale, args.cfg_mode)
-        self.pipeline = pipeline
         for component in pipeline.components.values():
             if isinstance(component, nn.Module):
                 component.requires_grad_(False).eval()
@@ -398,3 +387,23 @@ class AdjointMatchingTrainer(PipelineTrainer):
         super().log(logs, start_time)
         if "loss" in logs and self._pictures is not None:
             self._show("train", self._pictures)
+
+
+def _suit_the_host(args: AdjointMatchingConfig) -> None:
+    """Settings of the host that a pipeline's batches need."""
+    # Rows are lists of Python values: each process collates its own, and numbers its images by its rank.
+    args.accelerator_config.dispatch_batches = False
+    if args.n_gpu > 1:  # torch.nn.DataParallel would scatter the states but not the conditioning
+        logger.warning(f"{args.n_gpu} GPUs are visible but one is used; start with `accelerate launch` to use them all.")
+        args._n_gpu = 1
+
+
+def _replay_of(pipeline: DiffusionPipeline, args: AdjointMatchingConfig) -> PipelineReplay:
+    return PipelineReplay(
+        pipeline,
+        memoryless_scheduler(pipeline.scheduler, integrator=args.integrator),
+        args.num_inference_steps,
+        guidance_scale=args.guidance_scale,
+        pipeline_kwargs=parsed(args.pipeline_kwargs),
+        component=args.trained_component,
+    )
