@@ -1,6 +1,8 @@
 # Each target is one command on a fresh machine: it makes .venv and installs into it when needed.
 PYTHON ?= python3
 REWARD ?= ink
+# Processes of the tests; a file of tests stays in one of them, because its fixtures are made once.
+WORKERS ?= 2
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
@@ -18,10 +20,10 @@ demo: $(INSTALLED)
 	REWARD=$(REWARD) $(BIN)/python examples/digits/demo.py
 
 test: $(INSTALLED)
-	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile -m "not slow"
 
 test-slow: $(INSTALLED)
-	$(BIN)/python -m pytest -m slow
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile -m slow
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

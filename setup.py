@@ -51,6 +51,7 @@ EXTRAS: dict[str, list[str]] = {
         "mypy>=2.0",
         "pre-commit>=4.0",
         "pytest>=9.0",
+        "pytest-xdist>=3.8",
         "ruff>=0.17",
         "scikit-learn>=1.7",
         "scipy>=1.15",
