@@ -6,30 +6,39 @@ Adapters that the pipeline comes with stay as they are: they belong to the base.
 from __future__ import annotations
 
 import copy
+import dataclasses
 import inspect
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline
 from diffusers.loaders import PeftAdapterMixin
 from diffusers.training_utils import cast_training_params
-from diffusers.utils import convert_state_dict_to_diffusers, convert_unet_state_dict_to_peft, logging
-from peft import LoraConfig
+from diffusers.utils import convert_unet_state_dict_to_peft, logging
+from peft import LoraConfig, PeftType
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
-from safetensors.torch import load_file
-from torch import nn
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
 
 from .sharding import gathered, spread_like
 
-__all__ = ["ADAPTER", "adapter_off", "add_lora", "load_lora", "save_lora"]
+__all__ = ["ADAPTER", "adapter_off", "add_lora", "load_lora", "load_saved_lora", "save_lora"]
 
 logger = logging.get_logger(__name__)
 
 ADAPTER = "adjoint"
 WEIGHTS_NAME = "pytorch_lora_weights.safetensors"
+# Options of a LoraConfig that a saved LoRA brings back, in tests/test_lora_files.py, and those that change nothing here.
+CARRIED = {"r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "use_dora", "fan_in_fan_out"}
+CARRIED |= {"target_modules", "exclude_modules", "layers_to_transform", "layers_pattern"}
+UNUSED = {"task_type", "peft_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision", "inference_mode"}
+UNUSED |= {"lora_dropout", "init_lora_weights", "bias", "modules_to_save", "runtime_config"}
 ATTENTION = ["to_q", "to_k", "to_v", "to_out.0"]
 
 
@@ -43,15 +52,18 @@ def add_lora(pipeline: DiffusionPipeline, component: str, peft_config: LoraConfi
         Names of the adapters that were active before; they stay active, frozen, and belong to the base.
 
     Raises:
+        TypeError: if `peft_config` is not one of a LoRA.
         ValueError: if the network cannot take an adapter, has fused ones, has none of the target modules, or if the adapter
             would change the base or could not be saved for `load_lora_weights`.
     """
     network = getattr(pipeline, component)
     name = type(network).__name__
+    _require_lora(peft_config)
     if not isinstance(network, PeftAdapterMixin):
         raise ValueError(f"{name} has no add_adapter; pass peft_config=None for full fine-tuning.")
     _require_saving(type(pipeline), component)
     _require_untouched_base(peft_config)
+    _require_loadable(peft_config)
     base_adapters = _active_adapters(network)
     config = copy.copy(peft_config)
     config.target_modules = config.target_modules or list(ATTENTION)
@@ -101,6 +113,22 @@ def _saved_as(component: str) -> str:
     return component.removesuffix("_2")
 
 
+def _require_lora(config: Any) -> None:
+    if not isinstance(config, LoraConfig) or config.peft_type != PeftType.LORA:
+        raise TypeError(f"peft_config is a {type(config).__name__}; pass a peft.LoraConfig, or None for full fine-tuning.")
+
+
+def _require_loadable(config: LoraConfig) -> None:
+    """Only what is known to come back from the file: others are left out of it, or are no function of the image alone."""
+    plain = LoraConfig()
+    for name in {field.name for field in dataclasses.fields(LoraConfig)} - CARRIED - UNUSED:
+        if (value := getattr(config, name)) != getattr(plain, name):
+            raise ValueError(
+                f"LoraConfig({name}={value!r}) is not supported: the file that a LoRA is saved in would not bring it back; "
+                f"leave it out."
+            )
+
+
 def _require_untouched_base(config: LoraConfig) -> None:
     """Some options change the network outside the adapter: switching the adapter off would not give the base back."""
     if config.bias != "none":
@@ -143,23 +171,45 @@ def _switch_on(network: PeftAdapterMixin, base_adapters: list[str]) -> None:
 def save_lora(pipeline: DiffusionPipeline, component: str, folder: str | Path, *, write: bool = True) -> None:
     """Write `pytorch_lora_weights.safetensors` that `pipeline.load_lora_weights(folder)` reads, alpha included.
 
+    The weights keep PEFT's own names. diffusers' older names exist for attention layers only, and its reader decides by the
+    first name in the file which of the two all of them are: of a UNet's file with both it lost the attention layers.
+
     Args:
         pipeline: its `component` carries the adapter.
         component: name of the denoiser, "transformer" or "unet"; "transformer_2" is read back by
             `load_lora_weights(folder, load_into_transformer_2=True)`.
         folder: created if missing.
         write: `False` on the processes that only contribute their part of the weights.
+
+    Raises:
+        OSError: if the file does not hold what the network does.
     """
     network = getattr(pipeline, component)
     weights = gathered(get_peft_model_state_dict(network, adapter_name=ADAPTER), keep=write)
     if not write:
         return
-    if component == "unet":
-        weights = convert_state_dict_to_diffusers(weights)
     # Without the metadata the reader takes alpha = r, and the tuned model comes back scaled wrongly, silently.
     name = _saved_as(component)
     metadata = {f"{name}_lora_adapter_metadata": network.peft_config[ADAPTER].to_dict()}
     type(pipeline).save_lora_weights(str(folder), **{f"{name}_lora_layers": weights}, **metadata)
+    file = Path(folder) / WEIGHTS_NAME
+    with safe_open(file, "pt") as saved:
+        if set(saved.keys()) != {f"{name}.{key}" for key in weights}:
+            raise OSError(
+                f"{file} does not hold the weights of the adapter under their names; the installed diffusers renames them."
+            )
+
+
+def read_lora(file: Path) -> dict[str, Tensor]:
+    """The weights in a file of `save_lora`, under the names of the file, or PEFT's where an earlier version renamed some.
+
+    Raises:
+        ValueError: if the file is missing.
+    """
+    if not file.is_file():
+        raise ValueError(f"{file.parent} holds no {file.name}; pass a checkpoint folder written by this trainer.")
+    # Renames what has diffusers' older names and nothing else.
+    return convert_unet_state_dict_to_peft(load_file(file))
 
 
 def load_lora(network: nn.Module, component: str, folder: str | Path) -> None:
@@ -169,12 +219,24 @@ def load_lora(network: nn.Module, component: str, folder: str | Path) -> None:
         ValueError: if the file is missing or belongs to another adapter.
     """
     file = Path(folder) / WEIGHTS_NAME
-    if not file.is_file():
-        raise ValueError(f"{folder} holds no {WEIGHTS_NAME}; pass a checkpoint folder written by this trainer.")
-    weights = {key.removeprefix(f"{_saved_as(component)}."): value for key, value in load_file(file).items()}
-    if component == "unet":
-        weights = convert_unet_state_dict_to_peft(weights)
+    weights = {key.removeprefix(f"{_saved_as(component)}."): value for key, value in read_lora(file).items()}
     expected = get_peft_model_state_dict(network, adapter_name=ADAPTER)
     if weights.keys() != expected.keys() or any(weights[key].shape != expected[key].shape for key in expected):
         raise ValueError(f"{file} does not fit the adapter in training; resume with the peft_config it was trained with.")
     set_peft_model_state_dict(network, spread_like(weights, expected), adapter_name=ADAPTER)
+
+
+def load_saved_lora(pipeline: DiffusionPipeline, file: Path, **options: Any) -> None:
+    """`pipeline.load_lora_weights` of a file of `save_lora`, whichever version wrote it.
+
+    Args:
+        pipeline: a fresh one.
+        options: of `load_lora_weights`.
+    """
+    with tempfile.TemporaryDirectory() as folder, safe_open(file, "pt") as saved:
+        names, metadata = set(saved.keys()), saved.metadata()
+        weights = read_lora(file)
+        if weights.keys() != names:  # diffusers' reader would drop a part of them
+            file = Path(folder) / WEIGHTS_NAME
+            save_file(weights, file, metadata)
+        pipeline.load_lora_weights(str(file.parent), weight_name=file.name, use_safetensors=True, **options)

@@ -15,7 +15,7 @@ from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError
 
 from ..inputs import load_pipeline
-from ..lora import WEIGHTS_NAME
+from ..lora import WEIGHTS_NAME, load_saved_lora
 from ..replay.view import denoiser_names
 
 __all__ = ["BASE", "Model", "load_models"]
@@ -108,6 +108,14 @@ def _is_pipeline(name: str) -> bool:
     return True
 
 
+def _lora_file(source: str) -> Path:
+    """The LoRA in a folder or a repository of the Hub; in a folder also under another name, where there is only one."""
+    if not Path(source).exists():
+        return Path(hf_hub_download(source, WEIGHTS_NAME))
+    others = sorted(Path(source).glob("*.safetensors"))
+    return others[0] if len(others) == 1 else Path(source) / WEIGHTS_NAME
+
+
 def _tuned(base: DiffusionPipeline, source: str, name: str, adapter: str, component: str, init_kwargs: dict[str, Any]) -> Model:
     """The model of a LoRA, which the base's pipeline then carries, or of a whole pipeline."""
     if _is_pipeline(source):
@@ -117,9 +125,7 @@ def _tuned(base: DiffusionPipeline, source: str, name: str, adapter: str, compon
     if not hasattr(base, "load_lora_weights"):
         raise ValueError(f"{type(base).__name__} takes no LoRA, only whole pipelines")
     options: dict[str, Any] = {"load_into_transformer_2": True} if component == "transformer_2" else {}
-    if not Path(source).exists() or (Path(source) / WEIGHTS_NAME).is_file():
-        options["weight_name"] = WEIGHTS_NAME  # without it nothing is found offline
-    base.load_lora_weights(source, adapter_name=adapter, use_safetensors=True, **options)
+    load_saved_lora(base, _lora_file(source), adapter_name=adapter, **options)
     if adapter not in getattr(getattr(base, component, None), "peft_config", {}):
         raise ValueError(f"it has no layer in the {component}")
     base.disable_lora()
