@@ -7,7 +7,7 @@ import pytest
 import torch
 from datasets import Dataset, IterableDataset
 from diffusers import DDPMPipeline, DDPMScheduler, LCMScheduler, StableDiffusion3Pipeline, UNet2DModel
-from peft import LoraConfig
+from peft import AdaLoraConfig, IA3Config, LoHaConfig, LoraConfig, get_peft_model
 from tiny_pipelines import sd3, sd15
 
 import diffusers_adjoint.trainer
@@ -130,6 +130,13 @@ def without_lora_saving():
     return Unsaved(**pipeline.components)
 
 
+def wrapped(wrap):
+    """A pipeline whose transformer is inside something else."""
+    pipeline = sd3()
+    pipeline.transformer = wrap(pipeline.transformer)
+    return pipeline
+
+
 def lora(**kwargs):
     return LoraConfig(r=2, **kwargs)
 
@@ -138,6 +145,31 @@ MODEL, DATA = ["--model_name_or_path", "pipeline"], ["--dataset_name", "prompts.
 REWARD = ["--reward_funcs", "math:sqrt"]
 
 CASES = {
+    "LoHa": Case("peft_config is a LoHaConfig", "pass a peft.LoraConfig", trainer={"peft_config": LoHaConfig()}, error=TypeError),
+    "IA3": Case("peft_config is a IA3Config", "pass a peft.LoraConfig", trainer={"peft_config": IA3Config()}, error=TypeError),
+    "AdaLoRA": Case(
+        "peft_config is a AdaLoraConfig",
+        "pass a peft.LoraConfig",
+        trainer={"peft_config": AdaLoraConfig(total_step=10)},
+        error=TypeError,
+    ),
+    "peft_config a dict": Case(
+        "peft_config is a dict", "pass a peft.LoraConfig", trainer={"peft_config": {"r": 2}}, error=TypeError
+    ),
+    "target_parameters": Case(
+        "LoraConfig(target_parameters=['weight'])", "leave it out", trainer={"peft_config": lora(target_parameters=["weight"])}
+    ),
+    "lora_bias": Case("LoraConfig(lora_bias=True)", "leave it out", trainer={"peft_config": lora(lora_bias=True)}),
+    "a PeftModel": Case(
+        "the transformer is a PeftModel",
+        "transformer.unload()",
+        trainer={"model": lambda: wrapped(lambda network: get_peft_model(network, lora(target_modules=["to_q"])))},
+    ),
+    "a compiled network": Case(
+        "the transformer is compiled",
+        "torch_compile=True",
+        trainer={"model": lambda: wrapped(lambda network: torch.compile(network, backend="eager"))},
+    ),
     "K below 2": Case("num_inference_steps=1", "at least 2", {"num_inference_steps": 1}),
     "S above K": Case("num_loss_steps=9", "pass 1 to 4", {"num_loss_steps": 9}),
     "S zero": Case("num_loss_steps=0", "pass 1 to 4", {"num_loss_steps": 0}),

@@ -22,7 +22,7 @@ LAYERS = (
     ("soc",),
     ("schedulers", "replay"),
     ("sharding",),
-    ("denoiser", "lora", "rewards"),
+    ("denoiser", "lora", "trained_state", "rewards"),
     ("rollout", "metrics"),
     (
         "config",

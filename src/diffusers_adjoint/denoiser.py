@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from .lora import adapter_off
 from .replay import Conditioning, PipelineReplay
 from .replay.view import set_differentiable
+from .trained_state import TrainedState
 
 __all__ = ["PipelineDenoiser"]
 
@@ -48,6 +49,7 @@ class PipelineDenoiser(nn.Module):
             _require_no_adapters(replay.pipeline)
             self.frozen = copy.deepcopy(self.network).requires_grad_(False)
             self.network.requires_grad_(True)
+        self.state = TrainedState(replay.pipeline, replay.component, base_adapters)
         self.evaluations = 0  # one an image and step, for the log
         self._base_active = False
         # FSDP's units. The network is one of them, because pipelines call it without this module when they sample.

@@ -121,7 +121,12 @@ class PipelineTrainer(PublishingTrainer):
         return self.replay.component if self.denoiser.base_adapters is None else WEIGHTS_NAME
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Write the LoRA that `pipeline.load_lora_weights(output_dir)` reads, or the whole pipeline with its own scheduler."""
+        """Write the LoRA that `pipeline.load_lora_weights(output_dir)` reads, or the whole pipeline with its own scheduler.
+
+        Raises:
+            ValueError: if the network is not as it was trained, its adapter taken away or set to another strength.
+        """
+        self.denoiser.state.require_adapter()
         with whole_files(Path(output_dir or self.args.output_dir), self.args.should_save, self._wait) as partial:
             if self.denoiser.base_adapters is not None:
                 self._write_weights(partial)
@@ -155,6 +160,7 @@ class PipelineTrainer(PublishingTrainer):
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         """The host's checkpoint, except that a folder `checkpoint-N` is whole or absent, and that the weights are ours."""
+        self.denoiser.state.require_adapter()
         run_dir = Path(self._get_output_dir(trial=trial))
         folder = run_dir / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
         best = run_dir / f"{PREFIX_CHECKPOINT_DIR}-{self.state.best_global_step}"
@@ -193,6 +199,7 @@ class PipelineTrainer(PublishingTrainer):
 
         With `save_on_interrupt`, Ctrl-C and SIGTERM end it by `KeyboardInterrupt` or `SystemExit`, after a checkpoint.
         """
+        self.denoiser.state.require_trainable(None if self.is_deepspeed_enabled else self.optimizer)
         run_dir = Path(self.args.output_dir)
         plain = not (self.is_fsdp_enabled or self.is_deepspeed_enabled or self.args.save_only_model)
         needed = [self._weights_name, TRAINER_STATE_NAME] + (["optimizer.pt", "scheduler.pt"] if plain else [])
@@ -243,8 +250,9 @@ class PipelineTrainer(PublishingTrainer):
             `eval_saturated`, `eval_kl` or `eval_kl_unguided` in nats.
 
         Raises:
-            ValueError: if there is no dataset.
+            ValueError: if there is no dataset, or the network is not as it was trained.
         """
+        self.denoiser.state.require_adapter()
         dataset = self.eval_dataset if eval_dataset is None else eval_dataset
         if dataset is None:
             raise ValueError("there is no eval_dataset; pass one here or to the trainer.")

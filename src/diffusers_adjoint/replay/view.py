@@ -12,9 +12,11 @@ from typing import Any
 
 import torch
 from accelerate.hooks import AlignDevicesHook, CpuOffload
+from accelerate.utils import is_compiled_module
 from diffusers import DiffusionPipeline, SchedulerMixin
 from diffusers.image_processor import VaeImageProcessor
 from diffusers.models.cache_utils import CacheMixin
+from peft import PeftModel
 from torch import nn
 
 __all__ = ["called_in_place_of", "counting_rows", "denoiser_names", "make_view", "no_guidance", "preparing_methods"]
@@ -41,8 +43,20 @@ def denoiser_names(pipeline: DiffusionPipeline) -> list[str]:
     if not names:
         raise ValueError(f"{kind} has no transformer and no unet; pass a pipeline with one of them.")
     for name in names:
+        _require_plain(name, getattr(pipeline, name))
         _require_resident(kind, name, getattr(pipeline, name))
     return names
+
+
+def _require_plain(name: str, denoiser: nn.Module) -> None:
+    """A wrapper hides the network's adapters and its switches."""
+    if is_compiled_module(denoiser):
+        raise ValueError(f"the {name} is compiled; pass the pipeline as it was before torch.compile, and torch_compile=True.")
+    if isinstance(denoiser, PeftModel):
+        raise ValueError(
+            f"the {name} is a PeftModel; pass the pipeline with the network itself, {name}.unload(), and a LoRA to train as "
+            f"peft_config."
+        )
 
 
 def set_differentiable(network: nn.Module) -> None:

@@ -1,0 +1,113 @@
+"""What was prepared for training is looked at again: the adapter, its strength, the trained weights, the optimizer."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from diffusers import DiffusionPipeline
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import nn
+
+from .lora import ADAPTER
+
+__all__ = ["TrainedState"]
+
+
+class TrainedState:
+    """The state of a denoiser as it was prepared for training, to be compared with what it is later.
+
+    Between two calls of the trainer the pipeline is the user's, who may preview it at another strength, switch the adapter off,
+    or take it away; a file that is saved then would hold another model than the one that was trained.
+
+    Args:
+        pipeline: whose `component` is trained.
+        component: the denoiser's name.
+        base_adapters: names of the adapters that belong to the base; `None` where all weights are trained.
+    """
+
+    def __init__(self, pipeline: DiffusionPipeline, component: str, base_adapters: list[str] | None) -> None:
+        self._pipeline, self._component, self._base_adapters = pipeline, component, base_adapters
+        self._network: nn.Module = getattr(pipeline, component)
+        self._scalings = self._current_scalings()
+        self._trained = len(self._trained_weights())
+
+    def require_adapter(self) -> None:
+        """Raises ValueError, with the way out, unless the network acts as it was prepared: adapters, their order and strength."""
+        if getattr(self._pipeline, self._component, None) is not self._network:
+            raise ValueError(f"the pipeline's {self._component} is no longer the network in training; put it back.")
+        layers = self._layers()
+        if self._base_adapters is None:
+            if layers:
+                raise ValueError(f"{self._named} carries adapters now, though all its weights are trained; unload them.")
+            return
+        if not any(ADAPTER in layer.scaling for layer in layers):
+            raise ValueError(
+                f"{self._named} no longer carries the adapter {ADAPTER!r}, which unload_lora_weights() and delete_adapters() "
+                f"take away; make a new trainer and resume from a checkpoint."
+            )
+        if any(layer.merged for layer in layers):
+            raise ValueError(f"{self._named} carries a fused adapter; call unfuse_lora() first.")
+        adapters = [*self._base_adapters, ADAPTER]
+        if any(layer.disable_adapters for layer in layers):
+            raise ValueError(f"the adapters of {self._named} are switched off; call enable_lora() first.")
+        if any(set(layer.active_adapters) != set(adapters) for layer in layers):
+            active = sorted({name for layer in layers for name in layer.active_adapters})
+            raise ValueError(f"the active adapters of {self._named} are {active}; {self._way_back(adapters)} first.")
+        if self._current_scalings() != self._scalings:
+            raise ValueError(
+                f"an adapter of {self._named} acts with another strength than in training; {self._way_back(adapters)} first."
+            )
+
+    def require_trainable(self, optimizer: torch.optim.Optimizer | None) -> None:
+        """Raises ValueError, with the way out, where training would teach nothing.
+
+        Args:
+            optimizer: the user's; `None` where it will be made of the weights that are trained.
+        """
+        self.require_adapter()
+        if torch.is_inference_mode_enabled() or not torch.is_grad_enabled():
+            raise ValueError("gradients are switched off; call train() outside of torch.no_grad() and torch.inference_mode().")
+        if any(parameter.is_inference() for parameter in self._network.parameters()):
+            raise ValueError(
+                f"weights of {self._named} were made in torch.inference_mode() and have no gradient; load the pipeline and make "
+                f"the trainer outside of it."
+            )
+        trained = self._trained_weights()
+        if len(trained) != self._trained:
+            raise ValueError(
+                f"{len(trained)} weights of {self._named} require a gradient, not the {self._trained} that are to be trained; "
+                f"leave requires_grad_() to the trainer, which calls it when it is made."
+            )
+        if optimizer is not None:
+            self._require_all_in(optimizer, trained)
+
+    def _require_all_in(self, optimizer: torch.optim.Optimizer, trained: list[nn.Parameter]) -> None:
+        held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+        missing = sum(id(parameter) not in held for parameter in trained)
+        if missing or len(held) != len(trained):
+            raise ValueError(
+                f"the optimizer holds {len(trained) - missing} of the {len(trained)} weights in training and "
+                f"{len(held) - len(trained) + missing} others; leave optimizers out and choose one by args.optim, or set "
+                f"trainer.optimizer to one of the parameters that require a gradient after the trainer is made."
+            )
+
+    @property
+    def _named(self) -> str:
+        return f"the {self._component} ({type(self._network).__name__})"
+
+    def _trained_weights(self) -> list[nn.Parameter]:
+        return [parameter for parameter in self._network.parameters() if parameter.requires_grad]
+
+    def _layers(self) -> list[Any]:
+        return [module for module in self._network.modules() if isinstance(module, BaseTunerLayer)]
+
+    def _current_scalings(self) -> list[dict[str, float]]:
+        adapters = {*(self._base_adapters or []), ADAPTER}
+        found = [{name: scale for name, scale in layer.scaling.items() if name in adapters} for layer in self._layers()]
+        return [scalings for scalings in found if scalings]  # not those of layers that only another adapter has
+
+    def _way_back(self, adapters: list[str]) -> str:
+        if len(adapters) == 1:
+            return f"call set_adapters({ADAPTER!r}, 1.0) on the pipeline"
+        return f"call set_adapters({adapters}, […]) on the pipeline with the strengths that it had, 1.0 for {ADAPTER!r},"
