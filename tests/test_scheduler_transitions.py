@@ -1,12 +1,19 @@
 """Transitions of the memoryless schedulers against diffusers' own DDIM, closed forms of Gaussian data, and each other."""
 
+import inspect
+import warnings
+
 import pytest
 import torch
 from diffusers import DDIMScheduler
 from problems import AffineChain, mixture_1d, model_output
 from scheduler_problems import BETA_PREDICTIONS, BOTH, batch, mean_function, network, noise_levels, normal, ready
 
-from diffusers_adjoint.schedulers import MemorylessDDIMScheduler
+from diffusers_adjoint.schedulers import (
+    MemorylessDDIMScheduler,
+    MemorylessEDMEulerScheduler,
+    MemorylessFlowMatchEulerDiscreteScheduler,
+)
 from diffusers_adjoint.schedulers.integrators import INTEGRATORS
 from diffusers_adjoint.schedulers.memoryless import transition_table
 
@@ -235,3 +242,43 @@ def test_generators(cls):
     assert torch.equal(draw(), from_global)
     with pytest.raises(ValueError, match="2 generators cannot serve a batch of 3"):
         draw(seeded(1, 2))
+
+
+CLASSES = [MemorylessFlowMatchEulerDiscreteScheduler, MemorylessDDIMScheduler, MemorylessEDMEulerScheduler]
+
+
+@pytest.mark.parametrize("cls", CLASSES)
+def test_step_keeps_the_order_and_the_defaults_of_its_parents_arguments(cls):
+    ours, parents = (list(inspect.signature(c.step).parameters.values()) for c in (cls, cls.__mro__[1]))
+    assert [p.name for p in ours] == [p.name for p in parents]
+    assert [p.default for p in ours] == [p.default for p in parents]
+    assert {p.kind for p in ours} == {inspect.Parameter.POSITIONAL_OR_KEYWORD}
+
+
+@pytest.mark.parametrize(("cls", "used"), [(CLASSES[0], "s_churn"), (CLASSES[1], "eta"), (CLASSES[2], "s_churn")])
+def test_the_fourth_argument_is_the_parents(cls, used):
+    """diffusers' own tests pass it by position: step(output, timestep, sample, eta)."""
+    scheduler = ready(cls, 4)
+    x, t = batch(2, 3), scheduler.timesteps[0]
+    torch.manual_seed(0)
+    out = scheduler.step(x, t, x, 0.0).prev_sample
+    scheduler.set_timesteps(4)
+    assert torch.equal(out, scheduler.step(x, t, x, generator=torch.manual_seed(0)).prev_sample)
+    with pytest.raises(ValueError, match=f"{used} would choose another sampler's step"):
+        scheduler.step(x, t, x, 0.5)
+
+
+@pytest.mark.parametrize("cls", CLASSES)
+def test_noise_that_no_seed_of_the_pipeline_repeats_is_said_once(cls):
+    scheduler = ready(cls, 4)
+    x, t = batch(2, 3), scheduler.timesteps
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        scheduler.step(x, t[0], x, generator=torch.Generator())
+        assert not told
+        scheduler.step(x, t[1], x)
+        scheduler.step(x, t[2], x)
+        scheduler.step(x, t[3], x)  # the last step draws nothing
+    assert [str(w.message).partition(";")[0] for w in told] == [
+        f"{cls.__name__} draws its noise from torch's global generator, because the pipeline passed none to step"
+    ]

@@ -279,7 +279,7 @@ BAD = {
     "beyond the table": (lambda: ready(BOTH[1], 1000, steps_offset=1), "reach timestep 1000, but the model knows 1000"),
     "integer timestep": (misuse(BOTH[0], lambda s, x: s.step(x, 3, x)), "timestep=3 is an integer"),
     "off the grid": (misuse(BOTH[1], lambda s, x: s.step(x, 3, x)), "timestep=3 is not on the grid"),
-    "eta": (misuse(BOTH[1], lambda s, x: s.step(x, 750, x, eta=1.0)), "eta and use_clipped_model_output choose another"),
+    "eta": (misuse(BOTH[1], lambda s, x: s.step(x, 750, x, eta=1.0)), "eta would choose another sampler's step"),
     "index below": (misuse(BOTH[0], lambda s, x: s.transition(x, x, -1)), "index=-1 is off the grid; pass a step from 0 to 3"),
     "index above": (misuse(BOTH[1], lambda s, x: s.transition(x, x, 4)), "index=4 is off the grid; pass a step from 0 to 3"),
     "learned variance": (misuse(BOTH[1], lambda s, x: s.transition(torch.cat([x, x], 1), x, 0)), r"shape \(2, 6\) but sample"),

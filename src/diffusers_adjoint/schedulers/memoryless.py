@@ -16,6 +16,7 @@ whose output m gives the velocity v = p x + q m, step k from (α, β) to (α', �
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass
 
 import torch
@@ -25,7 +26,7 @@ from torch import Tensor
 from ..transition import Transition
 from .integrators import INTEGRATORS
 
-__all__ = ["MemorylessStep", "TransitionTable", "check_integrator", "transition_table"]
+__all__ = ["MemorylessStep", "TransitionTable", "check_integrator", "require_unused", "transition_table"]
 
 
 @dataclass(frozen=True)
@@ -96,12 +97,21 @@ def transition_table(alphas: Tensor, betas: Tensor, prediction_type: str, integr
     )
 
 
+def require_unused(**used: bool) -> None:
+    """Raises ValueError for the arguments of a parent's `step` that are used though they belong to its own noise or grid."""
+    if names := [name for name, is_used in used.items() if is_used]:
+        raise ValueError(
+            f"{', '.join(names)} would choose another sampler's step; leave it out, this one has its own noise and grid."
+        )
+
+
 class MemorylessStep:
     """Mixin of all memoryless schedulers: the pure transition, and the noise of the stateful `step`."""
 
     timesteps: Tensor
     _table: TransitionTable | None = None
     _generator: torch.Generator | list[torch.Generator] | None = None
+    _warned = False  # that the noise comes from the global generator
 
     def set_generator(self, generator: torch.Generator | list[torch.Generator] | None) -> None:
         """The noise source of `step` when the pipeline passes none, as many do not; one generator, one a sample, or `None`
@@ -164,6 +174,13 @@ class MemorylessStep:
         if index == len(self.table.std) - 1:
             return step.mean.to(sample.dtype)
         generator = self._generator if generator is None else generator
+        if generator is None and not self._warned:
+            self._warned = True
+            warnings.warn(
+                f"{type(self).__name__} draws its noise from torch's global generator, because the pipeline passed none to step; "
+                f"for images that a seed repeats, call set_generator(generator) or torch.manual_seed.",
+                stacklevel=3,
+            )
         if isinstance(generator, list) and len(generator) != len(sample):
             raise ValueError(
                 f"{len(generator)} generators cannot serve a batch of {len(sample)}; pass one, or one for each sample."

@@ -13,7 +13,7 @@ from diffusers.schedulers.scheduling_ddim import DDIMSchedulerOutput
 from torch import Tensor
 
 from .integrators import DEFAULT_INTEGRATOR
-from .memoryless import MemorylessStep, check_integrator, transition_table
+from .memoryless import MemorylessStep, check_integrator, require_unused, transition_table
 
 __all__ = ["MemorylessDDIMScheduler"]
 
@@ -125,11 +125,11 @@ class MemorylessDDIMScheduler(DDIMScheduler, MemorylessStep):
         model_output: Tensor,
         timestep: int | Tensor,
         sample: Tensor,
-        generator: torch.Generator | list[torch.Generator] | None = None,
-        return_dict: bool = True,
-        *,
         eta: float = 0.0,
-        use_clipped_model_output: bool | None = None,
+        use_clipped_model_output: bool | None = False,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        variance_noise: Tensor | None = None,
+        return_dict: bool = True,
     ) -> DDIMSchedulerOutput | tuple[Tensor, Tensor]:
         """Draw the next state; steps may be taken in any order.
 
@@ -137,20 +137,20 @@ class MemorylessDDIMScheduler(DDIMScheduler, MemorylessStep):
             model_output: the network's prediction, of the configured type, shape (B, …).
             timestep: one of `timesteps`.
             sample: x_k, same shape; its dtype is kept, the arithmetic is at least float32.
+            eta, use_clipped_model_output, variance_noise: the parent's, in its order; only their defaults have a meaning here.
             generator: noise source, one or one a sample; `None` for the one of `set_generator`.
             return_dict: an output object rather than a tuple.
-            eta, use_clipped_model_output: the parent's, which DDIMPipeline always passes; only their defaults have a meaning.
 
         Returns:
             x_{k+1}, or the mean alone at the last step, and the predicted data x̂_1.
 
         Raises:
-            ValueError: before `set_timesteps`, for a timestep off the grid, or for another `eta`.
+            ValueError: before `set_timesteps`, for a timestep off the grid, or for an argument of the parent's noise.
         """
-        if eta or use_clipped_model_output:
-            raise ValueError(
-                "eta and use_clipped_model_output choose another sampler's noise; leave them out, this one has its own noise."
-            )
+        # DDIMPipeline always passes the first two, `None` for the second among them.
+        require_unused(
+            eta=bool(eta), use_clipped_model_output=bool(use_clipped_model_output), variance_noise=variance_noise is not None
+        )
         index = self._index_of(timestep)
         prev_sample = self._next_sample(model_output, sample, index, generator)
         clean = self._predicted_data(model_output, sample, index)

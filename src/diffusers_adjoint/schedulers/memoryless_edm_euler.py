@@ -13,7 +13,7 @@ from diffusers.schedulers.scheduling_edm_euler import EDMEulerSchedulerOutput
 from torch import Tensor
 
 from .integrators import DEFAULT_INTEGRATOR
-from .memoryless import MemorylessStep, check_integrator, transition_table
+from .memoryless import MemorylessStep, check_integrator, require_unused, transition_table
 
 __all__ = ["MemorylessEDMEulerScheduler"]
 
@@ -95,13 +95,18 @@ class MemorylessEDMEulerScheduler(EDMEulerScheduler, MemorylessStep):
         alphas = (1 + levels**2).rsqrt()
         self._table = transition_table(alphas, levels * alphas, self.config.prediction_type, self.config.integrator)
 
-    def step(  # the parent's churn arguments belong to another sampler
+    def step(
         self,
         model_output: Tensor,
         timestep: float | Tensor,
         sample: Tensor,
+        s_churn: float = 0.0,
+        s_tmin: float = 0.0,
+        s_tmax: float = math.inf,
+        s_noise: float = 1.0,
         generator: torch.Generator | list[torch.Generator] | None = None,
         return_dict: bool = True,
+        pred_original_sample: Tensor | None = None,
     ) -> EDMEulerSchedulerOutput | tuple[Tensor, Tensor]:
         """Draw the next state; steps may be taken in any order.
 
@@ -109,6 +114,8 @@ class MemorylessEDMEulerScheduler(EDMEulerScheduler, MemorylessStep):
             model_output: the network's prediction v = α X_0 − β X_1, shape (B, …).
             timestep: one of `timesteps`.
             sample: x_k, same shape; its dtype is kept, the arithmetic is at least float32.
+            s_churn, s_tmin, s_tmax, s_noise, pred_original_sample: the parent's, in its order; only their defaults have a
+                meaning here.
             generator: noise source, one or one a sample; `None` for the one of `set_generator`.
             return_dict: an output object rather than a tuple.
 
@@ -116,8 +123,15 @@ class MemorylessEDMEulerScheduler(EDMEulerScheduler, MemorylessStep):
             x_{k+1}, or the mean alone at the last step, and the predicted data x̂_1.
 
         Raises:
-            ValueError: before `set_timesteps`, or for a timestep off the grid.
+            ValueError: before `set_timesteps`, for a timestep off the grid, or for an argument of the parent's sampler.
         """
+        require_unused(
+            s_churn=s_churn != 0,
+            s_tmin=s_tmin != 0,
+            s_tmax=s_tmax != math.inf,
+            s_noise=s_noise != 1,
+            pred_original_sample=pred_original_sample is not None,
+        )
         index = self._index_of(timestep)
         prev_sample = self._next_sample(model_output, sample, index, generator)
         clean = self._predicted_data(model_output, sample, index)

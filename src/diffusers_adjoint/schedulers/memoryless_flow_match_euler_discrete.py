@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Literal
 
 import numpy as np
@@ -12,7 +13,7 @@ from diffusers.schedulers.scheduling_flow_match_euler_discrete import FlowMatchE
 from torch import Tensor
 
 from .integrators import DEFAULT_INTEGRATOR
-from .memoryless import MemorylessStep, check_integrator, transition_table
+from .memoryless import MemorylessStep, check_integrator, require_unused, transition_table
 
 __all__ = ["MemorylessFlowMatchEulerDiscreteScheduler"]
 
@@ -102,12 +103,17 @@ class MemorylessFlowMatchEulerDiscreteScheduler(FlowMatchEulerDiscreteScheduler,
         prediction_type = "velocity" if self.config.invert_sigmas else "flow_prediction"
         self._table = transition_table(alphas, betas, prediction_type, self.config.integrator)
 
-    def step(  # the parent's churn arguments belong to another sampler
+    def step(
         self,
         model_output: Tensor,
         timestep: float | Tensor,
         sample: Tensor,
+        s_churn: float = 0.0,
+        s_tmin: float = 0.0,
+        s_tmax: float = math.inf,
+        s_noise: float = 1.0,
         generator: torch.Generator | list[torch.Generator] | None = None,
+        per_token_timesteps: Tensor | None = None,
         return_dict: bool = True,
     ) -> FlowMatchEulerDiscreteSchedulerOutput | tuple[Tensor]:
         """Draw the next state.
@@ -116,6 +122,8 @@ class MemorylessFlowMatchEulerDiscreteScheduler(FlowMatchEulerDiscreteScheduler,
             model_output: m = X_0 − X_1 as the network predicts it, shape (B, …).
             timestep: one of `timesteps`; used at the first call only, as in the parent, which then counts its steps.
             sample: x_k, same shape; its dtype is kept, the arithmetic is at least float32.
+            s_churn, s_tmin, s_tmax, s_noise, per_token_timesteps: the parent's, in its order; only their defaults have a
+                meaning here.
             generator: noise source, one or one a sample; `None` for the one of `set_generator`.
             return_dict: an output object rather than a tuple.
 
@@ -123,8 +131,15 @@ class MemorylessFlowMatchEulerDiscreteScheduler(FlowMatchEulerDiscreteScheduler,
             x_{k+1}, or the mean alone at the last step.
 
         Raises:
-            ValueError: for an integer timestep, or past the end of the grid.
+            ValueError: for an integer timestep, past the end of the grid, or for an argument of the parent's sampler.
         """
+        require_unused(
+            s_churn=s_churn != 0,
+            s_tmin=s_tmin != 0,
+            s_tmax=s_tmax != math.inf,
+            s_noise=s_noise != 1,
+            per_token_timesteps=per_token_timesteps is not None,
+        )
         if isinstance(timestep, int) or (isinstance(timestep, Tensor) and not timestep.is_floating_point()):
             raise ValueError(f"timestep={timestep} is an integer; pass an entry of scheduler.timesteps, not its position.")
         if self.step_index is None:
