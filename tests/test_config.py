@@ -34,3 +34,20 @@ def test_defaults_are_those_of_reward_tuning_not_of_text(tmp_path):
     assert (args.learning_rate, args.lr_scheduler_type, args.weight_decay) == (1e-4, "constant", 0.0)
     assert (args.reward_scale, args.guidance_scale, args.num_inference_steps) == (1.0, 1.0, 20)
     assert not args.remove_unused_columns
+
+
+def test_no_token_is_shown(tmp_path):
+    secret = "hf_" + "s" * 34
+    args = AdjointMatchingConfig(
+        str(tmp_path),
+        hub_token=secret,
+        model_init_kwargs={"token": secret, "variant": "fp16", "parts": [{"use_auth_token": secret}]},
+        pipeline_kwargs={"height": 64},
+        report_to="none",
+        use_cpu=True,
+    )
+    shown = [repr(args), str(args), f"{args}", str(args.to_dict()), args.to_json_string(), str(args.to_sanitized_dict())]
+    assert not [text for text in shown if secret in text]
+    assert all("fp16" in text and "height" in text for text in shown)  # what is no token stays
+    assert args.to_dict()["model_init_kwargs"]["token"] == "<TOKEN>"
+    assert args.model_init_kwargs["token"] == args.hub_token == secret  # in use they are what they were

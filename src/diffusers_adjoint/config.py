@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
 from transformers import TrainingArguments
@@ -23,7 +23,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
 }
 
 
-@dataclass
+@dataclass(repr=False)  # a generated one would print tokens, which the host masks
 class AdjointMatchingConfig(TrainingArguments):
     r"""Configuration of [`AdjointMatchingTrainer`].
 
@@ -195,6 +195,16 @@ class AdjointMatchingConfig(TrainingArguments):
         self._check_choices()
         self._check_numbers()
 
+    def __str__(self) -> str:
+        shown = masked({f.name: getattr(self, f.name) for f in fields(self)})
+        return "\n".join([f"{type(self).__name__}(", *(f"{name}={value}," for name, value in sorted(shown.items())), ")"])
+
+    __repr__ = __str__
+
+    def to_dict(self) -> dict[str, Any]:
+        """The host's, which trackers and `to_json_string` show, with the tokens inside dicts masked too."""
+        return masked(super().to_dict())
+
     def _check_choices(self) -> None:
         for name, allowed in CHOICES.items():
             if getattr(self, name) not in allowed:
@@ -244,3 +254,11 @@ class AdjointMatchingConfig(TrainingArguments):
         for name, default in meaningless.get(self.loss_type, {}).items():
             if (value := getattr(self, name)) != default:
                 raise ValueError(f"{name}={value!r} has no meaning for loss_type={self.loss_type!r}; leave it out.")
+
+
+def masked(value: Any) -> Any:
+    """The same with a placeholder for each token, by its key as the host does, in dicts at any depth."""
+    if isinstance(value, dict):
+        secret = {key for key in value if isinstance(key, str) and key.endswith("token") and value[key] is not None}
+        return {key: f"<{key.upper()}>" if key in secret else masked(item) for key, item in value.items()}
+    return [masked(item) for item in value] if isinstance(value, list) else value
