@@ -1,11 +1,46 @@
 """Files of prompts: what is read, and which line is named when one is no row."""
 
 import json
+import socket
 
 import pytest
 from datasets import Dataset, load_dataset
 
 from diffusers_adjoint.prompts import load_prompts
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_local_file_asks_nobody(tmp_path, monkeypatch, streaming):
+    """Also when the Hub may be asked: `datasets` counts the uses of its readers by a request."""
+    monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", False)
+    asked = []
+
+    def refused(host, *args, **kwargs):
+        asked.append(host)
+        raise socket.gaierror("no network in this test")
+
+    monkeypatch.setattr(socket, "getaddrinfo", refused)
+    Dataset.from_list(ROWS).to_parquet(tmp_path / "p.parquet")
+    texts = {
+        "p.txt": "a cat\n",
+        "p.csv": "prompt\na cat\n",
+        "p.json": '[{"prompt": "a cat"}]',
+        "p.jsonl": '{"prompt": "a cat"}\n',
+    }
+    for name in ["p.parquet", *(write(tmp_path, name, text) for name, text in texts.items())]:
+        assert next(iter(load_prompts(str(tmp_path / name), "train", streaming=streaming)))["prompt"].startswith("a cat")
+    (tmp_path / "folder").mkdir()
+    write(tmp_path, "folder/train.csv", "prompt\na cat\n")
+    assert next(iter(load_prompts(str(tmp_path / "folder"), "train", streaming=streaming)))["prompt"] == "a cat"
+    assert not asked
+
+
+def test_a_slice_of_a_file(tmp_path):
+    file = write(tmp_path, "p.txt", "a\nb\nc\n")
+    assert load_prompts(file, "train[1:]")["prompt"][:] == ["b", "c"]
+    with pytest.raises(ValueError, match="split 'test' of dataset_name="):
+        load_prompts(file, "test")
+
 
 ROWS = [{"prompt": "a cat, asleep", "label": 3}, {"prompt": 'a "red" car', "label": 0}]
 
