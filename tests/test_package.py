@@ -197,9 +197,10 @@ def test_every_module_and_the_type_marker_are_shipped(tmp_path: Path) -> None:
 
 
 def test_no_path_of_a_machine_is_tracked() -> None:
-    # A home or work directory at the start of a path; the lookbehind lets URLs and relative paths through.
-    machine_path = re.compile(r"(?<![\w.\-/~])/(?:home|root|Users|work|opt)/\w")
-    assert machine_path.search(" /" + "home/me/x") and not machine_path.search("https://example.org/" + "home/x")
+    # A home, work or temporary folder at the start of a path; the lookbehind lets URLs and relative paths through.
+    machine_path = re.compile(r"(?<![\w.\-/~])/(?:home|root|Users|work|opt|tmp|var/folders|private/var)/\w")
+    assert all(machine_path.search(" /" + path) for path in ("home/me/x", "tmp/pytest-of-me/x", "var/folders/x"))
+    assert not machine_path.search("https://example.org/" + "home/x")
     listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, check=True, capture_output=True, text=True).stdout
     files = [ROOT / name for name in listed.split("\0") if (ROOT / name).is_file()]  # not one just deleted, nor the root itself
     texts = {file: file.read_bytes().decode("utf-8", "ignore") for file in files}
