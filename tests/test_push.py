@@ -1,6 +1,7 @@
 """`push_to_hub` and `hub_strategy`: what is sent, and that nothing else is."""
 
 import json
+import platform
 import re
 from concurrent.futures import Future
 from fnmatch import fnmatch
@@ -75,6 +76,8 @@ def assert_discreet(files, folder):
     for name, content in files.items():
         text = content.decode("utf-8", "ignore")
         assert str(folder) not in text and str(Path.home()) + "/" not in text, name
+        if name.endswith((".md", "config.json", "index.json", "state.json")):  # a short host name is a word of any vocabulary
+            assert not re.search(rf"\b{re.escape(platform.node())}\b", text), name
         assert not re.search("hf_[A-Za-z0-9]{30,}", text), name
 
 
@@ -142,6 +145,22 @@ def test_strategies(tmp_path, hub, strategy, messages, checkpoints):
         assert re.fullmatch(r"checkpoint-\d", state["best_model_checkpoint"])
     trainer.save_model()  # called by the user, it pushes
     assert hub.messages[-1] == "Model save"
+
+
+def test_a_checkpoint_of_all_weights_tells_no_local_path(tmp_path, hub):
+    """The hosts write into each config where its network was loaded from."""
+    sd3().save_pretrained(tmp_path / "secret-project")
+    pipeline = type(sd3()).from_pretrained(tmp_path / "secret-project")
+    saving = {"save_strategy": "steps", "save_steps": 1, "hub_strategy": "checkpoint", "max_steps": 1}
+    trainer = make_trainer(tmp_path / "out", pipeline=pipeline, lora=False, **PUSH, **saving)
+    trainer.train()
+    written = (tmp_path / "out/checkpoint-1/transformer/config.json").read_text()
+    assert "secret-project" in written  # else this test would show nothing
+    assert "last-checkpoint/transformer/config.json" in hub.files
+    assert_discreet(hub.files, tmp_path)
+    again = make_trainer(tmp_path / "again", lora=False, max_steps=2)
+    again.train(resume_from_checkpoint=str(hub.download(tmp_path / "repository") / "last-checkpoint"))
+    assert again.state.global_step == 2
 
 
 def test_a_downloaded_checkpoint_goes_on(tmp_path, hub):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -11,13 +10,12 @@ from accelerate.utils import broadcast_object_list
 from diffusers import DiffusionPipeline
 from huggingface_hub import CommitOperationAdd, HfApi
 from transformers import Trainer
-from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import HubStrategy
 from transformers.utils import PushInProgress
 
 from .config import AdjointMatchingConfig
 from .denoiser import PipelineDenoiser
-from .hub import CARD_FILES, CardFacts, card_facts, pipeline_files, write_card
+from .hub import CARD_FILES, CardFacts, card_facts, pipeline_files, public_json, write_card
 from .inputs import collate_columns, first_row
 from .lora import WEIGHTS_NAME
 from .replay import PipelineReplay
@@ -132,14 +130,13 @@ class PublishingTrainer(Trainer):
         )
 
     def _upload_checkpoint(self, folder: Path, name: str, message: str) -> Any:
-        files: dict[str, str | bytes] = {p.relative_to(folder).as_posix(): str(p) for p in folder.rglob("*") if p.is_file()}
-        state = json.loads((folder / TRAINER_STATE_NAME).read_text())
-        if best := state["best_model_checkpoint"]:
-            state["best_model_checkpoint"] = Path(best).name  # not where it lies on this machine
-        files[TRAINER_STATE_NAME] = json.dumps(state, indent=2).encode()
+        files = [file for file in folder.rglob("*") if file.is_file()]
+        contents = {
+            file.relative_to(folder).as_posix(): public_json(file) if file.suffix == ".json" else str(file) for file in files
+        }
         return HfApi().create_commit(
             repo_id=self.hub_model_id,
-            operations=[CommitOperationAdd(f"{name}/{path}", content) for path, content in files.items()],
+            operations=[CommitOperationAdd(f"{name}/{path}", content) for path, content in contents.items()],
             commit_message=message,
             token=self.args.hub_token,
             run_as_future=True,

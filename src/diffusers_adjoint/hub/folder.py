@@ -18,7 +18,7 @@ from ..schedulers import MemorylessScheduler
 from .card import CardFacts, Sample, model_card
 from .facts import medium_of, pipeline_tag_of
 
-__all__ = ["CARD_FILES", "pipeline_files", "save_pipeline", "write_card", "write_samples"]
+__all__ = ["CARD_FILES", "pipeline_files", "public_json", "save_pipeline", "write_card", "write_samples"]
 
 CARD_FILES = ["README.md", "image_*.png", "video_*.webp"]
 """Patterns of what `write_card` writes. What is uploaded must be listed: other files tell local paths, or are pickles."""
@@ -26,6 +26,7 @@ CARD_FILES = ["README.md", "image_*.png", "video_*.webp"]
 FRAME_MS = 62  # 16 frames a second; a pipeline does not say its rate
 # Written by the hosts' save methods into configs; the loaders need none of them.
 _LOCAL = ("_name_or_path", "name_or_path", "special_tokens_map_file")
+_BEST = "best_model_checkpoint"  # of the trainer's state, which needs the folder's name alone
 
 
 def write_card(folder: str | Path, facts: CardFacts, images: Tensor, prompts: Sequence[str]) -> None:
@@ -87,8 +88,13 @@ def save_pipeline(folder: str | Path, pipeline: DiffusionPipeline) -> None:
     saved.save_pretrained(folder)
     parts = [Path(folder) / name for name in saved.components]
     for file in [Path(folder) / "model_index.json", *(file for part in parts for file in part.rglob("*config.json"))]:
-        config = json.loads(file.read_text(encoding="utf-8"))
-        file.write_text(json.dumps(_without_local(config), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        file.write_bytes(public_json(file))
+
+
+def public_json(file: Path) -> bytes:
+    """A JSON file as it may be uploaded: without the entries in which the hosts write where something lies on this machine."""
+    content = _without_local(json.loads(file.read_text(encoding="utf-8")))
+    return (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode()
 
 
 def pipeline_files(pipeline: DiffusionPipeline) -> list[str]:
@@ -106,5 +112,8 @@ def _host_scheduler(scheduler: Any) -> Any:
 
 def _without_local(config: Any) -> Any:
     if isinstance(config, dict):
-        return {name: _without_local(value) for name, value in config.items() if name not in _LOCAL}
+        kept = {name: _without_local(value) for name, value in config.items() if name not in _LOCAL}
+        if best := kept.get(_BEST):
+            kept[_BEST] = Path(best).name
+        return kept
     return [_without_local(value) for value in config] if isinstance(config, list) else config
