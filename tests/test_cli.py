@@ -76,6 +76,13 @@ def failure(capsys, *argv) -> str:
     return line
 
 
+def test_a_long_error_line_is_cut_in_its_middle(capsys):
+    line = failure(capsys, "demo", "--path", "folder/" * 300)
+    assert len(line) < 1100 and "[…]" in line
+    assert line.startswith("diffusers-adjoint: error: there is no folder/")
+    assert line.endswith("of a checkout of diffusers-adjoint.")
+
+
 def refusal(capsys, *argv) -> str:
     """The last line on stderr of a command whose arguments are refused, with status 2."""
     capsys.readouterr()

@@ -6,12 +6,14 @@ import json
 import logging
 import math
 import os
+import re
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import markdown
 import numpy as np
 import pytest
 import torch
@@ -166,6 +168,17 @@ def test_rewards_are_those_of_the_pipelines_own_samples(here, sampler, guidance)
     found = metric(results, "brightness", model="out − base")
     assert found["mean"] == pytest.approx(moved.mean().item(), rel=1e-3)
     assert found["standard_error"] == pytest.approx(moved.std().item() / 3**0.5, rel=1e-2)
+
+
+def test_names_do_not_break_the_tables(here):
+    """An adapter's folder and a reward are named by their owners."""
+    shutil.copytree(here / "out", here / "a|b`")
+    (here / "odd.py").write_text(REWARDS + "brightness.__name__ = 'bright|`ness'\n")
+    evaluate(adapter="a|b`", rewards="odd.py:brightness")
+    html = markdown.markdown(Path("evaluation/results.md").read_text(), extensions=["tables"])
+    tables = [re.findall(r"<t[hd]\b.*?>(.*?)</t[hd]>", row) for row in re.findall(r"<tr>(.*?)</tr>", html, re.DOTALL)]
+    assert {row[0] for row in tables} >= {"a|b`", "a|b` − base"}
+    assert "bright|`ness" in tables[0] and len({len(row) for row in tables[:4]}) == 1
 
 
 def test_a_setting_that_is_named_twice_is_sampled_once():

@@ -6,6 +6,7 @@ import shutil
 from dataclasses import replace
 from pathlib import Path
 
+import markdown
 import numpy as np
 import pytest
 import torch
@@ -351,6 +352,24 @@ def test_the_text_says_what_it_was_tuned_for():
         and "guidance_scale=4.0" in text
     )
     assert "output_type" not in text
+
+
+def test_a_name_opens_no_cell_no_code_and_no_tag(tmp_path):
+    """A reward may be called anything, and a pattern of target modules holds bars."""
+    name, pattern = "a`|b`\n| <script>", r".*(to_q|to_k)\.[0-9]*"
+    facts = plain_facts(
+        rewards={name: 1.0},
+        settings=plain_facts().settings | {"LoRA modules": pattern},
+        log_history=[{"step": 1, "loss": 0.5, f"rewards/{name}/mean": 0.25}],
+        repo_id="me/<b>out",
+    )
+    text = model_card(facts).text
+    html = markdown.markdown(text, extensions=["tables", "fenced_code"])
+    assert "<script>" not in html and "<b>" not in html
+    assert f"<td>{pattern}</td>" in html
+    # GitHub shows a bar for "\\|" within code, Python-Markdown both characters.
+    assert "<td><code>rewards/a'|b' | &lt;script&gt;/mean</code></td>\n<td>0.25</td>" in html.replace("\\|", "|")
+    assert text.count("\n## ") == model_card(plain_facts(log_history=[{"step": 1, "loss": 0.5}])).text.count("\n## ")
 
 
 def test_guidance_is_a_limitation_where_it_acted():

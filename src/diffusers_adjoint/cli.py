@@ -34,6 +34,7 @@ __all__ += ["parse_arguments", "parse_evaluation_arguments"]
 logger = logging.get_logger(__name__)
 
 PROGRAM = "diffusers-adjoint"
+LONGEST_ERROR = 1000  # characters of an error line
 DIGITS = Path(__file__).parents[2] / "examples" / "digits"  # of the checkout that an editable install points to
 # trl.ModelConfig is made for language models: these options would change nothing here.
 WITHOUT_EFFECT = ["attn_implementation", "load_in_8bit", "load_in_4bit", "bnb_4bit_quant_type", "use_bnb_nested_quant"]
@@ -241,12 +242,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (ImportError, TypeError, ValueError) as error:
         if not is_ours(error):
             raise  # not a message of ours: the traceback is needed
-        print(f"{PROGRAM}: error: {error}", file=sys.stderr)
+        print(f"{PROGRAM}: error: {_one_line(error)}", file=sys.stderr)
         return 1
 
 
 def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split()) or type(error).__name__
+    """Cut in the middle when it is longer than a screen, as a value in it may be: what to pass instead stands at the end."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= LONGEST_ERROR else f"{text[: LONGEST_ERROR - 300]} […] {text[-295:]}"
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from ..metrics import Estimate, TiltReport, markdown_table, prompt_difference, prompt_mean, tilt_gap, tilt_shift
+from ..metrics.table import escaped
 from .measure import Measured, Setting, mapped
 from .models import BASE
 
@@ -145,14 +146,14 @@ class Report:
         counts = [f"{n} {what}{'s' if n > 1 else ''}" for n, what in ((self.prompts, "prompt"), (self.samples, "sample"))]
         parts.append(f"{' × '.join(counts)}{constant}. {NOTE}" + (f" {MARKED}" if marks else ""))
         if self.missing:
-            parts.append("Without a value: " + ", ".join(f"{name}, {n} times" for name, n in self.missing.items()) + ".")
+            parts.append("Without a value: " + ", ".join(f"{escaped(name)}, {n} times" for name, n in self.missing.items()) + ".")
         if any(row.statistics for row in self.rows):
             parts += ["## Image statistics", _rendered(self.rows, varying, "statistics", marks)]
         if self.tilts:
             parts.append(f"## Tilt report, λ = {self.reward_scale:g}")
         for tilt in self.tilts:
             text = "not estimable: samples without a reward, or too few of them." if tilt.report is None else tilt.report.format()
-            parts += [f"{tilt.model}, {title_of(tilt.setting)}", text]
+            parts += [f"{escaped(tilt.model)}, {title_of(tilt.setting)}", text]
         return "\n\n".join(parts) + "\n"
 
     def json(self) -> str:
@@ -256,12 +257,12 @@ def _rendered(rows: Sequence[Row], varying: Sequence[str], part: str, marks: boo
     body = [
         [
             *(_label(row.setting, name) for name in varying),
-            row.model,
+            escaped(row.model),
             *(_cell(found.get(name), marks and row.is_difference) for name in names),
         ]
         for row, found in zip(rows, values, strict=True)
     ]
-    return markdown_table([[*varying, "model", *names], *body])
+    return markdown_table([[*varying, "model", *map(escaped, names)], *body])
 
 
 def _cell(estimate: Estimate | None, marks: bool) -> str:

@@ -14,6 +14,7 @@ from diffusers import DiffusionPipeline
 from huggingface_hub import ModelCard, ModelCardData
 
 from ..lora import ADAPTER
+from ..metrics.table import escaped
 
 __all__ = ["CardFacts", "Licence", "Medium", "Sample", "model_card"]
 
@@ -115,7 +116,7 @@ def _headline(facts: CardFacts) -> str:
     base = f"[{facts.base_model}](https://huggingface.co/{facts.base_model})" if facts.base_model else "a pipeline"
     what = "A full fine-tuning" if facts.base_adapters is None else "A LoRA"
     return (
-        f"# {facts.repo_id.split('/')[-1]}\n\n"
+        f"# {escaped(facts.repo_id.split('/')[-1])}\n\n"
         f"{what} of the {facts.component} ({facts.network_class}) of {base} ({facts.pipeline_class.__name__}), made with "
         f"[Adjoint Matching](https://arxiv.org/abs/2409.08861), which tunes a model to a differentiable reward."
     )
@@ -228,12 +229,13 @@ def _limitations(facts: CardFacts) -> str:
 
 
 def _table(header: list[str], rows: list[list[str]]) -> str:
-    lines = [header, ["---"] * len(header), *([_code(name), *values] for name, *values in rows)]
+    lines = [header, ["---"] * len(header), *([_code(name), *map(escaped, values)] for name, *values in rows)]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def _code(text: str) -> str:
-    return f"`{text.replace('|', chr(92) + '|')}`"
+    """A name as code, on one line: a backtick would end it, and a bar the cell of a table, also within code."""
+    return f"`{' '.join(text.replace('`', chr(39)).replace('|', chr(92) + '|').split())}`"
 
 
 def _number(value: Any) -> str:

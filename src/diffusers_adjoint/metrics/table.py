@@ -4,11 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-__all__ = ["markdown_table"]
+__all__ = ["escaped", "markdown_table"]
+
+
+def escaped(text: str) -> str:
+    """A name that somebody else chose, a reward's or a folder's, as plain text on one line of Markdown: no cell, code or tag."""
+    for mark in ("\\", "`", "|", "[", "*"):
+        text = text.replace(mark, f"\\{mark}")
+    return " ".join(text.replace("<", "&lt;").split())
 
 
 def markdown_table(rows: Sequence[Sequence[str]]) -> str:
-    """A Markdown table, columns padded to one width; the first row is the header."""
+    """A Markdown table, columns padded to one width; the first row is the header. Names in it must be `escaped`."""
     widths = [max(len(cell) for cell in column) for column in zip(*rows, strict=True)]
     lines = ["| " + " | ".join(map(str.ljust, row, widths)) + " |" for row in rows]
     rule = "|" + "|".join("-" * (width + 2) for width in widths) + "|"
