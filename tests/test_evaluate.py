@@ -170,6 +170,65 @@ def test_rewards_are_those_of_the_pipelines_own_samples(here, sampler, guidance)
     assert found["standard_error"] == pytest.approx(moved.std().item() / 3**0.5, rel=1e-2)
 
 
+def edited(file):
+    """Somebody makes a reward better than it was."""
+    content = json.loads(file.read_text())
+    content["measured"]["ode-steps3-guidance1"]["out"]["rewards"]["brightness"][0] += 0.1
+    file.write_text(json.dumps(content))
+
+
+def halved(file):
+    file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+
+
+@pytest.mark.parametrize(
+    ("name", "damage"),
+    [
+        ("prompts/000001/measured.json", edited),
+        ("prompts/000001/measured.json", halved),
+        ("prompts/000001/measured.json", lambda file: file.write_text("")),
+        ("prompts/000001/measured.json", lambda file: file.write_text("[]")),
+        ("prompts/000001/measured.json", lambda file: file.write_bytes(b"\xff\xfe\x00")),
+        ("prompts/000001/ode-steps3-guidance1-base.png", halved),
+        ("evaluation.json", halved),
+        ("evaluation.json", lambda file: file.write_text("[]")),
+    ],
+)
+def test_a_damaged_result_is_named(here, capsys, name, damage):
+    evaluate(sheet_prompts=2)
+    damage(Path("evaluation", name))
+    capsys.readouterr()
+    evaluate(sheet_prompts=2, status=1)
+    line = capsys.readouterr().err.strip().splitlines()[-1]
+    assert line.startswith(f"diffusers-adjoint: error: evaluation/{name} is not what this command wrote (")
+    assert line.endswith("; delete its folder to measure it again, or pass another output_dir.")
+    if name.startswith("prompts"):
+        shutil.rmtree(Path("evaluation", name).parent)
+        evaluate(sheet_prompts=2)
+
+
+def test_an_output_dir_that_is_a_file(here, capsys):
+    Path("evaluation").touch()
+    evaluate(status=1)
+    assert "error: output_dir='evaluation' is a file; pass a folder." in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("content", [b"", b"garbage" * 100, "half", "another"])
+def test_an_adapter_that_is_damaged_or_foreign(here, models, capsys, content):
+    Path("broken").mkdir()
+    file = Path("broken/pytorch_lora_weights.safetensors")
+    if content == "half":
+        content = (models / "out" / file.name).read_bytes()[:-100]
+    if content == "another":
+        save_file({"weight": torch.zeros(3)}, file)
+    else:
+        file.write_bytes(content)
+    evaluate(adapter="broken", status=1)
+    line = capsys.readouterr().err.strip().splitlines()[-1]
+    assert line.startswith("diffusers-adjoint: error: adapter='broken' cannot be loaded (")
+    assert line.endswith("); pass the folder or the name of one.")
+
+
 def test_names_do_not_break_the_tables(here):
     """An adapter's folder and a reward are named by their owners."""
     shutil.copytree(here / "out", here / "a|b`")

@@ -81,8 +81,10 @@ def _loaded(option: str, name: str, load: Callable[[], Any]) -> Any:
     """What `load` returns. Whatever the hosts raise for a name or a file that is not what it should be, is one sentence."""
     try:
         return load()
-    except (OSError, ValueError) as error:
-        reason = " ".join(str(error).split()).rstrip(".")
+    except (torch.OutOfMemoryError, ImportError):  # neither is the file's fault
+        raise
+    except Exception as error:
+        reason = " ".join(str(error).split()).rstrip(".") or type(error).__name__
         raise ValueError(f"{option}={name!r} cannot be loaded ({reason}); pass the folder or the name of one.") from error
 
 

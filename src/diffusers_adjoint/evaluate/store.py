@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +18,7 @@ from .measure import Measured, Setting
 
 __all__ = ["Results", "Store"]
 
-OPTIONS, NUMBERS, DIGITS = "evaluation.json", "measured.json", 6
+OPTIONS, NUMBERS, DIGEST, DIGITS = "evaluation.json", "measured.json", "sha256", 6
 Results = dict[Setting, dict[str, Measured]]
 """setting → model's name → what was measured."""
 
@@ -40,8 +42,10 @@ class Store:
             overwrite: forget the evaluation that is there; other files stay.
 
         Raises:
-            ValueError: if it holds an evaluation with other options.
+            ValueError: if it holds an evaluation with other options, or is no folder.
         """
+        if self.folder.exists() and not self.folder.is_dir():
+            raise ValueError(f"output_dir={str(self.folder)!r} is a file; pass a folder.")
         before = self._options()
         if before is None and (any(self._finished()) or (self.folder / "results.md").exists()):
             raise ValueError(f"{self.folder} holds results, but no {OPTIONS} that says of what; pass another output_dir.")
@@ -62,8 +66,27 @@ class Store:
         file = self.folder / OPTIONS
         if not file.is_file():
             return None
-        options: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+        options = self._read(file, lambda: json.loads(file.read_text(encoding="utf-8")))
+        if not isinstance(options, dict):
+            raise self._damaged(file, "it holds no options")
         return options
+
+    def _read(self, file: Path, read: Callable[[], Any]) -> Any:
+        """What `read` returns.
+
+        Raises:
+            ValueError: if it cannot read the file.
+        """
+        try:
+            return read()
+        except (OSError, ValueError) as error:
+            raise self._damaged(file, " ".join(str(error).split())) from error
+
+    def _damaged(self, file: Path, reason: str) -> ValueError:
+        return ValueError(
+            f"{file} is not what this command wrote ({reason}); delete its folder to measure it again, or pass another "
+            f"output_dir."
+        )
 
     def _finished(self) -> list[Path]:
         return [file.parent for file in (self.folder / "prompts").glob("[0-9]" * DIGITS + f"/{NUMBERS}")]
@@ -99,7 +122,8 @@ class Store:
         """Keep a finished prompt: its numbers and, for the contact sheets, its pictures of each setting and model."""
         measured = {str(setting): {name: m.to_json() for name, m in models.items()} for setting, models in results.items()}
         with whole_folder(self.path(prompt), True, barrier=_alone) as folder:
-            (folder / NUMBERS).write_text(json.dumps({**_description(row), "measured": measured}), encoding="utf-8")
+            content = {**_description(row), "measured": measured}
+            (folder / NUMBERS).write_text(json.dumps(content | {DIGEST: _digest(content)}), encoding="utf-8")
             for (setting, name), strip in strips.items():
                 strip.save(folder / _strip_name(setting, name))
 
@@ -108,16 +132,24 @@ class Store:
         return {setting: {name: Measured.from_json(m) for name, m in values[str(setting)].items()} for setting in self.settings}
 
     def _numbers(self, prompt: int) -> dict[str, Any]:
-        values: dict[str, Any] = json.loads((self.path(prompt) / NUMBERS).read_text(encoding="utf-8"))
+        file = self.path(prompt) / NUMBERS
+        values = self._read(file, lambda: json.loads(file.read_text(encoding="utf-8")))
+        if not isinstance(values, dict) or values.pop(DIGEST, None) != _digest(values):
+            raise self._damaged(file, "its content does not fit its digest")
         return values
 
     def read_strip(self, prompt: int, setting: Setting, model: str) -> Image.Image | None:
         file = self.path(prompt) / _strip_name(setting, model)
-        return Image.open(file) if file.is_file() else None
+        return self._read(file, lambda: Image.open(file).copy()) if file.is_file() else None
 
 
 def _strip_name(setting: Setting, model: str) -> str:
     return f"{setting}-{model}.png"
+
+
+def _digest(content: dict[str, Any]) -> str:
+    """SHA-256, by which a number that somebody changed is noticed."""
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def _description(row: dict[str, Any]) -> dict[str, str]:
