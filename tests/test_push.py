@@ -195,3 +195,13 @@ def test_pushing_an_untrained_model_works(tmp_path, hub):
     trainer = make_trainer(tmp_path / "out", **PUSH)
     trainer.push_to_hub()
     assert set(hub.files) == {"README.md", "pytorch_lora_weights.safetensors"}
+
+
+def test_the_card_shows_the_steps_of_a_grid_of_ones_own(tmp_path):
+    """`sigmas` decides how many steps there are, whatever num_inference_steps says."""
+    kwargs = {"sigmas": [1.0, 0.8, 0.3], "max_sequence_length": 8}
+    trainer = make_trainer(tmp_path, num_inference_steps=7, num_loss_steps=2, pipeline_kwargs=kwargs, max_steps=1)
+    trainer.train()
+    trainer.save_model()
+    text = (tmp_path / "README.md").read_text(encoding="utf-8")
+    assert "| `num_inference_steps` | 3 |" in text and "num_inference_steps=3," in text and "sigmas=[1.0, 0.8, 0.3]," in text

@@ -65,14 +65,15 @@ def card_facts(
     network = getattr(replay.pipeline, replay.component)
     weights = [p for name, p in network.named_parameters() if p.is_floating_point() and "lora_" not in name]
     base_model = base_model_of(replay.pipeline)
+    steps = {"num_inference_steps": replay.num_inference_steps}
     return CardFacts(
         repo_id=repo_id,
         pipeline_class=type(replay.pipeline),
         component=replay.component,
         network_class=type(network).__name__,
         dtype=str(weights[0].dtype),
-        call=replay.arguments(columns, 1),
-        settings=_settings(args, state) | ({} if base_adapters is None else _lora_settings(network.peft_config[ADAPTER])),
+        call=replay.arguments(columns, 1) | steps,
+        settings=_settings(args, state) | steps | ({} if base_adapters is None else _lora_settings(network.peft_config[ADAPTER])),
         rewards=dict(zip(reward.names, reward.weights, strict=True)),
         log_history=state.log_history,
         base_adapters=base_adapters,

@@ -40,6 +40,7 @@ class PipelineReplay:
         component: the denoiser's name in the pipeline.
         denoisers: names of all networks that may predict; a pipeline may have a second one for its later steps.
         arguments: the arguments of the pipeline's `__call__`.
+        num_inference_steps: K of the last `prepare`: as asked for, or the length of `sigmas` where these are given.
 
     Raises:
         TypeError: if `pipeline` is no diffusers pipeline.
@@ -70,6 +71,7 @@ class PipelineReplay:
         self._probe_class = probe_class(type(scheduler), self.name)
         self._slot: tuple[slice, ...] | None = None
         self._first = 0
+        self.num_inference_steps = num_inference_steps
         self.arguments = CallArguments(
             self.name,
             self._calls.function,
@@ -300,7 +302,8 @@ class PipelineReplay:
                 f"{self.name} does not loop over scheduler.timesteps in its own __call__ after {self._calls.source}, so its loop "
                 f"cannot be stopped before the first step; pass a pipeline that does."
             )
-        self._first = len(self.scheduler.timesteps) - len(kept)
+        self.num_inference_steps = len(self.scheduler.timesteps)
+        self._first = self.num_inference_steps - len(kept)
         if not torch.equal(kept, self.timesteps):
             raise ValueError(
                 f"{self.name} stops its loop before the last step, where the latents are not data yet; leave out denoising_end, "
