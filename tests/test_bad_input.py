@@ -144,7 +144,20 @@ def lora(**kwargs):
 MODEL, DATA = ["--model_name_or_path", "pipeline"], ["--dataset_name", "prompts.txt"]
 REWARD = ["--reward_funcs", "math:sqrt"]
 
+BEST = {"eval_strategy": "steps", "eval_steps": 1, "save_steps": 1, "load_best_model_at_end": True}
 CASES = {
+    "misspelt metric": Case(
+        "metric_for_best_model='eval_rewards'",
+        "take 'eval_reward' if that is meant",
+        BEST | {"metric_for_best_model": "eval_rewards"},
+        {"eval_dataset": prompts_only()},
+    ),
+    "metric of one of several datasets": Case(
+        "metric_for_best_model='eval_reward'",
+        "another of eval_seen_reward,",
+        BEST | {"metric_for_best_model": "eval_reward"},
+        {"eval_dataset": {"seen": prompts_only(), "new": prompts_only()}},
+    ),
     "LoHa": Case("peft_config is a LoHaConfig", "pass a peft.LoraConfig", trainer={"peft_config": LoHaConfig()}, error=TypeError),
     "IA3": Case("peft_config is a IA3Config", "pass a peft.LoraConfig", trainer={"peft_config": IA3Config()}, error=TypeError),
     "AdaLoRA": Case(

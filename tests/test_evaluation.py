@@ -191,3 +191,13 @@ def test_sound_is_not_drawn():
     assert not sound.drawable
     with pytest.raises(ValueError, match="are no pictures"):
         image_grid(sound)
+
+
+@pytest.mark.parametrize("name", ["reward", "eval_kl", "eval_rewards/brightness/std", "eval_diversity", "eval_saturated"])
+def test_a_metric_for_the_best_model_is_one_of_the_evaluations(tmp_path, name):
+    """Known before training is what an evaluation then logs; the host would end training with a KeyError at the first one."""
+    rows = Dataset.from_dict({"prompt": PROMPTS[:1]})
+    steps = {"eval_strategy": "steps", "eval_steps": 1, "save_strategy": "steps", "save_steps": 1, "max_steps": 1}
+    trainer = make_trainer(tmp_path, eval_dataset=rows, metric_for_best_model=name, load_best_model_at_end=True, **steps)
+    trainer.train()
+    assert trainer.state.best_global_step == 1

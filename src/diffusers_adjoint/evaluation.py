@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 from typing import Any
 
 import torch
@@ -13,8 +14,9 @@ from .inputs import prompts_of, rows_of, without_prompt
 from .metrics import pairwise_diversity, saturated_share
 from .rewards import WeightedReward
 from .rollout import Stream, sampled_path_kl, seeded_generators
+from .sample_log import summarise
 
-__all__ = ["evaluate_rows", "kl_name"]
+__all__ = ["evaluate_rows", "kl_name", "require_known_metric"]
 
 
 def evaluate_rows(
@@ -63,6 +65,22 @@ def _sample(
 def kl_name(denoiser: PipelineDenoiser, args: AdjointMatchingConfig) -> str:
     """Guided trajectories are not those of the model whose KL the unguided loss measures."""
     return "kl_unguided" if denoiser.replay.arguments.guides and args.cfg_mode == "rollout" else "kl"
+
+
+def require_known_metric(denoiser: PipelineDenoiser, reward: WeightedReward, args: AdjointMatchingConfig, dataset: Any) -> None:
+    """Raises ValueError if `metric_for_best_model` is no metric of an evaluation, which would miss it only then."""
+    wanted = args.metric_for_best_model
+    if wanted is None or dataset is None:
+        return
+    measured = ["reward", *(f"rewards/{name}" for name in reward.names), "saturated", "diversity", kl_name(denoiser, args)]
+    prefixes = [f"eval_{name}_" for name in dataset] if isinstance(dataset, dict) else ["eval_"]
+    names = [prefix + name for prefix in prefixes for name in summarise({name: torch.zeros(2) for name in measured})]
+    if wanted not in names and f"eval_{wanted}" not in names:
+        close = difflib.get_close_matches(wanted, names, 1, cutoff=0.0)[0]
+        raise ValueError(
+            f"metric_for_best_model={wanted!r} is no metric of an evaluation; take {close!r} if that is meant, or another of "
+            f"{', '.join(names)}."
+        )
 
 
 def _path_kl(denoiser: PipelineDenoiser, args: AdjointMatchingConfig, columns: dict[str, list[Any]], first_row: int) -> Tensor:

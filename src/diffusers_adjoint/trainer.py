@@ -18,7 +18,7 @@ from transformers.utils import logging
 from .adjoint import AdjointPath, full_adjoint, lean_adjoint
 from .config import AdjointMatchingConfig
 from .denoiser import PipelineDenoiser
-from .evaluation import kl_name
+from .evaluation import kl_name, require_known_metric
 from .inputs import (
     collate_columns,
     columns_to_check,
@@ -341,6 +341,7 @@ class AdjointMatchingTrainer(PipelineTrainer):
 
     def _check_before_training(self) -> None:
         """Pipeline, grid and rewards on one row, before any rollout."""
+        require_known_metric(self.denoiser, self.reward, self.args, self.eval_dataset)
         # Trainer switches it on too, but later: the check must not need more memory than training.
         if self.args.gradient_checkpointing:
             self.denoiser.gradient_checkpointing_enable()
