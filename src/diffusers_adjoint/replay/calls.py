@@ -12,10 +12,11 @@ from operator import attrgetter
 from typing import Any
 
 import torch
-from diffusers import DiffusionPipeline
+from diffusers import DiffusionPipeline, ModelMixin
 from torch import Tensor, nn
 
-from .conditioning import Preparations, Returned, copied, fresh, in_order, remembering
+from .casting import vae_dtype
+from .conditioning import Preparations, Recording, Returned, copied, fresh, in_order, remembering
 from .probe import ReplayStop, replayable_call
 from .view import (
     called_in_place_of,
@@ -29,6 +30,9 @@ from .view import (
 )
 
 __all__ = ["PipelineCalls"]
+
+
+_CASTS = logging.getLogger(ModelMixin.__module__)  # advises against every cast to float16, also of a VAE back to it
 
 
 class PipelineCalls:
@@ -74,14 +78,14 @@ class PipelineCalls:
 
     def up_to_loop(
         self, probe: Any, arguments: dict[str, Any], generators: list[torch.Generator], texts: dict[str, list[Any]]
-    ) -> tuple[Tensor | None, dict[str, tuple[Returned, ...]]]:
+    ) -> tuple[Tensor | None, Recording]:
         """The call until the probe stops it before its loop.
 
         Args:
             texts: memory of the text encoders, by name: what one call has encoded, the next one need not encode again.
 
         Returns:
-            The timesteps that it was about to loop over, `None` if it was not; and what its preparing methods returned.
+            The timesteps that it was about to loop over, `None` if it was not; and what it prepared.
         """
         view, preparations = self._view(probe), Preparations(generators)
         for name, encoder in text_encoders(self._pipeline).items():
@@ -96,19 +100,22 @@ class PipelineCalls:
                 self._run(view, {**arguments, "generator": list(generators)}, draw)
         except ReplayStop as stop:
             timesteps = stop.timesteps
-        return timesteps, {name: tuple(values) for name, values in preparations.returns.items()}
+        returns = {name: tuple(values) for name, values in preparations.returns.items()}
+        return timesteps, Recording(arguments, returns, vae_dtype(view))
 
     def replayed(
         self,
         probe: Any,
-        arguments: dict[str, Any],
+        recording: Recording,
         generators: Iterable[torch.Generator],
         returns: dict[str, tuple[Returned, ...]],
         device: torch.device,
         denoiser: nn.Module | None = None,
     ) -> Any:
-        """The images of the call, or `ReplayStop` where the probe leaves it; its preparing methods return `returns`."""
+        """The images of the recorded call, or `ReplayStop` where the probe leaves it; its preparing methods return `returns`."""
         view, generators = self._view(probe, device), copied(generators)
+        if recording.vae_dtype != vae_dtype(view):  # the methods that cast it are not run again
+            view.vae.to(dtype=recording.vae_dtype)
         replayed = {name: in_order(name, values, generators) for name, values in returns.items()}
         draw = replayed.pop("randn_tensor", None)
         for name, function in replayed.items():
@@ -116,12 +123,12 @@ class PipelineCalls:
         if denoiser is not None:
             view.__dict__[self._component] = called_in_place_of(getattr(self._pipeline, self._component), denoiser)
         with quiet(self._logger):  # it would say the same at every evaluation
-            return self._run(view, {**arguments, "generator": generators}, draw)
+            return self._run(view, {**recording.call_kwargs, "generator": generators}, draw)
 
     def _run(self, view: DiffusionPipeline, arguments: dict[str, Any], randn_tensor: Any) -> Any:
         if randn_tensor is not None:
             self.function.__globals__["randn_tensor"] = randn_tensor  # a copy that belongs to this object
-        with self._processors_restored(view):
+        with self._processors_restored(view), quiet(_CASTS):
             return _images(self.function(view, **fresh(arguments)))
 
     def _processors_restored(self, view: DiffusionPipeline) -> Any:

@@ -29,10 +29,12 @@ class Recording:
     Args:
         call_kwargs: arguments of the pipeline's `__call__`.
         returns: name of a preparing method → what it returned, call by call.
+        vae_dtype: of the VAE's weights when the loop starts, which a preparing method may have cast; `None` without a VAE.
     """
 
     call_kwargs: dict[str, Any]
     returns: dict[str, tuple[Returned, ...]]
+    vae_dtype: torch.dtype | None
 
 
 @dataclass(frozen=True)

@@ -190,7 +190,7 @@ class PipelineReplay:
         probe = make_probe(self._probe_class, self.scheduler, visit=(index - steps,))
         recording, returns = conditioning.recording(guided), conditioning.returns_with(x, guided)
         with suppress(ReplayStop):
-            self._calls.replayed(probe, recording.call_kwargs, conditioning.generators, returns, x.device, denoiser)
+            self._calls.replayed(probe, recording, conditioning.generators, returns, x.device, denoiser)
         if probe.captured is None:
             raise ValueError(f"{self.name} does not call scheduler.step at step {index}; it cannot be replayed.")
         return probe.captured[: len(x)]  # a pipeline that carries its batch doubled for guidance hands it over like that
@@ -210,7 +210,7 @@ class PipelineReplay:
         guided = True in conditioning.recordings
         recording, returns = conditioning.recording(guided), conditioning.returns_with(x, guided)
         try:
-            return self._calls.replayed(probe, recording.call_kwargs, conditioning.generators, returns, x.device)
+            return self._calls.replayed(probe, recording, conditioning.generators, returns, x.device)
         except ReplayStop:
             raise ValueError(
                 f"{self.name} calls scheduler.step outside its loop over timesteps; it cannot be replayed."
@@ -296,8 +296,8 @@ class PipelineReplay:
         """The call up to its loop, with what its preparing methods return."""
         arguments = self.arguments(columns, len(generators), guided=guided)
         probe = make_probe(self._probe_class, self.scheduler, visit=None)
-        kept, returns = self._calls.up_to_loop(probe, arguments, generators, texts)
-        if kept is None or self._calls.source not in returns:
+        kept, recording = self._calls.up_to_loop(probe, arguments, generators, texts)
+        if kept is None or self._calls.source not in recording.returns:
             raise ValueError(
                 f"{self.name} does not loop over scheduler.timesteps in its own __call__ after {self._calls.source}, so its loop "
                 f"cannot be stopped before the first step; pass a pipeline that does."
@@ -309,4 +309,4 @@ class PipelineReplay:
                 f"{self.name} stops its loop before the last step, where the latents are not data yet; leave out denoising_end, "
                 f"timesteps and whatever else cuts the grid."
             )
-        return Recording(arguments, returns)
+        return recording

@@ -19,6 +19,8 @@ from diffusers.models.cache_utils import CacheMixin
 from peft import PeftModel
 from torch import nn
 
+from .casting import castable
+
 __all__ = ["called_in_place_of", "counting_rows", "denoiser_names", "make_view", "no_guidance", "preparing_methods"]
 __all__ += ["processors_restored", "quiet", "set_differentiable", "set_method", "text_encoders", "view_class"]
 
@@ -107,13 +109,17 @@ def view_class(pipeline_class: type[DiffusionPipeline]) -> type[DiffusionPipelin
 def make_view(
     pipeline: DiffusionPipeline, cls: type[DiffusionPipeline], scheduler: Any, device: torch.device
 ) -> DiffusionPipeline:
-    """`pipeline` as a `cls` (from `view_class`) with another scheduler."""
+    """`pipeline` as a `cls` (from `view_class`) with another scheduler, and with a VAE and image processors of its own."""
     view = copy.copy(pipeline)
     view.__class__ = cls
     # Through __dict__, because setting a component the ordinary way rewrites the pipeline's config. Safety checker and watermark
     # are left out: they work on numpy images, so they have no gradient.
     view.__dict__.update(scheduler=scheduler, _progress_bar_config={"disable": True}, _replay_device=device)
     view.__dict__.update(safety_checker=None, watermark=None)
+    processors = {name: part for name, part in view.__dict__.items() if isinstance(part, VaeImageProcessor)}
+    view.__dict__.update({name: copy.copy(part) for name, part in processors.items()})
+    if view.__dict__.get("vae") is not None:
+        view.__dict__["vae"] = castable(view.__dict__["vae"])
     return view
 
 
@@ -164,11 +170,9 @@ def preparing_methods(view: DiffusionPipeline) -> list[str]:
 
 
 def set_method(view: DiffusionPipeline, name: str, function: Callable[..., Any]) -> None:
-    """Put `function` in place of a method from `preparing_methods`; the pipeline's own parts stay as they are."""
+    """Put `function` in place of a method from `preparing_methods`; the parts of a view from `make_view` are its own."""
     part, _, method = name.rpartition(".")
-    owner = view
-    if part:
-        owner = view.__dict__[part] = copy.copy(getattr(view, part))
+    owner = getattr(view, part) if part else view
     owner.__dict__[method] = function
 
 

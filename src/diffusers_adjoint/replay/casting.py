@@ -1,0 +1,48 @@
+"""A VAE that one call of the pipeline may cast, while the user's own stays as it is.
+
+Pipelines that decode in float32 cast a float16 VAE up before they decode and back down afterwards (`force_upcast`). Our backward
+pass runs later still: it needs the weights that the decoder ran with, and the user's VAE must not stay in another dtype.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+from typing import Any
+
+import torch
+from diffusers import DiffusionPipeline
+from torch import nn
+
+__all__ = ["castable", "vae_dtype"]
+
+
+def castable(vae: Any) -> Any:
+    """A stand-in for `vae` in one call: it shares the weights until it is cast, and each cast gives it weights of its own.
+
+    What was computed before a cast keeps the weights that it was computed with, and `vae` itself is never cast.
+    """
+    cls: type = type(vae)
+    stand_in = copy.copy(vae)
+    stand_in.__class__ = _castable_class(cls)
+    stand_in.__dict__["_stands_for"] = vae
+    return stand_in
+
+
+@functools.cache
+def _castable_class(cls: type) -> type:
+    def to(self: Any, *args: Any, **kwargs: Any) -> Any:
+        """The class's own `to`, on a copy of everything that this stand-in holds."""
+        # Methods put on the user's VAE are bound to it; they move over to the stand-in.
+        itself = {id(self): self, id(self.__dict__["_stands_for"]): self}
+        self.__dict__.update(copy.deepcopy(self.__dict__, itself))
+        return cls.to(self, *args, **kwargs)  # type: ignore[attr-defined]
+
+    return type(cls.__name__, (cls,), {"to": to, "__module__": cls.__module__})
+
+
+def vae_dtype(pipeline: DiffusionPipeline) -> torch.dtype | None:
+    """Of the weights of its VAE; `None` if it has none."""
+    vae = getattr(pipeline, "vae", None)
+    weight = next(vae.parameters(), None) if isinstance(vae, nn.Module) else None
+    return None if weight is None else weight.dtype
