@@ -45,6 +45,8 @@ class PipelineCalls:
     Attributes:
         function: the `__call__`, out of its `torch.no_grad`.
         source: what draws x_0, "prepare_latents" or, in pipelines that have none, "randn_tensor".
+        insists_on_safety_checker: whether it runs its safety checker itself, where others hand over to a method that does
+            without one. It then keeps the user's.
         exchanges_processors: whether it puts other attention processors in before its loop, and the old ones back after it, as
             pipelines with perturbed attention do.
 
@@ -55,6 +57,7 @@ class PipelineCalls:
     def __init__(self, pipeline: DiffusionPipeline, component: str) -> None:
         self.function = replayable_call(type(pipeline))
         self.source = "prepare_latents" if hasattr(type(pipeline), "prepare_latents") else "randn_tensor"
+        self.insists_on_safety_checker = "safety_checker" in self.function.__code__.co_names
         self.exchanges_processors = "attn_processors" in self.function.__code__.co_names
         self._pipeline, self._component = pipeline, component
         self._view_class = view_class(type(pipeline))
@@ -135,7 +138,10 @@ class PipelineCalls:
         return processors_restored(getattr(view, self._component)) if self.exchanges_processors else nullcontext()
 
     def _view(self, scheduler: Any, device: torch.device | None = None) -> DiffusionPipeline:
-        return make_view(self._pipeline, self._view_class, scheduler, device or self._pipeline._execution_device)
+        view = make_view(self._pipeline, self._view_class, scheduler, device or self._pipeline._execution_device)
+        if self.insists_on_safety_checker:
+            view.__dict__["safety_checker"] = self._pipeline.safety_checker
+        return view
 
 
 def _images(output: Any) -> Any:

@@ -93,6 +93,11 @@ class PipelineReplay:
         return self._calls.exchanges_processors
 
     @property
+    def runs_safety_checker(self) -> bool:
+        """Whether its call hands images to a safety checker, with or without gradient."""
+        return self._calls.insists_on_safety_checker and self.pipeline.safety_checker is not None
+
+    @property
     def embeds_guidance(self) -> bool:
         """Whether the guidance scale is an input of the (distilled) network, a condition rather than guidance."""
         return bool(getattr(self.pipeline, self.component).config.get("guidance_embeds", False))

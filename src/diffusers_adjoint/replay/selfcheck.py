@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -17,19 +16,21 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from .conditioning import copied
+from .explain import ONE_SAMPLE, errors_explained, refusal, said
 from .pipeline import PipelineReplay
 from .probe import RecordedStep
+from .quantised import quantisation_of
 from .view import counting_rows
 
 __all__ = ["check_replay"]
 
-_ONE_SAMPLE = "use per_device_train_batch_size=1, per_device_eval_batch_size=1 and num_generations=1"
 _DIRECTIONS = 3
 # Largest relative error of the derivative, and the sizes of the difference relative to x, of which one has to agree. Sound tiny
 # networks reach 1e-4 in float32 (9e-3 where attention rounds inside, which wants a large difference; routed experts, which
 # switch, want a small one) and 1e-1 in bfloat16, which rounds every activation: there only a gradient that is missing
 # altogether is noticed.
 _FINE, _COARSE = (1e-2, (3e-2, 3e-3, 1e-1)), (1e-1, (1e-1, 3e-1))
+_OTHER_KERNELS = "take other attention kernels (set_attention_backend('native')) or train on another device"
 # A prediction may use another attention kernel when gradients are recorded, but must be the same to rounding.
 _SAME_FINE, _SAME_COARSE = 1e-4, 3e-2
 
@@ -51,8 +52,9 @@ def check_replay(
     Raises:
         ValueError: naming the pipeline, the convention that it breaks, and the way out.
     """
-    with _errors_explained(replay, columns, generators), torch.no_grad():
+    with errors_explained(replay, columns, generators), torch.no_grad():
         check = _Check(replay, columns, generators, check_unguided)
+        check.decoding_has_a_gradient()
         check.prediction_is_a_function()
         check.samples_are_apart()
         steps = check.own_steps(stop_after=2)
@@ -63,37 +65,6 @@ def check_replay(
             check.guidance_can_be_switched_off()
         check.derivative_is_right(steps[-1].sample)
         check.decoding_is_the_pipelines()
-
-
-@contextmanager
-def _errors_explained(replay: PipelineReplay, columns: dict[str, list[Any]], generators: list[torch.Generator]) -> Iterator[None]:
-    """What the pipeline raises, in one sentence that says whether its own call raises too, and for one sample."""
-    try:
-        yield
-    except Exception as error:
-        told = isinstance(error, ValueError) and replay.name in str(error)
-        if told or isinstance(error, torch.OutOfMemoryError):
-            raise
-        said = f"{type(error).__name__}: {next(iter(str(error).splitlines()), '').rstrip('.')}"
-        if not _fails(replay, columns, generators):
-            broken, way_out = (
-                "fails in its replay, not in its own call",
-                "pass a pipeline whose call loops and decodes as others do",
-            )
-        elif len(generators) > 1 and not _fails(replay, {name: rows[:1] for name, rows in columns.items()}, generators[:1]):
-            broken, way_out = f"takes one sample at a time, not {len(generators)}", _ONE_SAMPLE
-        else:
-            broken, way_out = "fails in its own call too", "mend pipeline_kwargs or the dataset's columns"
-        raise ValueError(f"{replay.name} cannot be trained, because it {broken} ({said}); {way_out}.") from error
-
-
-def _fails(replay: PipelineReplay, columns: dict[str, list[Any]], generators: list[torch.Generator]) -> bool:
-    """Whether the pipeline's own call raises an error on the memoryless scheduler."""
-    try:
-        replay.memoryless_sample(columns, copied(generators))
-    except Exception:
-        return True
-    return False
 
 
 class _Check:
@@ -107,6 +78,17 @@ class _Check:
         self.generators = generators
         replay.find_state(columns, self._generators())
         self.x, self.conditioning = replay.prepare(columns, self._generators(), unguided=unguided)
+
+    def decoding_has_a_gradient(self) -> None:
+        """Back through the decoder once; first of all, because it is what no setting can mend."""
+        leaf = self.x.clone().requires_grad_()
+        if self.replay.runs_safety_checker:
+            way_out = "use a pipeline whose __call__ hands its images to no safety checker, which takes them as numpy arrays"
+        else:
+            way_out = "remove torch.no_grad(), detach() and numpy arrays from its decoder, or from a __call__ of your own"
+        decoded = self._recorded(lambda: self.replay.decode(leaf, self.conditioning), leaf, "decodes without gradient", way_out)
+        if _gradient(decoded, leaf, torch.ones_like(decoded)) is None:
+            raise self._error("decodes without gradient", way_out)
 
     def prediction_is_a_function(self) -> None:
         """The same input gives the same output to the bit, whatever was evaluated in between."""
@@ -132,7 +114,7 @@ class _Check:
         start, conditioning = self.replay.prepare(columns, self._generators(), unguided=False)
         prediction = self.replay.predict(self.x, 0, conditioning)
         if not (_equal(start[0], self.x[0]) and _equal(prediction[0], self._predict(self.x, 0)[0])):
-            raise self._error("shows a sample the images of the others", _ONE_SAMPLE)
+            raise self._error("shows a sample the images of the others", ONE_SAMPLE)
 
     def loop_starts_from_prepared_latents(self, first: RecordedStep) -> None:
         if not _equal(self.conditioning.start, first.sample):
@@ -153,9 +135,10 @@ class _Check:
     def prediction_is_the_pipelines(self, steps: list[RecordedStep], guided: bool = True) -> None:
         for index, step in enumerate(steps):
             if not _equal(self._predict(step.sample, index, guided), step.model_output):
+                memory = ", and keeps nothing of an earlier step (such as a cache of keys and values)" if index else ""
                 raise self._error(
                     f"hands another prediction to scheduler.step at step {index} than its replay",
-                    "use a pipeline whose own __call__ loops over scheduler.timesteps",
+                    f"use a pipeline whose own __call__ loops over scheduler.timesteps{memory}",
                 )
 
     def guidance_can_be_switched_off(self) -> None:
@@ -173,8 +156,8 @@ class _Check:
         """Autograd against finite differences: a network under no_grad still has a derivative, a wrong one."""
         (tolerance, sizes), same = (_FINE, _SAME_FINE) if self._is_fine else (_COARSE, _SAME_COARSE)
         errors, index, leaf = [], self._step_of_the_trained_network(), x.to(self.x.dtype, copy=True).requires_grad_()
-        with torch.enable_grad():
-            output = self._predict(leaf, index)
+        way_out = self._way_out_of_quantisation() or _OTHER_KERNELS
+        output = self._recorded(lambda: self._predict(leaf, index), leaf, "predicts without gradient", way_out)
         change = (output.detach() - self._predict(leaf, index)).norm() / output.norm()
         if change > same:
             raise self._error(
@@ -186,7 +169,8 @@ class _Check:
                 return
         raise self._error(
             f"has a derivative in x that differs from finite differences by {min(errors):.1%}",
-            "remove torch.no_grad() or detach() from its denoiser, or from a __call__ of your own",
+            self._way_out_of_quantisation()
+            or "remove torch.no_grad() or detach() from its denoiser, or from a __call__ of your own",
         )
 
     def decoding_is_the_pipelines(self) -> None:
@@ -209,8 +193,6 @@ class _Check:
             raise self._error(
                 "decodes the same latents to other images than its replay", "use a pipeline whose decoder comes after its loop"
             )
-        if not decoded.requires_grad:
-            raise self._error("decodes without gradient", "remove torch.no_grad() or detach() from its decoder")
 
     def own_steps(self, stop_after: int, guided: bool = True) -> list[RecordedStep]:
         """The first steps of the pipeline's own call on the memoryless scheduler."""
@@ -265,8 +247,29 @@ class _Check:
     def _generators(self) -> list[torch.Generator]:
         return copied(self.generators)
 
+    def _recorded(self, function: Callable[[], Tensor], leaf: Tensor, broken: str, way_out: str) -> Tensor:
+        """The function's value with a graph that a backward pass has been through; what fails only then is explained."""
+        try:
+            with torch.enable_grad():
+                value = function()
+            _gradient(value, leaf, torch.ones_like(value))
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:
+            function()  # without gradient; if it fails too, the gradient is not to blame
+            raise self._error(f"{broken} ({said(error)})", way_out) from error
+        return value
+
+    def _way_out_of_quantisation(self) -> str | None:
+        """Of a missing gradient, where quantised weights let expect it."""
+        stored = quantisation_of(self._denoiser)
+        return stored and (
+            f"load its {self.replay.component} unquantised (it holds {stored}), or in a scheme with a gradient, such as "
+            f"torchao's Int8WeightOnlyConfig (quantised activations have none)"
+        )
+
     def _error(self, broken: str, way_out: str) -> ValueError:
-        return ValueError(f"{self.replay.name} cannot be trained, because it {broken}; {way_out}.")
+        return refusal(self.replay, broken, way_out)
 
 
 def _another(value: Any) -> Any:
@@ -297,7 +300,12 @@ def _five_point_difference(values: list[Tensor]) -> Tensor:
 
 def _pullback(output: Tensor, leaf: Tensor, cotangent: Tensor) -> Tensor:
     """Jᵀ·cotangent; zero where autograd knows no way from `leaf` to `output`."""
-    if not output.requires_grad:
-        return torch.zeros_like(leaf)
-    gradient = torch.autograd.grad(output, leaf, cotangent, retain_graph=True, allow_unused=True)[0]
+    gradient = _gradient(output, leaf, cotangent)
     return torch.zeros_like(leaf) if gradient is None else gradient
+
+
+def _gradient(output: Tensor, leaf: Tensor, cotangent: Tensor) -> Tensor | None:
+    """Jᵀ·cotangent; `None` where autograd knows no way from `leaf` to `output`."""
+    if not output.requires_grad:
+        return None
+    return torch.autograd.grad(output, leaf, cotangent, retain_graph=True, allow_unused=True)[0]
