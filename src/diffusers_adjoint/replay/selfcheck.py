@@ -20,6 +20,7 @@ from .explain import ONE_SAMPLE, errors_explained, refusal, said
 from .pipeline import PipelineReplay
 from .probe import RecordedStep
 from .quantised import quantisation_of
+from .tiling import noting_tiles, warn_of_tiles
 from .view import counting_rows
 
 __all__ = ["check_replay"]
@@ -86,7 +87,12 @@ class _Check:
             way_out = "use a pipeline whose __call__ hands its images to no safety checker, which takes them as numpy arrays"
         else:
             way_out = "remove torch.no_grad(), detach() and numpy arrays from its decoder, or from a __call__ of your own"
-        decoded = self._recorded(lambda: self.replay.decode(leaf, self.conditioning), leaf, "decodes without gradient", way_out)
+        with noting_tiles(getattr(self.replay.pipeline, "vae", None)) as tiles:
+            decoded = self._recorded(
+                lambda: self.replay.decode(leaf, self.conditioning), leaf, "decodes without gradient", way_out
+            )
+        if tiles:
+            warn_of_tiles(self.replay.pipeline.vae)
         if _gradient(decoded, leaf, torch.ones_like(decoded)) is None:
             raise self._error("decodes without gradient", way_out)
 
