@@ -10,6 +10,8 @@ from torch import nn
 
 from diffusers_adjoint.lora import add_lora
 from diffusers_adjoint.replay.quantised import quantisation_of
+from diffusers_adjoint.rewards import gradient_clipped
+from diffusers_adjoint.rewards.quantised import gradient_error
 
 
 class Int8Linear(nn.Module):
@@ -30,12 +32,16 @@ class Int8Linear(nn.Module):
         return nn.functional.linear(x, self.weight * self.scale, self.bias)
 
 
-def quantised(rounds_inputs):
-    pipeline = sd3()
-    for module in list(pipeline.transformer.modules()):
+def quantise(network, rounds_inputs):
+    for module in list(network.modules()):
         for name, layer in list(module.named_children()):
             if isinstance(layer, nn.Linear):
                 setattr(module, name, Int8Linear(layer, rounds_inputs))
+
+
+def quantised(rounds_inputs):
+    pipeline = sd3()
+    quantise(pipeline.transformer, rounds_inputs)
     return pipeline
 
 
@@ -49,6 +55,63 @@ def test_quantised_activations_are_named():
         "scheme with a gradient, such as torchao's Int8WeightOnlyConfig",
         quantised(rounds_inputs=True),
     )
+
+
+@pytest.mark.parametrize("rounds_inputs", [False, True])
+def test_a_quantised_decoder(rounds_inputs):
+    """Its attention is linear layers, and quantised with them; convolutions beside it keep a gradient."""
+    pipeline = sd3()
+    attention = pipeline.vae.decoder.mid_block.attentions[0]
+    for layer in (attention.to_q, attention.to_k, attention.to_v, attention.to_out[0]):
+        layer.weight.data.mul_(5)  # random weights hardly use it
+    quantise(attention, rounds_inputs)
+    if not rounds_inputs:
+        check(pipeline)
+        return
+    expect(
+        r"decodes with a derivative that differs from finite differences by [\d.]+%; load its vae unquantised .it holds weights "
+        r"of torch.int8.",
+        pipeline,
+    )
+
+
+class Scores(nn.Module):
+    """A reward whose linear layer stands beside a path that needs none, as in a network with skip connections."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(16, 16)
+        self.layer.weight.data.mul_(5)  # random weights hardly do anything
+        self.ahead = torch.randn(16, generator=torch.Generator().manual_seed(3))
+
+    def forward(self, images, prompts):
+        rows = images.mean((1, 2))
+        return (rows + self.layer(rows).tanh()) @ self.ahead
+
+
+@pytest.mark.parametrize("wrap", [lambda reward: reward, lambda reward: gradient_clipped(reward, 1e-3)], ids=["bare", "clipped"])
+@pytest.mark.parametrize("rounds_inputs", [None, False, True])
+def test_a_quantised_reward(tmp_path, caplog, rounds_inputs, wrap):
+    reward = Scores()
+    if rounds_inputs is not None:
+        quantise(reward, rounds_inputs)
+    make_trainer(tmp_path, reward=wrap(reward), max_steps=1).train()
+    told = [message for message in caplog.messages if "differs from finite differences" in message]
+    assert len(told) == (rounds_inputs is True)
+    if told:
+        assert told[0].startswith("reward ") and "holds weights of torch.int8" in told[0]
+        assert "; load it unquantised, or in a scheme with a gradient" in told[0]
+
+
+@pytest.mark.parametrize("shape", [(1, 3, 8, 8), (1, 2, 3, 8, 8), (1, 2, 64)])
+def test_the_error_of_a_gradient(shape):
+    """Against what is known: a quadratic loses nothing, half of a sum loses its share."""
+    a, b = (torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64) for seed in (1, 2))
+    a, b = a.cumsum(-1).cumsum(-2), b.cumsum(-1).cumsum(-2)
+    x = torch.rand(shape, dtype=torch.float64)
+    assert gradient_error(lambda x: (a * x).sum() + (b * x).sum().square(), x) < 1e-9  # central differences are exact here
+    assert gradient_error(lambda x: 0 * (x * a).sum() + (b * x.detach()).sum(), x) == pytest.approx(1.0)
+    assert gradient_error(lambda x: (a * x).sum() + (b * x.detach()).sum(), x) > 0.2
 
 
 class Packed(torch.Tensor):

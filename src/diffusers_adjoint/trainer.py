@@ -44,6 +44,7 @@ from .progress import progress
 from .replay import Conditioning, PipelineReplay
 from .replay.selfcheck import check_replay
 from .rewards import RewardGradient, WeightedReward, reward_gradient
+from .rewards.quantised import warn_of_quantised_rewards
 from .rollout import Stream, sample_trajectory, seeded_generator, seeded_generators, zero_unless
 from .sample_images import SampleImages
 from .sample_log import SampleLog, announce_memory, announce_tilt, summarise
@@ -357,7 +358,9 @@ class AdjointMatchingTrainer(PipelineTrainer):
         batch = self._prepare_batch({"columns": columns, "first_image": 0, "share": 1.0})
         self._idle_steps = self.replay.idle_steps(batch.start, batch.conditioning, guided=self._guided_loss)
         self._choose_steps()
-        warn_of_flat_rewards(self._reward_gradient(batch.start, batch).gradient)
+        reward = self._reward_gradient(batch.start, batch)
+        warn_of_flat_rewards(reward.gradient)
+        warn_of_quantised_rewards(self.reward, reward.images, prompts_of(columns), without_prompt(columns))
 
     # ------------------------------------------------------------------------------------------------ logging, evaluation
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -95,6 +96,22 @@ class _Check:
             warn_of_tiles(self.replay.pipeline.vae)
         if _gradient(decoded, leaf, torch.ones_like(decoded)) is None:
             raise self._error("decodes without gradient", way_out)
+        self._require_the_decoders_derivative(leaf, decoded)
+
+    def _require_the_decoders_derivative(self, leaf: Tensor, decoded: Tensor) -> None:
+        """Where its weights are quantised: finite differences of a decoder cost more than those of a prediction."""
+        vae = getattr(self.replay.pipeline, "vae", None)
+        stored = quantisation_of(vae) if isinstance(vae, torch.nn.Module) else None
+        if stored is None:
+            return
+        tolerance, sizes = _COARSE
+        decode = partial(self.replay.decode, conditioning=self.conditioning)
+        errors = [self._derivative_error(leaf, decoded, decode, size) for size in sizes]
+        if min(errors) > tolerance:
+            raise self._error(
+                f"decodes with a derivative that differs from finite differences by {min(errors):.1%}",
+                _way_out_of_quantisation("vae", stored),
+            )
 
     def prediction_is_a_function(self) -> None:
         """The same input gives the same output to the bit, whatever was evaluated in between."""
@@ -170,7 +187,7 @@ class _Check:
                 f"predicts something else, by {change:.1%}, when gradients are recorded", "pass gradient_checkpointing=False"
             )
         for size in sizes:
-            errors.append(self._derivative_error(leaf, output, index, size))
+            errors.append(self._derivative_error(leaf, output, lambda x: self._predict(x, index), size))
             if errors[-1] <= tolerance:
                 return
         raise self._error(
@@ -204,8 +221,8 @@ class _Check:
         """The first steps of the pipeline's own call on the memoryless scheduler."""
         return self.replay.memoryless_sample(self.columns, self._generators(), guided=guided, stop_after=stop_after)[1]
 
-    def _derivative_error(self, leaf: Tensor, output: Tensor, index: int, size: float) -> float:
-        """Median over random directions u, ‖u‖ = `size`·‖x‖, of |⟨w, Ju⟩ − ⟨Jᵀw, u⟩| / |⟨w, Ju⟩|.
+    def _derivative_error(self, leaf: Tensor, output: Tensor, function: Callable[[Tensor], Tensor], size: float) -> float:
+        """Median over random directions u, ‖u‖ = `size`·‖x‖, of |⟨w, Ju⟩ − ⟨Jᵀw, u⟩| / |⟨w, Ju⟩|; `output` = function(leaf).
 
         Ju by the five-point difference, whose truncation error is of fifth order. w is another estimate of Ju: along it rounding
         weighs least, and as it comes from another evaluation it does not share the rounding of Ju.
@@ -216,8 +233,8 @@ class _Check:
             noise = torch.randn(x.shape, generator=generator).to(x)
             u = noise * (size * x.norm() / noise.norm())
             points = [self._rounded(x + step * u) for step in (-2, -1, 1, 2)]
-            change = _five_point_difference([self._predict(point, index) for point in points])
-            w = self._predict(self._rounded(x + 4 * u), index) - output.detach()
+            change = _five_point_difference([function(point) for point in points])
+            w = function(self._rounded(x + 4 * u)) - output.detach()
             expected = _dot(w, change)
             pullback = _dot(_pullback(output, leaf, w), _five_point_difference(points))
             errors.append(abs(expected - pullback) / max(abs(expected), torch.finfo(torch.float64).tiny))
@@ -269,10 +286,7 @@ class _Check:
     def _way_out_of_quantisation(self) -> str | None:
         """Of a missing gradient, where quantised weights let expect it."""
         stored = quantisation_of(self._denoiser)
-        return stored and (
-            f"load its {self.replay.component} unquantised (it holds {stored}), or in a scheme with a gradient, such as "
-            f"torchao's Int8WeightOnlyConfig (quantised activations have none)"
-        )
+        return stored and _way_out_of_quantisation(self.replay.component, stored)
 
     def _error(self, broken: str, way_out: str) -> ValueError:
         return refusal(self.replay, broken, way_out)
@@ -288,6 +302,13 @@ def _another(value: Any) -> Any:
         others = [_another(item) for item in value]
         return None if any(other is None for other in others) else others
     return None
+
+
+def _way_out_of_quantisation(name: str, stored: str) -> str:
+    return (
+        f"load its {name} unquantised (it holds {stored}), or in a scheme with a gradient, such as torchao's "
+        f"Int8WeightOnlyConfig (quantised activations have none)"
+    )
 
 
 def _equal(a: Tensor, b: Tensor) -> bool:
