@@ -25,7 +25,6 @@ def castable(vae: Any) -> Any:
     cls: type = type(vae)
     stand_in = copy.copy(vae)
     stand_in.__class__ = _castable_class(cls)
-    stand_in.__dict__["_stands_for"] = vae
     return stand_in
 
 
@@ -33,9 +32,7 @@ def castable(vae: Any) -> Any:
 def _castable_class(cls: type) -> type:
     def to(self: Any, *args: Any, **kwargs: Any) -> Any:
         """The class's own `to`, on a copy of everything that this stand-in holds."""
-        # Methods put on the user's VAE are bound to it; they move over to the stand-in.
-        itself = {id(self): self, id(self.__dict__["_stands_for"]): self}
-        self.__dict__.update(copy.deepcopy(self.__dict__, itself))
+        self.__dict__.update(copy.deepcopy(self.__dict__, {id(self): self}))
         return cls.to(self, *args, **kwargs)  # type: ignore[attr-defined]
 
     return type(cls.__name__, (cls,), {"to": to, "__module__": cls.__module__})

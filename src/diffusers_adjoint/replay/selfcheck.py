@@ -85,7 +85,10 @@ class _Check:
         """Back through the decoder once; first of all, because it is what no setting can mend."""
         leaf = self.x.clone().requires_grad_()
         if self.replay.runs_safety_checker:
-            way_out = "use a pipeline whose __call__ hands its images to no safety checker, which takes them as numpy arrays"
+            way_out = (
+                "use a pipeline whose __call__ hands its images to no safety checker, which takes them as numpy arrays, or set "
+                "its safety_checker to None where its licence and its code allow that"
+            )
         else:
             way_out = "remove torch.no_grad(), detach() and numpy arrays from its decoder, or from a __call__ of your own"
         with noting_tiles(getattr(self.replay.pipeline, "vae", None)) as tiles:

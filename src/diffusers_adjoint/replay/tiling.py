@@ -39,15 +39,17 @@ def noting_tiles(vae: Any) -> Iterator[list[tuple[int, ...]]]:
 def _noting(tiles: list[tuple[int, ...]]) -> Callable[..., Any]:
     """The class's own `decode`, which adds the sizes of its tiles to the list."""
 
-    def decode(self: Any, z: Tensor, *args: Any, **kwargs: Any) -> Any:
+    def decode(self: Any, *args: Any, **kwargs: Any) -> Any:
+        whole_size = _size([*args, *kwargs.values()][0])
+
         def note(module: nn.Module, inputs: tuple[Any, ...]) -> None:
             size = _size(inputs[0])
-            if any(part < whole for part, whole in zip(size, _size(z), strict=False)):
+            if any(part < whole for part, whole in zip(size, whole_size, strict=False)):
                 tiles.append(size)
 
         handle = self.decoder.register_forward_pre_hook(note)
         try:
-            return type(self).decode(self, z, *args, **kwargs)
+            return type(self).decode(self, *args, **kwargs)
         finally:
             handle.remove()
 
