@@ -329,7 +329,7 @@ def test_a_scheduler_that_can_do_more_than_a_memoryless_one():
     pipeline = StepsWithOptions(**sd3().components)
     expect(
         "asks of its scheduler what its FlowMatchEulerDiscreteScheduler does and the MemorylessFlowMatchEulerDiscreteScheduler "
-        r"that trains it does not \(TypeError: .*per_token_timesteps.*\); change or leave out the argument",
+        r"that trains it does not \(ValueError: .*per_token_timesteps.*\); change or leave out the argument",
         pipeline,
         {},
         guidance_scale=1.0,
