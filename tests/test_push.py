@@ -7,6 +7,7 @@ from concurrent.futures import Future
 from fnmatch import fnmatch
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from datasets import Dataset
@@ -99,6 +100,17 @@ def test_a_lora_repository(tmp_path, hub):
     fresh.load_lora_weights(folder)
     assert torch.equal(sample(fresh), sample(trainer.pipeline))
     assert not torch.equal(sample(fresh), base)
+
+
+def test_numpys_strings_are_written_as_plain_ones(tmp_path):
+    """`numpy.random.choice` draws such prompts; YAML and `repr` write them as calls."""
+    rows = tuple({"prompt": np.str_(prompt), "negative_prompt": np.str_("grey")} for prompt in ("a cat", "a dog"))
+    trainer = make_trainer(tmp_path, rows=rows, max_steps=1)
+    trainer.train()
+    trainer.create_model_card()
+    card = ModelCard.load(tmp_path / "README.md")
+    assert card.data.widget[0]["text"] == "a cat"
+    assert 'prompt="a cat"' in card.text and 'negative_prompt="grey"' in card.text and "str_" not in card.text
 
 
 def test_a_full_repository_is_a_pipeline(tmp_path, hub):

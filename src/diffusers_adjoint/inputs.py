@@ -115,7 +115,12 @@ def first_row(dataset: Any, name: str, needs_prompt: bool) -> dict[str, Any]:
 def collate_columns(rows: list[dict[str, Any]]) -> dict[str, list[Any]]:
     """Collate rows to columns of plain lists; nothing is padded or turned into tensors."""
     require_prompt_strings(row["prompt"] for row in rows if "prompt" in row)  # a stream is not looked through before training
-    return {name: [row[name] for row in rows] for name in rows[0]}
+    return {name: [_plain(row[name]) for row in rows] for name in rows[0]}
+
+
+def _plain(value: Any) -> Any:
+    """A string of a class of its own, as NumPy's are, becomes a plain one: YAML and `repr` would write a call."""
+    return str.__str__(value) if isinstance(value, str) else value
 
 
 def warn_of_guidance(replay: PipelineReplay, guidance_scale: float, cfg_mode: str) -> None:
