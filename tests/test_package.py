@@ -27,6 +27,8 @@ LAYERS = (
     (
         "config",
         "ddpo_config",
+        "ddpo_holder",
+        "ddpo_scorer",
         "prompts",
         "by_name",
         "inputs",

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from diffusers import DiffusionPipeline, StableDiffusionPipeline
+from diffusers import DiffusionPipeline
 from diffusers.image_processor import VaeImageProcessor
 from peft import LoraConfig
 from PIL import Image
@@ -20,29 +20,15 @@ from transformers import Trainer, TrainerCallback
 from transformers.utils import logging
 
 from .ddpo_config import AlignPropConfig, DDPOConfig, config_from_ddpo, follows_alignprop, old_fields
+from .ddpo_holder import DefaultDDPOStableDiffusionPipeline, warn_of_own_methods
+from .ddpo_scorer import aesthetic_scorer
 from .sample_images import to_trackers
 from .trainer import AdjointMatchingTrainer
 
 __all__ = ["AlignPropConfig", "AlignPropTrainer", "DDPOConfig", "DDPOTrainer", "DefaultDDPOStableDiffusionPipeline"]
-__all__ += ["config_from_ddpo", "trainer_from_ddpo"]
+__all__ += ["aesthetic_scorer", "config_from_ddpo", "trainer_from_ddpo"]
 
 logger = logging.get_logger(__name__)
-
-
-class DefaultDDPOStableDiffusionPipeline:
-    """The old holder of a Stable Diffusion 1.x pipeline, without safety checker; the trainer adds the LoRA.
-
-    Args:
-        pretrained_model_name: Hub id or local folder.
-        pretrained_model_revision: branch, tag or commit on the Hub.
-        use_lora: LoRA of rank 4 on the attention projections; False trains all weights of the UNet.
-    """
-
-    def __init__(self, pretrained_model_name: str, pretrained_model_revision: str = "main", use_lora: bool = True) -> None:
-        self.sd_pipeline = StableDiffusionPipeline.from_pretrained(
-            pretrained_model_name, revision=pretrained_model_revision, safety_checker=None, requires_safety_checker=False
-        )
-        self.use_lora = use_lora
 
 
 class DDPOTrainer(AdjointMatchingTrainer):
@@ -59,6 +45,7 @@ class DDPOTrainer(AdjointMatchingTrainer):
             are a list of [images, prompts, metadata, rewards, reward metadata], one for each micro-batch; AlignProp's, every
             `log_image_freq` updates, a dict of images, prompts, prompt_metadata and rewards.
         reward_scale: λ, nats per unit of reward; the default of `AdjointMatchingConfig` when not given.
+        peft_config: another LoRA than the holder's of rank 4.
         **changes: further fields of `AdjointMatchingConfig`.
 
     Raises:
@@ -74,6 +61,7 @@ class DDPOTrainer(AdjointMatchingTrainer):
         image_samples_hook: Callable[..., Any] | None = None,
         *,
         reward_scale: float | None = None,
+        peft_config: LoraConfig | None = None,
         **changes: Any,
     ) -> None:
         args = config_from_ddpo(config, **changes if reward_scale is None else {"reward_scale": reward_scale, **changes})
@@ -81,13 +69,18 @@ class DDPOTrainer(AdjointMatchingTrainer):
             raise TypeError(f"reward_function is {reward_function!r}; pass a callable f(images, prompts, metadata).")
         reward = _OldReward(reward_function, keeps_samples=image_samples_hook is not None)
         bare = isinstance(sd_pipeline, str | DiffusionPipeline)
+        if not bare:
+            warn_of_own_methods(sd_pipeline)
+        if peft_config is None and (bare or sd_pipeline.use_lora):
+            peft_config = _lora()
         super().__init__(
             model=sd_pipeline if bare else sd_pipeline.sd_pipeline,
             reward_funcs=reward,
             args=args,
             train_dataset=_Prompts(prompt_function, args.seed),
-            peft_config=_lora() if bare or sd_pipeline.use_lora else None,
+            peft_config=peft_config,
         )
+        self.sd_pipeline = self.pipeline if bare else sd_pipeline
         if image_samples_hook is not None:
             old = old_fields(config)
             every = old.get("log_image_freq", 1) if follows_alignprop(old) else None
