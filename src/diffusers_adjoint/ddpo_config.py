@@ -52,11 +52,21 @@ class _SharedConfig:
     train_max_grad_norm: float = 1.0
     negative_prompts: str | None = None
     push_to_hub: bool = False
+    hub_model_id: str | None = None
+
+    @property
+    def output_dir(self) -> str:
+        """Where the trainer writes: `project_kwargs["project_dir"]`, or `logdir`. To set it sets the former."""
+        return str(_output_dir(vars(self)))
+
+    @output_dir.setter
+    def output_dir(self, folder: str) -> None:
+        self.project_kwargs = {**self.project_kwargs, "project_dir": folder}
 
 
 @dataclass
 class DDPOConfig(_SharedConfig):
-    """The fields and defaults of TRL's `DDPOConfig`; `config_from_ddpo` says what becomes of each."""
+    """The fields and defaults of TRL's `DDPOConfig`, and `hub_model_id`; `config_from_ddpo` says what becomes of each."""
 
     negative_prompts: str | None = ""
     sample_batch_size: int = 1
@@ -75,7 +85,7 @@ class DDPOConfig(_SharedConfig):
 
 @dataclass
 class AlignPropConfig(_SharedConfig):
-    """The fields and defaults of TRL's `AlignPropConfig`; `config_from_ddpo` says what becomes of each."""
+    """The fields and defaults of TRL's `AlignPropConfig`, and `hub_model_id`; `config_from_ddpo` says what becomes of each."""
 
     train_learning_rate: float = 1e-3
     log_image_freq: int = 1
@@ -91,7 +101,6 @@ MODERN = {f.name for f in dataclasses.fields(AdjointMatchingConfig) if f.init}
 RENAMED = {
     "seed": "seed",
     "tracker_project_name": "project",
-    "logdir": "output_dir",
     "num_epochs": "max_steps",
     "save_freq": "save_steps",
     "num_checkpoint_limit": "save_total_limit",
@@ -195,8 +204,8 @@ def _converted(old: dict[str, Any]) -> dict[str, Any]:
     project = old.get("project_kwargs", {})
     fields = {"logging_steps": 1, "report_to": _report_to(old), "run_name": old.get("run_name") or None}
     fields |= _precision(old.get("mixed_precision"), on_cpu=old.get("use_cpu", False))
-    if "project_dir" in project:
-        fields["output_dir"] = project["project_dir"]
+    if (folder := _output_dir(old)) is not None:
+        fields["output_dir"] = folder
     if "total_limit" in project:
         fields["save_total_limit"] = project["total_limit"]
     if not old.get("allow_tf32", True):
@@ -211,6 +220,11 @@ def _converted(old: dict[str, Any]) -> dict[str, Any]:
         steps = old.get("num_inference_steps", old.get("sample_num_steps", AdjointMatchingConfig.num_inference_steps))
         fields["num_loss_steps"] = max(int(steps * old["train_timestep_fraction"]), 1)
     return fields
+
+
+def _output_dir(old: Mapping[str, Any]) -> Any:
+    """A user's own output_dir, else the folder of the old accelerator's project, else that of the logs."""
+    return old.get("output_dir") or old.get("project_kwargs", {}).get("project_dir") or old.get("logdir")
 
 
 def _report_to(old: dict[str, Any]) -> str:
