@@ -5,8 +5,12 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import importlib.util
+import os
+import pkgutil
 import re
 import shlex
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -247,11 +251,70 @@ def section(page: str, heading: str) -> str:
     return text_of(page).split(f"{heading}\n")[1].split("\n## ")[0]
 
 
-@pytest.mark.parametrize("package", ["", ".rewards", ".metrics", ".evaluate"])
+# ---------------------------------------------------------------------------------------------------------------------- reference
+
+
+ENTRY = re.compile(r"^::: (?P<name>[\w.]+)\n(?P<options>(?:    .*\n)*)", re.MULTILINE)
+
+
+def entries() -> list[tuple[str, str, list[str]]]:
+    """(page, dotted name, documented members) of the pages' reference."""
+    found = [(page, entry) for page in ("api.md", "trainer.md") for entry in ENTRY.finditer(text_of(page))]
+    members = [re.findall(r"\w+", "".join(re.findall(r"members: \[(.*)\]", entry["options"]))) for _, entry in found]
+    return [(page, entry["name"], named) for (page, entry), named in zip(found, members, strict=True)]
+
+
+@pytest.mark.parametrize("package", ["", ".rewards", ".metrics", ".evaluate", ".ddpo"])
 def test_every_public_name_has_its_reference(package):
-    text = "".join(text_of(page) for page in ("api.md", "trainer.md"))
-    documented = re.findall(rf"^::: diffusers_adjoint{re.escape(package)}\.(\w+)$", text, re.MULTILINE)
-    assert sorted(documented) == sorted(importlib.import_module(f"diffusers_adjoint{package}").__all__)
+    """Once, and under a name that leads to the very thing: a module may have the name of a function."""
+    module = importlib.import_module(f"diffusers_adjoint{package}")
+    documented = [pkgutil.resolve_name(name) for _, name, _ in entries()]
+    for name in module.__all__:
+        assert sum(thing is getattr(module, name) for thing in documented) == 1, name
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory) -> Path:
+    pytest.importorskip("mkdocs")  # the extra "docs"
+    folder = tmp_path_factory.mktemp("site")
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(folder)]
+    built = subprocess.run(command, cwd=ROOT, env=os.environ | {"NO_MKDOCS_2_WARNING": "1"}, capture_output=True, text=True)
+    assert built.returncode == 0, built.stdout + built.stderr
+    return folder
+
+
+def test_every_entry_of_the_reference_shows_a_signature(site):
+    for page, name, members in entries():
+        html = (site / page.removesuffix(".md") / "index.html").read_text(encoding="utf-8")
+        shown = re.search(rf'<h\d id="{re.escape(name)}".*?(?=<div class="doc doc-contents)', html, re.DOTALL)
+        assert shown and "doc-signature" in shown[0], f"{name} has no signature"
+        short = name.split(".")[-1]
+        assert f"{short}(" in re.sub(r"<[^>]+>", "", shown[0]), f"{name} shows something else"
+        missing = [member for member in members if f'id="{name}.{member}"' not in html]
+        assert not missing, f"{name} has no {missing}"
+
+
+LINK = re.compile(r"\]\((?!https?:|#|mailto:)([^)#\s]+)(?:#([^)\s]+))?\)")
+FOLDERS = (".", "docs", "examples/**", "benchmarks/**")
+LINKING = sorted({path for folder in FOLDERS for path in ROOT.glob(f"{folder}/*.md")})
+
+
+@pytest.mark.parametrize("page", LINKING, ids=lambda path: path.relative_to(ROOT).as_posix())
+def test_every_link_leads_somewhere(page):
+    """A relative link's file is in the repository, and has the heading that the link names."""
+    for target, anchor in LINK.findall(BLOCK.sub("", page.read_text(encoding="utf-8"))):
+        file = page.parent / target
+        assert file.exists(), f"{target} does not exist"
+        assert not anchor or anchor in anchors(file), f"{target} has no heading {anchor}"
+
+
+def anchors(page: Path) -> set[str]:
+    """Of the headings, as GitHub and MkDocs make them, and of the reference."""
+    text = BLOCK.sub("", page.read_text(encoding="utf-8"))
+    headings = re.findall(r"^#+ (.+)$", text, re.MULTILINE)
+    return {entry["name"] for entry in ENTRY.finditer(text)} | {
+        re.sub(r"[^\w\- ]", "", heading.lower()).strip().replace(" ", "-") for heading in headings
+    }
 
 
 def test_recorded_numbers_agree_with_the_readme():
