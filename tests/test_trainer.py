@@ -10,7 +10,7 @@ from tiny_conditioned import picture, wan22_from_image
 from tiny_images import flux
 from tiny_pipelines import sd3, sd15
 from tiny_trainer import PROMPTS, brightness, config, difference, make_trainer, weights
-from transformers import TrainerCallback
+from transformers import TrainerCallback, TrainingArguments
 
 import diffusers_adjoint.trainer
 from diffusers_adjoint import AdjointMatchingTrainer, LossSteps, choose_loss_steps, clip_loss
@@ -193,10 +193,15 @@ def test_accumulation_and_batch_split_change_nothing(tmp_path, dtype, tolerance)
     assert difference(run(2, 1, generations=2, rows=PROMPTS[:2])[0], run(4, 1, rows=pairs)[0]) <= allowed
 
 
-def test_gradient_checkpointing_changes_memory_not_weights(tmp_path):
+# transformers 5.23 renamed it, and keeps the old name with a warning.
+CHECKPOINTING = [name for name in ("gradient_checkpointing", "activation_checkpointing") if hasattr(TrainingArguments, name)]
+
+
+@pytest.mark.parametrize("name", CHECKPOINTING)
+def test_gradient_checkpointing_changes_memory_not_weights(name, tmp_path):
     plain = make_trainer(tmp_path)
     plain.train()
-    checkpointed = make_trainer(tmp_path, gradient_checkpointing=True)
+    checkpointed = make_trainer(tmp_path, **{name: True})
     checkpointed.train()
     assert checkpointed.denoiser.network.is_gradient_checkpointing
     assert difference(weights(plain), weights(checkpointed)) <= 1e-6  # recomputed activations, same numbers up to rounding
