@@ -21,7 +21,6 @@ logger = logging.get_logger(__name__)
 # What the old trainers asked of a holder, and what does it now.
 NOT_HERE = {
     "autocast": "the trainer chooses the precision; pass mixed_precision to the config",
-    "get_trainable_layers": "the trainer adds the LoRA; pass peft_config=LoraConfig(…) to it for another one",
     "load_checkpoint": "the trainer reads its checkpoints itself; pass resume_from to the config",
     "rgb_with_grad": "nothing is back-propagated through the sampler; call the holder for images",
     "save_checkpoint": "the trainer writes its checkpoints itself; pass save_freq to the config",
@@ -85,6 +84,10 @@ class DefaultDDPOStableDiffusionPipeline:
         """None: it would turn images black, and no reward would see them."""
         return self.sd_pipeline.safety_checker
 
+    def get_trainable_layers(self) -> Any:
+        """The UNet, of which the parameters that require a gradient are trained. Its LoRA is there once the trainer is made."""
+        return self.sd_pipeline.unet
+
     def set_progress_bar_config(self, **kwargs: Any) -> None:
         """The pipeline's."""
         self.sd_pipeline.set_progress_bar_config(**kwargs)
@@ -118,7 +121,7 @@ def warn_of_own_methods(holder: Any) -> None:
     """Name the methods of somebody's own holder that the old trainers called, and that nobody calls here."""
     ours = DefaultDDPOStableDiffusionPipeline.__mro__
     defined = {name for kind in type(holder).__mro__ if kind not in ours for name in vars(kind)}
-    if found := sorted({"__call__", *NOT_HERE} & defined):
+    if found := sorted({"__call__", "get_trainable_layers", *NOT_HERE} & defined):
         names = f"{', '.join(found[:-1])} and {found[-1]} are" if len(found) > 1 else f"{found[0]} is"
         logger.warning(
             f"{type(holder).__name__}: {names} not called: the trainer samples with the __call__ of sd_pipeline and trains the "
