@@ -305,6 +305,11 @@ CASES = {
     "weight not a number": Case("reward_weights=[nan]", "finite", {"reward_weights": [float("nan")]}),
     "guidance not a number": Case("guidance_scale=nan", "pass 1", {"guidance_scale": float("nan")}),
     "no accumulation": Case("gradient_accumulation_steps=0", "at least 1", {"gradient_accumulation_steps": 0}),
+    "a LoRA scale that checkpointed layers lose": Case(
+        "cannot be trained with gradient checkpointing",
+        "set lora_alpha instead",
+        {"gradient_checkpointing": True, "pipeline_kwargs": {"joint_attention_kwargs": {"scale": 0.5}}},
+    ),
     "columns taken away": Case("remove_unused_columns=True", "leave it out", {"remove_unused_columns": True}),
     "an empty cell": Case(
         "prompt 1 is of type NoneType",

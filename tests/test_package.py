@@ -23,7 +23,7 @@ LAYERS = (
     ("schedulers", "replay"),
     ("sharding",),
     ("denoiser", "lora", "trained_state", "rewards"),
-    ("rollout", "metrics"),
+    ("gradients", "rollout", "metrics"),
     (
         "config",
         "ddpo_config",

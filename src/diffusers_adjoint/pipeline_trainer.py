@@ -334,3 +334,5 @@ def _require_fsdp2(plugin: Any) -> None:
         raise ValueError(f"FSDP version {plugin.fsdp_version} is not supported; pass fsdp_version: 2.")
     if plugin.cpu_ram_efficient_loading:  # the host would leave the pipeline's other networks empty on all processes but one
         raise ValueError("fsdp_cpu_ram_efficient_loading does not know of pipelines; pass false.")
+    if plugin.activation_checkpointing:  # put in after the check of checkpointed gradients at the start
+        raise ValueError("fsdp_activation_checkpointing cannot be checked; pass false, and gradient_checkpointing=True.")

@@ -19,6 +19,7 @@ from .adjoint import AdjointPath, full_adjoint, lean_adjoint
 from .config import AdjointMatchingConfig
 from .denoiser import PipelineDenoiser
 from .evaluation import kl_name, require_known_metric
+from .gradients import require_checkpointing, require_gradients, warn_of_unused
 from .inputs import (
     collate_columns,
     columns_to_check,
@@ -145,6 +146,7 @@ class AdjointMatchingTrainer(PipelineTrainer):
         self._idle_steps: list[int] = []  # of the trained network; found at the start of training
         self._samples = SampleLog()
         self._kept = torch.zeros((), device=args.device)  # images of this update, on this process, that train
+        self._gradients_checked = False  # in this call of `train`
 
     @classmethod
     def from_ddpo(
@@ -177,6 +179,7 @@ class AdjointMatchingTrainer(PipelineTrainer):
             path, reward = self._adjoint(batch, trajectory, steps)
             loss = self._match(model, batch, trajectory, path, reward, steps)
         if inputs["last"]:
+            self._check_gradients()
             self._skip_empty_update(model)
             if self.is_world_process_zero():
                 self._pictures = SampleImages.first(self.args.num_images_to_log, reward.images, batch.columns, reward.rewards)
@@ -310,6 +313,19 @@ class AdjointMatchingTrainer(PipelineTrainer):
         self._record(found[0], chain.kl, self._finite(found[0]))
         return chain.loss, found[0]
 
+    def _check_gradients(self) -> None:
+        """After the backward passes of the first update: name what would never learn, before the optimizer moves the rest."""
+        if self._gradients_checked or self.is_deepspeed_enabled:  # DeepSpeed keeps the gradients elsewhere
+            return
+        self._gradients_checked = True
+        trained = {name: p for name, p in self.denoiser.network.named_parameters() if p.requires_grad}
+        reached = torch.tensor([p.grad is not None for p in trained.values()], dtype=torch.float, device=self.args.device)
+        reached = self.accelerator.reduce(reached, reduction="sum")  # so that all processes say the same
+        without = [name for name, count in zip(trained, reached.tolist(), strict=True) if not count]
+        require_gradients(trained, without, lora=self.denoiser.base_adapters is not None)
+        if self.is_world_process_zero():
+            warn_of_unused(trained, without)
+
     def _skip_empty_update(self, model: nn.Module) -> None:
         """Without one image to learn from, an optimizer would still move, by its momentum and weight decay."""
         kept = self.accelerator.reduce(self._kept, reduction="sum")
@@ -347,6 +363,7 @@ class AdjointMatchingTrainer(PipelineTrainer):
         if self.args.gradient_checkpointing:
             self.denoiser.gradient_checkpointing_enable()
         self._check_first_row()
+        self._gradients_checked = False
         warn_of_given_start(self.replay)
         self._clock = (time.perf_counter(), self.denoiser.evaluations)
 
@@ -357,6 +374,8 @@ class AdjointMatchingTrainer(PipelineTrainer):
             check_replay(self.replay, columns, generators, check_unguided=self.args.cfg_mode != "full")
         batch = self._prepare_batch({"columns": columns, "first_image": 0, "share": 1.0})
         self._idle_steps = self.replay.idle_steps(batch.start, batch.conditioning, guided=self._guided_loss)
+        step = next(k for k in range(len(self.replay.stds)) if k not in self._idle_steps)
+        require_checkpointing(self.denoiser, batch.start, step, batch.conditioning, guided=self._guided_loss)
         self._choose_steps()
         reward = self._reward_gradient(batch.start, batch)
         warn_of_flat_rewards(reward.gradient)
