@@ -305,6 +305,13 @@ CASES = {
     "weight not a number": Case("reward_weights=[nan]", "finite", {"reward_weights": [float("nan")]}),
     "guidance not a number": Case("guidance_scale=nan", "pass 1", {"guidance_scale": float("nan")}),
     "no accumulation": Case("gradient_accumulation_steps=0", "at least 1", {"gradient_accumulation_steps": 0}),
+    "no update": Case("max_steps=0 asks for no update", "positive", {"max_steps": 0}),
+    "no epoch": Case("num_train_epochs=0 asks for no update", "positive", {"max_steps": -1, "num_train_epochs": 0}),
+    "no whole batch": Case(
+        "2 rows, fewer than the 4 of a batch",
+        "lower per_device_train_batch_size",
+        {"dataloader_drop_last": True, "max_steps": -1},
+    ),
     "a LoRA scale that checkpointed layers lose": Case(
         "cannot be trained with gradient checkpointing",
         "set lora_alpha instead",

@@ -39,6 +39,7 @@ LAYERS = (
         "sample_images",
         "evaluation",
         "hub",
+        "updates",
     ),
     ("evaluate",),
     ("publishing", "pipeline_trainer", "trainer", "ddpo", "cli"),

@@ -446,14 +446,6 @@ def test_an_update_without_a_finite_image_is_skipped(tmp_path):
     assert [line["skipped"] for line in trainer.state.log_history if "skipped" in line] == [0.0, 4.0, 0.0]
 
 
-def test_a_batch_without_any_reward_is_skipped(tmp_path):
-    trainer = make_trainer(tmp_path, reward=lambda images, prompts: [None] * len(images))
-    start = weights(trainer)
-    trainer.train()
-    assert difference(start, weights(trainer)) == 0.0
-    assert [line["skipped"] for line in trainer.state.log_history if "skipped" in line] == [2.0, 2.0]
-
-
 def test_a_gradient_that_is_no_number_skips_the_update(tmp_path):
     """An image with such conditioning is masked, but the network's derivative at it is NaN, and so is NaN times zero."""
     trainer = make_trainer(tmp_path, max_steps=3)

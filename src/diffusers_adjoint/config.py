@@ -68,8 +68,7 @@ class AdjointMatchingConfig(TrainingArguments):
         loss_type (`str`, defaults to `"adjoint_matching"`):
             `"adjoint_matching"`, or one of the paper's other objectives, for comparison: `"basic_adjoint_matching"` and
             `"continuous_adjoint"` (the full adjoint: two networks a step instead of one), `"discrete_adjoint"` (back-propagation
-            through all steps). The loss of the last two is no distance and may be negative; in the last, one image whose states
-            are not finite costs the whole update.
+            through all steps). The loss of the last two is no distance and may be negative.
         num_loss_steps (`int`, *optional*):
             S, steps of each trajectory that carry the loss; half of them when not given.
         loss_step_selection (`str`, defaults to `"uniform"`):
@@ -79,8 +78,9 @@ class AdjointMatchingConfig(TrainingArguments):
         adjoint_pairing (`str`, defaults to `"next"`):
             `"next"` pairs step k with ã_{k+1} (exact on the grid); `"paper"` with ã_k, for comparison only.
         on_nonfinite (`str`, defaults to `"skip"`):
-            What a NaN or Inf in a reward, its gradient or the adjoint does: `"skip"` leaves the sample out and counts it,
-            `"raise"` stops.
+            What a NaN or Inf in an image's reward, its gradient, the states, the adjoint or the loss does, or a number whose
+            square is none: `"skip"` leaves the image out and counts it, `"raise"` stops. After 20 updates in a row without an
+            image, or with a gradient of the weights that is not finite, training stops in any case.
 
     > Parameters that control evaluation, pictures and interruption
 
@@ -168,7 +168,7 @@ class AdjointMatchingConfig(TrainingArguments):
     )
     on_nonfinite: Literal["skip", "raise"] = field(
         default="skip",
-        metadata={"help": "Leave samples with a non-finite reward, gradient or adjoint out ('skip') or stop ('raise')."},
+        metadata={"help": "Leave images with a non-finite reward, gradient, adjoint or loss out ('skip') or stop ('raise')."},
     )
     num_generations_eval: int = field(
         default=2, metadata={"help": "Images per prompt in evaluation; 2 or more measure their diversity."}

@@ -18,7 +18,8 @@ from torch import Tensor
 
 from .trajectory import MeanFunction, Trajectory
 
-__all__ = ["LossSteps", "choose_loss_steps", "clip_loss", "control", "matching_loss", "noisy_steps", "path_kl", "step_kl"]
+__all__ = ["LossSteps", "bounded", "choose_loss_steps", "clip_loss", "control", "half_square", "matching_loss", "noisy_steps"]
+__all__ += ["path_kl", "step_kl"]
 
 
 def control(mean: Tensor, base_mean: Tensor, std: float | Tensor) -> Tensor:
@@ -57,7 +58,7 @@ def matching_loss(mean: Tensor, base_mean: Tensor, std: float | Tensor, adjoint:
     if mean.shape != adjoint.shape:
         raise ValueError(f"mean has shape {tuple(mean.shape)} but adjoint {tuple(adjoint.shape)}; they must agree.")
     # Detached on purpose: base and adjoint are targets, a gradient through them would change the fixed point.
-    return _half_square(control(mean, base_mean.detach(), std) + std * adjoint.detach())
+    return half_square(control(mean, base_mean.detach(), std) + std * adjoint.detach())
 
 
 def clip_loss(loss: Tensor, loss_clip: float | None) -> Tensor:
@@ -70,7 +71,7 @@ def clip_loss(loss: Tensor, loss_clip: float | None) -> Tensor:
 
 def step_kl(mean: Tensor, base_mean: Tensor, std: float | Tensor) -> Tensor:
     """½‖√Δ u_k‖², step k's share of KL(path of θ ‖ path of the base), shape (B,), nats (Girsanov on the grid)."""
-    return _half_square(control(mean, base_mean, std))
+    return half_square(control(mean, base_mean, std))
 
 
 def path_kl(mean: MeanFunction, base_mean: MeanFunction, trajectory: Trajectory) -> Tensor:
@@ -81,9 +82,18 @@ def path_kl(mean: MeanFunction, base_mean: MeanFunction, trajectory: Trajectory)
     return torch.stack(terms).sum(0)
 
 
-def _half_square(values: Tensor) -> Tensor:
+def half_square(values: Tensor) -> Tensor:
     """½‖·‖² of each sample, (B, …) → (B,)."""
     return 0.5 * values.square().reshape(len(values), -1).sum(1)
+
+
+def bounded(costs: Tensor) -> Tensor:
+    """Which costs are numbers small enough to be squared, same shape, bool; 1.8e19 is the limit of float32.
+
+    A gradient grows like the root of its cost, so the norm of such an image's gradient is a number, too. One of a larger cost
+    might not be, and would cost the update of all images.
+    """
+    return costs.abs() <= torch.finfo(costs.dtype).max ** 0.5
 
 
 @dataclass(frozen=True)

@@ -31,6 +31,7 @@ from .publishing import PublishingTrainer
 from .sample_images import SampleImages, image_grid, save_grid, to_trackers
 from .sample_log import SampleLog, summarise
 from .sharding import spread_like, whole_network
+from .updates import UpdateCount
 
 __all__ = ["PipelineTrainer"]
 
@@ -42,6 +43,9 @@ class PipelineTrainer(PublishingTrainer):
 
     control: TrainerControl
     _clock: tuple[float, int] = (0.0, 0)  # seconds and evaluations at the last log; set at the start of training
+    _updates: UpdateCount  # of this call of `train`
+    _dropped = False  # the update under way
+    _scale = 1.0  # of the gradient scaler, before the optimizer's step
 
     # ---------------------------------------------------------------------------------------------------------- several devices
 
@@ -124,9 +128,11 @@ class PipelineTrainer(PublishingTrainer):
         """Write the LoRA that `pipeline.load_lora_weights(output_dir)` reads, or the whole pipeline with its own scheduler.
 
         Raises:
-            ValueError: if the network is not as it was trained, its adapter taken away or set to another strength.
+            ValueError: if the network is not as it was trained, its adapter taken away or set to another strength, or if a weight
+                is NaN or infinite; what lies in the folder stays as it is.
         """
         self.denoiser.state.require_adapter()
+        self._require_finite_weights()
         with whole_files(Path(output_dir or self.args.output_dir), self.args.should_save, self._wait) as partial:
             if self.denoiser.base_adapters is not None:
                 self._write_weights(partial)
@@ -198,6 +204,10 @@ class PipelineTrainer(PublishingTrainer):
         """`transformers.Trainer.train`. Goes on bit for bit from a checkpoint; `True` takes the newest in `output_dir`.
 
         With `save_on_interrupt`, Ctrl-C and SIGTERM end it by `KeyboardInterrupt` or `SystemExit`, after a checkpoint.
+
+        Raises:
+            ValueError: for bad input, before any update; when a weight becomes NaN or infinite, before that is saved; after 20
+                dropped updates in a row; and at the end if no update was made.
         """
         self.denoiser.state.require_trainable(None if self.is_deepspeed_enabled else self.optimizer)
         run_dir = Path(self.args.output_dir)
@@ -208,15 +218,29 @@ class PipelineTrainer(PublishingTrainer):
         self._wait()
         checkpoint = checkpoint_to_resume(resume_from_checkpoint, run_dir, needed)
         self._check_before_training()
-        self._evaluated = None
+        self._evaluated, self._updates = None, UpdateCount()
+        with self._interruptible():
+            output = super().train(checkpoint, trial, ignore_keys_for_eval)
+        self._updates.require_one(self.state, self._images_of_an_update)
+        return output
+
+    @contextlib.contextmanager
+    def _interruptible(self) -> Iterator[None]:
         if not self.args.save_on_interrupt:
-            return super().train(checkpoint, trial, ignore_keys_for_eval)
+            yield
+            return
         with SaveOnInterrupt(self.accelerator) as interrupt:
             self.add_callback(interrupt)
             try:
-                return super().train(checkpoint, trial, ignore_keys_for_eval)
+                yield
             finally:
                 self.remove_callback(interrupt)
+
+    @property
+    def _images_of_an_update(self) -> int:
+        """On all processes together."""
+        rows = self.args.per_device_train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
+        return rows * self.args.num_generations
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         network, folder = self.denoiser.network, Path(resume_from_checkpoint)
@@ -312,13 +336,31 @@ class PipelineTrainer(PublishingTrainer):
 
     def _gradient_is_finite(self, model: nn.Module) -> bool:
         """Whether the weights survive this update; with a gradient scaler, which looks itself, `True`."""
+        gradients = [p.grad for p in model.parameters() if p.grad is not None]
+        return self.accelerator.scaler is not None or _finite_norm(gradients, 2.0)  # an optimizer squares them
+
+    def _require_finite_weights(self) -> None:
+        """Raise ValueError, on every process, if a trained weight is NaN or infinite."""
+        if not _finite_norm([p.detach() for p in self.denoiser.network.parameters() if p.requires_grad], torch.inf):
+            raise ValueError(
+                f"weights are NaN or infinite after update {self.state.global_step + self.is_in_train} and are not saved; lower "
+                f"learning_rate, and start again or from a checkpoint, where they are finite."
+            )
+
+    def _note_scale(self) -> None:
         if self.accelerator.scaler is not None:
-            return True
-        norm = nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
-        return bool((norm.full_tensor() if isinstance(norm, DTensor) else norm).isfinite())
+            self._scale = self.accelerator.scaler.get_scale()
+
+    def _step_was_skipped(self) -> bool:
+        """Whether the optimizer has not moved, because a gradient overflowed in mixed precision."""
+        if self.accelerator.scaler is None:
+            return bool(self.accelerator.optimizer_step_was_skipped)
+        # accelerate does not notice where a fused optimizer skips its step itself; the scale falls in any case.
+        return bool(self.accelerator.scaler.get_scale() < self._scale)
 
     def _drop_gradients(self, model: nn.Module) -> None:
         """Make the coming step of the optimizer do nothing."""
+        self._dropped = True
         if self.is_world_process_zero():
             logger.warning(f"update {self.state.global_step + 1} is skipped: rewards or gradients are NaN or infinite.")
         if self.accelerator.scaler is None:
@@ -327,6 +369,12 @@ class PipelineTrainer(PublishingTrainer):
             for parameter in model.parameters():
                 if parameter.grad is not None:
                     parameter.grad.fill_(torch.inf)
+
+
+def _finite_norm(tensors: list[Tensor], order: float) -> bool:
+    """The same on every process, of tensors that are equal there or divided among them."""
+    norm = nn.utils.get_total_norm(tensors, norm_type=order)
+    return bool((norm.full_tensor() if isinstance(norm, DTensor) else norm).isfinite())
 
 
 def _require_fsdp2(plugin: Any) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -38,7 +38,7 @@ from .inputs import (
     without_prompt,
 )
 from .lora import add_lora
-from .matching import LossSteps, choose_loss_steps, clip_loss, noisy_steps, step_kl
+from .matching import LossSteps, bounded, choose_loss_steps, clip_loss, half_square, noisy_steps, step_kl
 from .objectives import ADJOINT_OBJECTIVES, discrete_adjoint
 from .pipeline_trainer import PipelineTrainer
 from .progress import progress
@@ -52,6 +52,7 @@ from .sample_log import SampleLog, announce_memory, announce_tilt, summarise
 from .schedulers import memoryless_scheduler
 from .soc import correlation
 from .trajectory import MeanFunction, Trajectory
+from .updates import AfterOptimizerStep, require_asked_for
 
 if TYPE_CHECKING:
     from .ddpo import DDPOTrainer
@@ -147,6 +148,7 @@ class AdjointMatchingTrainer(PipelineTrainer):
         self._samples = SampleLog()
         self._kept = torch.zeros((), device=args.device)  # images of this update, on this process, that train
         self._gradients_checked = False  # in this call of `train`
+        self.add_callback(AfterOptimizerStep(self._judge_update))
 
     @classmethod
     def from_ddpo(
@@ -250,7 +252,7 @@ class AdjointMatchingTrainer(PipelineTrainer):
             if self.state.global_step == 0:
                 memory = [correlation(start, end) for start, end in zip(batch.start, end_point, strict=True)]
                 self._samples.add("memory", batch.start.new_tensor(memory))
-            return -self.args.reward_scale * found[0].gradient.nan_to_num(0.0, 0.0, 0.0)
+            return -self._teaching(found[0])
 
         return terminal
 
@@ -275,10 +277,9 @@ class AdjointMatchingTrainer(PipelineTrainer):
         """Backward through the matching loss of each chosen step; gradients are synchronised with the last one only."""
         chosen = list(steps.indices)
         adjoints = path.adjoints[chosen if self.args.adjoint_pairing == "paper" else [k + 1 for k in chosen]]
-        keep = self._finite(reward, adjoints)
-        states, base_means, adjoints = (
-            zero_unless(keep, v) for v in (trajectory.states[chosen], path.base_means[chosen], adjoints)
-        )
+        states, base_means = trajectory.states[chosen], path.base_means[chosen]
+        keep = self._require_images(self._has_reward(reward) & _bounded_paths(states, base_means, adjoints))
+        states, base_means, adjoints = (zero_unless(keep, v) for v in (states, base_means, adjoints))
         total, kl = batch.start.new_zeros(()), batch.start.new_zeros(len(keep))
         loss_of = ADJOINT_OBJECTIVES[self.args.loss_type].loss
         synchronised = self._synchronised(model)
@@ -287,7 +288,8 @@ class AdjointMatchingTrainer(PipelineTrainer):
                 with synchronised(i == len(chosen) - 1):
                     mean = model(states[i], k, batch.conditioning, self._guided_loss)
                     losses = clip_loss(loss_of(mean, base_means[i], trajectory.stds[k], adjoints[i]), self.args.loss_clip)
-                    loss = (losses * keep).mean() * batch.share
+                    keep = self._require_images(keep & bounded(losses.detach()))  # one left out stays out
+                    loss = torch.where(keep, losses, 0.0).mean() * batch.share
                     self._backward(loss)
                 total += loss.detach()
                 kl += step_kl(mean.detach(), base_means[i], trajectory.stds[k]) / steps.inclusion[i]
@@ -300,17 +302,25 @@ class AdjointMatchingTrainer(PipelineTrainer):
         """The discrete adjoint: through all steps of the chain, from the reward at its end."""
         found: list[RewardGradient] = []
         synchronised, first = self._synchronised(model), steps.indices[0]
+        keep = _bounded_paths(trajectory.states)
+        trajectory = replace(trajectory, states=zero_unless(keep, trajectory.states))
+
+        def weigh(costs: Tensor) -> Tensor:
+            nonlocal keep
+            keep = self._require_images(keep & self._has_reward(found[0]) & bounded(costs.detach()))  # one left out stays out
+            return torch.where(keep, costs, 0.0).mean() * batch.share
+
         with self._progress("chain", 2 * len(trajectory)):
             chain = discrete_adjoint(
                 *self._means(model, batch),
                 trajectory,
                 self._terminal(batch, found),
                 steps=steps.indices,
-                weigh=lambda costs: torch.where(self._finite(found[0]), costs, 0.0).mean() * batch.share,
+                weigh=weigh,
                 backward=self._backward,
                 around=lambda k: synchronised(k == first),
             )
-        self._record(found[0], chain.kl, self._finite(found[0]))
+        self._record(found[0], chain.kl, keep)
         return chain.loss, found[0]
 
     def _check_gradients(self) -> None:
@@ -328,12 +338,20 @@ class AdjointMatchingTrainer(PipelineTrainer):
 
     def _skip_empty_update(self, model: nn.Module) -> None:
         """Without one image to learn from, an optimizer would still move, by its momentum and weight decay."""
+        self._note_scale()
         kept = self.accelerator.reduce(self._kept, reduction="sum")
-        self._kept.zero_()
         if kept == 0 or not self._gradient_is_finite(model):
             if self.args.on_nonfinite == "raise":
                 raise ValueError("the gradient of the loss is NaN or infinite; mend the inputs, or pass on_nonfinite='skip'.")
             self._drop_gradients(model)
+
+    def _judge_update(self) -> None:
+        """When the optimizer has moved, or not: count the update, and stop before weights that are no numbers are saved."""
+        self._require_finite_weights()
+        dropped = self._dropped or self._step_was_skipped()
+        self._samples.add("skipped", self._kept if dropped else torch.zeros_like(self._kept))  # the others are counted already
+        self._kept, self._dropped = torch.zeros_like(self._kept), False
+        self._updates.add(dropped)
 
     def _progress(self, what: str, steps: int) -> contextlib.AbstractContextManager[None]:
         return progress(self.denoiser, f"update {self.state.global_step + 1}, {what}", steps, self._shows_progress)
@@ -342,15 +360,21 @@ class AdjointMatchingTrainer(PipelineTrainer):
     def _guided_loss(self) -> bool:
         return self.args.cfg_mode == "full"
 
-    def _finite(self, reward: RewardGradient, adjoints: Tensor | None = None) -> Tensor:
-        """Which images have a finite reward, reward gradient and adjoint, (B,) bool."""
-        keep = reward.rewards.isfinite() & reward.gradient.flatten(1).isfinite().all(1)
-        if adjoints is not None:
-            keep &= adjoints.isfinite().flatten(2).all(2).all(0)
-        if not keep.all() and self.args.on_nonfinite == "raise":
+    def _teaching(self, reward: RewardGradient) -> Tensor:
+        """λ∇r, shape (B, …); 0 for the images that have no reward to learn from."""
+        gradient = self.args.reward_scale * reward.gradient
+        return zero_unless(self._has_reward(reward), gradient[None])[0]
+
+    def _has_reward(self, reward: RewardGradient) -> Tensor:
+        """Which images have a finite reward and a bounded ½‖λ∇r‖², (B,) bool."""
+        return reward.rewards.isfinite() & bounded(half_square(self.args.reward_scale * reward.gradient))
+
+    def _require_images(self, keep: Tensor) -> Tensor:
+        """`keep` itself; ValueError if an image is left out and the settings do not allow it."""
+        if self.args.on_nonfinite == "raise" and not keep.all():
             raise ValueError(
-                f"{int((~keep).sum())} rewards, reward gradients or adjoints are NaN or infinite; mend the reward function, "
-                f"lower reward_scale, or pass on_nonfinite='skip'."
+                f"{int((~keep).sum())} rewards, reward gradients, losses or adjoints are NaN or infinite, or too large to be "
+                f"squared; mend the reward function, lower reward_scale, or pass on_nonfinite='skip'."
             )
         return keep
 
@@ -359,11 +383,18 @@ class AdjointMatchingTrainer(PipelineTrainer):
     def _check_before_training(self) -> None:
         """Pipeline, grid and rewards on one row, before any rollout."""
         require_known_metric(self.denoiser, self.reward, self.args, self.eval_dataset)
+        require_asked_for(self.args, self.train_dataset)
         # Trainer switches it on too, but later: the check must not need more memory than training.
         if self.args.gradient_checkpointing:
             self.denoiser.gradient_checkpointing_enable()
         self._check_first_row()
-        self._gradients_checked = False
+        # What a call of `train` left that an error has ended.
+        self._samples, self._kept, self._dropped, self._gradients_checked = (
+            SampleLog(),
+            torch.zeros_like(self._kept),
+            False,
+            False,
+        )
         warn_of_given_start(self.replay)
         self._clock = (time.perf_counter(), self.denoiser.evaluations)
 
@@ -390,7 +421,7 @@ class AdjointMatchingTrainer(PipelineTrainer):
             self._samples.add(f"rewards/{name}", values)
         # An image left out has no control; the mean skips NaN.
         self._samples.add(kl_name(self.denoiser, self.args), torch.where(keep, kl, torch.nan))
-        norms = self.args.reward_scale * reward.gradient.flatten(1).norm(dim=1)  # of ã_K
+        norms = (self.args.reward_scale * reward.gradient).flatten(1).norm(dim=1)  # of ã_K
         self._samples.add("adjoint_norm", torch.where(keep, norms, torch.nan))
         self._samples.add("skipped", (~keep).float())
 
@@ -410,6 +441,11 @@ class AdjointMatchingTrainer(PipelineTrainer):
         super().log(logs, start_time)
         if "loss" in logs and self._pictures is not None:
             self._show("train", self._pictures)
+
+
+def _bounded_paths(*values: Tensor) -> Tensor:
+    """Which images have no NaN, infinite or too large value in any of these (S, B, …), (B,) bool."""
+    return torch.stack([bounded(half_square(value.transpose(0, 1))) for value in values]).all(0)
 
 
 def _suit_the_host(args: AdjointMatchingConfig) -> None:
