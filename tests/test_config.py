@@ -31,7 +31,7 @@ def test_a_field_is_described_with_its_default(field):
 
 def test_defaults_are_those_of_reward_tuning_not_of_text(tmp_path):
     args = AdjointMatchingConfig(output_dir=str(tmp_path))
-    assert (args.learning_rate, args.lr_scheduler_type, args.weight_decay) == (1e-4, "constant", 0.0)
+    assert (args.learning_rate, args.lr_scheduler_type, args.weight_decay) == (None, "constant", 0.0)
     assert (args.reward_scale, args.guidance_scale, args.num_inference_steps) == (1.0, 1.0, 20)
     assert not args.remove_unused_columns
 

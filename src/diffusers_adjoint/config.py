@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal
@@ -12,7 +13,9 @@ from .objectives import LOSS_TYPES
 from .schedulers.integrators import INTEGRATORS
 from .schedulers.memoryless import check_integrator
 
-__all__ = ["AdjointMatchingConfig"]
+__all__ = ["AdjointMatchingConfig", "with_learning_rate"]
+
+LORA_LEARNING_RATE, FULL_LEARNING_RATE = 1e-4, 2e-5  # the second is the paper's (2409.08861)
 
 CHOICES: dict[str, tuple[str, ...]] = {
     "cfg_mode": ("rollout", "none", "full"),
@@ -100,7 +103,7 @@ class AdjointMatchingConfig(TrainingArguments):
     Args:
         logging_steps (`float`, defaults to 10): updates between two lines of the log.
         save_steps (`float`, defaults to 50): updates between two checkpoints; a run has hundreds of them, not thousands.
-        learning_rate (`float`, defaults to 1e-4): for LoRA; a full fine-tuning wants about 1e-5.
+        learning_rate (`float`, *optional*): 1e-4 for LoRA and 2e-5 (the paper's) for all weights when not given.
         lr_scheduler_type (`str`, defaults to `"constant"`): no warm-up, no decay.
         per_device_train_batch_size (`int`, defaults to 4): prompts per rollout.
         per_device_eval_batch_size (`int`, defaults to 4): prompts sampled together in `evaluate()`.
@@ -113,7 +116,9 @@ class AdjointMatchingConfig(TrainingArguments):
 
     logging_steps: float = field(default=10, metadata={"help": "Updates between two lines of the log."})
     save_steps: float = field(default=50, metadata={"help": "Updates between two checkpoints."})
-    learning_rate: float = field(default=1e-4, metadata={"help": "Initial learning rate of the optimizer."})
+    learning_rate: float | None = field(
+        default=None, metadata={"help": "Initial learning rate of the optimizer; 1e-4 for LoRA and 2e-5 for all weights."}
+    )
     lr_scheduler_type: str = field(default="constant", metadata={"help": "Learning rate schedule."})
     per_device_train_batch_size: int = field(default=4, metadata={"help": "Prompts per rollout and device."})
     per_device_eval_batch_size: int = field(default=4, metadata={"help": "Prompts sampled together in evaluation, per device."})
@@ -191,6 +196,9 @@ class AdjointMatchingConfig(TrainingArguments):
     def __post_init__(self) -> None:
         if self.metric_for_best_model is None and (self.load_best_model_at_end or self.save_strategy == "best"):
             self.metric_for_best_model = "eval_reward"  # the host's default is a loss, which evaluation has none of
+        # The host fills it into DeepSpeed's config here, before a trainer can know what it trains.
+        if self.deepspeed and self.learning_rate is None:
+            raise ValueError("learning_rate is missing, which DeepSpeed's config wants at once; pass it, 1e-4 for a LoRA.")
         super().__post_init__()
         self._check_choices()
         self._check_numbers()
@@ -262,3 +270,16 @@ def masked(value: Any) -> Any:
         secret = {key for key in value if isinstance(key, str) and key.endswith("token") and value[key] is not None}
         return {key: f"<{key.upper()}>" if key in secret else masked(item) for key, item in value.items()}
     return [masked(item) for item in value] if isinstance(value, list) else value
+
+
+def with_learning_rate(args: AdjointMatchingConfig, *, full: bool) -> AdjointMatchingConfig:
+    """`args`, or a copy with the default rate if none was given: they may serve another trainer afterwards.
+
+    Args:
+        full: whether all weights are trained, not a LoRA.
+    """
+    if args.learning_rate is not None:
+        return args
+    args = copy.copy(args)
+    args.learning_rate = FULL_LEARNING_RATE if full else LORA_LEARNING_RATE
+    return args

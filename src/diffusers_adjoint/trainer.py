@@ -16,7 +16,7 @@ from transformers import set_seed
 from transformers.utils import logging
 
 from .adjoint import AdjointPath, full_adjoint, lean_adjoint
-from .config import AdjointMatchingConfig
+from .config import AdjointMatchingConfig, with_learning_rate
 from .denoiser import PipelineDenoiser
 from .evaluation import kl_name, require_known_metric
 from .gradients import require_checkpointing, require_gradients, warn_of_unused
@@ -115,6 +115,7 @@ class AdjointMatchingTrainer(PipelineTrainer):
     ) -> None:
         pipeline = load_pipeline(model, parsed(args.model_init_kwargs) if args else None)
         args = args or AdjointMatchingConfig(f"{type(pipeline).__name__}-AdjointMatching")
+        args = with_learning_rate(args, full=peft_config is None)
         require_writable(args.output_dir)
         self.reward = WeightedReward(reward_funcs, args.reward_weights)
         _suit_the_host(args)
