@@ -76,6 +76,8 @@ if __name__ == "__main__":
             "weights": adapter(trainer),
             "synchronised": synchronised,
             "rewards": [line["reward"] for line in trainer.state.log_history if "reward" in line],
+            "spreads": [line["reward_std_between"] for line in trainer.state.log_history if "reward" in line],
+            "targets": [line["target_kl_estimate"] for line in trainer.state.log_history if "reward" in line],
         }
         torch.save(result, f"{folder}/result.pt")
     # Everything is written. While Python winds up, torch aborts about one process in fifty here ("terminate called …").

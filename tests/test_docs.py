@@ -21,7 +21,7 @@ from safetensors.torch import save_file
 from tiny_imagereward import tiny_imagereward
 from tiny_pipelines import sd3, sd15
 from tiny_rewards import aesthetic_head, tiny_classifier, tiny_clip, tiny_siglip
-from tiny_trainer import make_trainer
+from tiny_trainer import brightness, make_trainer
 from torch.distributed.run import get_args_parser
 from transformers import TrainingArguments
 
@@ -205,12 +205,14 @@ def test_the_table_of_metrics_is_complete(tmp_path):
     text = text_of("trainer.md")
     rows = set(re.findall(r"^\| `([\w/<>]+)` \|", text[text.index("## What is logged") :], re.MULTILINE))
     logged = set()
-    for folder, guidance in (("plain", 1.0), ("guided", 4.0)):
-        trainer = make_trainer(tmp_path / folder, max_steps=1, guidance_scale=guidance, eval_dataset=[{"prompt": "a cat"}])
+    both = {"probe_base": True, "max_steps": 1, "num_generations": 2, "eval_dataset": [{"prompt": "a cat"}]}
+    for folder, options in (("plain", {}), ("guided", {"guidance_scale": 4.0, "reward": [brightness, brightness]})):
+        trainer = make_trainer(tmp_path / folder, **both, **options)
         trainer.train()
         trainer.evaluate()
         logged |= {name for line in trainer.state.log_history for name in line if not name.startswith(("train_", "total_"))}
-    assert rows == {name.replace("brightness", "<name>") for name in logged - {"step"}}
+    functions = {re.sub(r"rewards/brightness(_1)?", "rewards/<name>", name) for name in logged - {"step"}}
+    assert rows == {re.sub(r"^probe/(?!rewards?/)\w+", "probe/<statistic>", name) for name in functions}
 
 
 def test_every_setting_of_ours_is_discussed():

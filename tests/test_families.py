@@ -234,6 +234,7 @@ def make_trainer(family, folder, **changes):
         "report_to": "none",
         "disable_tqdm": True,
         "use_cpu": True,
+        "probe_base": False,
     }
     args = AdjointMatchingConfig(**settings | changes)
     dataset = [{name: values[i] for name, values in rows.items()} for i in range(len(SEEDS))]

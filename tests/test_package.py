@@ -41,6 +41,7 @@ LAYERS = (
         "hub",
         "updates",
     ),
+    ("probe",),
     ("evaluate",),
     ("publishing", "pipeline_trainer", "trainer", "ddpo", "cli"),
 )

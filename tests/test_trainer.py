@@ -349,7 +349,7 @@ def test_logged_metrics(tmp_path):
     trainer = make_trainer(tmp_path, reward=[brightness, ink], reward_weights=[2.0, 1.0])
     trainer.train()
     line = trainer.state.log_history[0]
-    expected = {"reward", "reward_std", "kl", "loss", "adjoint_norm", "grad_norm", "evaluations_per_second", "skipped"}
+    expected = {"reward", "reward_std_between", "kl", "loss", "adjoint_norm", "grad_norm", "evaluations_per_second", "skipped"}
     expected |= {f"rewards/{name}/{what}" for name in ("brightness", "ink") for what in ("mean", "std")}
     assert expected <= line.keys()
     assert line["reward"] == pytest.approx(2 * line["rewards/brightness/mean"] + line["rewards/ink/mean"], rel=1e-5)
@@ -541,10 +541,10 @@ def test_logged_kl_is_the_path_kl_of_the_rollouts(tmp_path, monkeypatch):
 
 def test_the_tilt_is_announced_once_from_all_images_of_the_first_update(tmp_path, monkeypatch):
     announced = []
-    monkeypatch.setattr(diffusers_adjoint.trainer, "announce_tilt", announced.append)
-    trainer = make_trainer(tmp_path, per_device_train_batch_size=1, gradient_accumulation_steps=4)
-    trainer.train()
-    assert [len(rewards) for rewards in announced] == [4]
+    monkeypatch.setattr(diffusers_adjoint.trainer, "announce_tilt", lambda scale, rewards: announced.append((scale, rewards)))
+    options = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 4, "num_generations": 2}
+    make_trainer(tmp_path, rows=PROMPTS * 2, **options).train()
+    assert [(scale, rewards.shape) for scale, rewards in announced] == [(50.0, (4, 2))]
 
 
 def test_a_streamed_dataset_trains(tmp_path):
@@ -702,7 +702,7 @@ def test_columns_reach_the_pipeline_and_the_rewards(tmp_path):
 
 
 def test_text_encoders_are_on_the_device_while_they_encode(tmp_path, monkeypatch):
-    trainer = make_trainer(tmp_path, max_steps=2, offload_text_encoders=True)
+    trainer = make_trainer(tmp_path, max_steps=2, offload_text_encoders=True, probe_base=True)
     plain = make_trainer(tmp_path, max_steps=2)
     trainer.eval_dataset = Dataset.from_dict({"prompt": PROMPTS[:1]})
     away = {}

@@ -28,6 +28,7 @@ def config(folder, **changes):
         "report_to": "none",
         "disable_tqdm": True,
         "use_cpu": True,
+        "probe_base": False,  # it costs more than the two updates
     }
     return AdjointMatchingConfig(**(settings | changes))
 

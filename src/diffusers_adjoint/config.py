@@ -64,6 +64,9 @@ class AdjointMatchingConfig(TrainingArguments):
             Keep the text encoders on the CPU while the denoiser works; they are moved for the encoding of each batch.
         num_generations (`int`, defaults to 1):
             Images per prompt. A rollout has `per_device_train_batch_size` × `num_generations` images.
+        probe_base (`bool`, defaults to `True`):
+            Before the first update draw 16 images or more of up to 8 prompts, by the base's memoryless chain and as many by the
+            pipeline's own call. They say how far λ asks the model to move, and whether training starts from what a user sees.
 
     > Parameters that control the loss
 
@@ -154,6 +157,9 @@ class AdjointMatchingConfig(TrainingArguments):
         default=False, metadata={"help": "Keep the text encoders on the CPU except while a batch is encoded."}
     )
     num_generations: int = field(default=1, metadata={"help": "Images per prompt."})
+    probe_base: bool = field(
+        default=True, metadata={"help": "Draw images of the base before the first update, to see where training starts."}
+    )
     loss_type: Literal["adjoint_matching", "basic_adjoint_matching", "continuous_adjoint", "discrete_adjoint"] = field(
         default="adjoint_matching",
         metadata={"help": f"The objective: {', '.join(LOSS_TYPES)}; all but the first are for comparison."},

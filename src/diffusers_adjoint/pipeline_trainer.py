@@ -218,6 +218,9 @@ class PipelineTrainer(PublishingTrainer):
         self._wait()
         checkpoint = checkpoint_to_resume(resume_from_checkpoint, run_dir, needed)
         self._check_before_training()
+        if checkpoint is None and self.state.global_step == 0:  # else it is the base no more, and was probed before
+            self._probe_before_training()
+        self._clock = (time.perf_counter(), self.denoiser.evaluations)
         self._evaluated, self._updates = None, UpdateCount()
         with self._interruptible():
             output = super().train(checkpoint, trial, ignore_keys_for_eval)
@@ -254,6 +257,9 @@ class PipelineTrainer(PublishingTrainer):
         self._load_from_checkpoint(self.state.best_model_checkpoint)
 
     def _check_before_training(self) -> None:
+        raise NotImplementedError
+
+    def _probe_before_training(self) -> None:
         raise NotImplementedError
 
     # ------------------------------------------------------------------------------------------------------------ evaluation

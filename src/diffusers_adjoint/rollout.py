@@ -6,7 +6,9 @@ batch, accumulating gradients or adding processes changes nothing.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import random
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from enum import IntEnum
 
 import numpy as np
@@ -18,7 +20,7 @@ from .matching import step_kl
 from .replay import Conditioning
 from .trajectory import Trajectory, rollout
 
-__all__ = ["Stream", "sample_trajectory", "sampled_path_kl", "seeded_generator", "seeded_generators"]
+__all__ = ["Stream", "random_numbers_kept", "sample_trajectory", "sampled_path_kl", "seeded_generator", "seeded_generators"]
 __all__ += ["stacked_noise", "zero_unless"]
 
 
@@ -31,6 +33,8 @@ class Stream(IntEnum):
     EVALUATION = 3
     EVALUATION_START = 4
     EVALUATION_NOISE = 5
+    PROBE = 6
+    PROBE_NOISE = 7
 
 
 def seeded_generator(seed: int, update: int, sample: int, stream: Stream) -> torch.Generator:
@@ -42,6 +46,18 @@ def seeded_generator(seed: int, update: int, sample: int, stream: Stream) -> tor
 def seeded_generators(seed: int, update: int, samples: Sequence[int], stream: Stream) -> list[torch.Generator]:
     """One `seeded_generator` for each sample."""
     return [seeded_generator(seed, update, sample, stream) for sample in samples]
+
+
+@contextmanager
+def random_numbers_kept(device: torch.device) -> Iterator[None]:
+    """Whatever draws from the global generators of Python, NumPy and torch within leaves them as they were before."""
+    python, numpy, devices = random.getstate(), np.random.get_state(), [] if device.type == "cpu" else [device]
+    with torch.random.fork_rng(devices, device_type=device.type):
+        try:
+            yield
+        finally:
+            random.setstate(python)
+            np.random.set_state(numpy)
 
 
 def stacked_noise(like: Tensor, generators: Sequence[torch.Generator]) -> Tensor:

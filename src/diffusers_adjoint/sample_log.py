@@ -10,7 +10,9 @@ import torch
 from torch import Tensor
 from transformers.utils import logging
 
-__all__ = ["SampleLog", "announce_memory", "announce_tilt", "summarise"]
+from .metrics.estimate import between_prompt_std, within_prompt_std
+
+__all__ = ["SampleLog", "announce_memory", "announce_tilt", "exceeds_target", "summarise"]
 
 logger = logging.get_logger(__name__)
 
@@ -39,32 +41,81 @@ class SampleLog:
         return drained
 
 
-def summarise(samples: dict[str, Tensor]) -> dict[str, float]:
-    """Means over finite values; rewards with their standard deviation too; `skipped` as a count."""
+def summarise(samples: dict[str, Tensor], images_per_prompt: int | None = None) -> dict[str, float]:
+    """Means over finite values; rewards with their standard deviation too; `skipped` as a count.
+
+    Args:
+        samples: name → (N,).
+        images_per_prompt: n, where the values of a prompt's n images are next to each other. `reward_std` is then that of one
+            prompt's images, pooled over prompts, and `reward_std_between` that of the prompts' means: a number that is added to
+            the rewards of one prompt changes the second only. What has no value is left out: with one image a prompt the first,
+            with one prompt the second. Without it `reward_std` is that of all values.
+    """
     summary: dict[str, float] = {}
     for name, values in samples.items():
-        values = values[values.isfinite()]
-        spread = values.std(correction=min(1, len(values) - 1)).item() if len(values) else math.nan
+        finite = values[values.isfinite()]
+        spread = finite.std(correction=min(1, len(finite) - 1)).item() if len(finite) else math.nan
         if name.startswith("rewards/"):
-            summary |= {f"{name}/mean": values.mean().item(), f"{name}/std": spread}
+            summary |= {f"{name}/mean": finite.mean().item(), f"{name}/std": spread}
         else:
-            summary[name] = (values.sum() if name == "skipped" else values.mean()).item()
+            summary[name] = (finite.sum() if name == "skipped" else finite.mean()).item()
         if name == "reward":
-            summary["reward_std"] = spread
+            summary |= {"reward_std": spread} if images_per_prompt is None else _spreads(per_prompt(values, images_per_prompt))
     return summary
 
 
-def announce_tilt(scaled_rewards: Tensor) -> None:
-    """How far λ asks the model to move, by the Gaussian estimate KL ≈ ½ std(λr)² (exact for a linear reward of a Gaussian)."""
-    if len(scaled_rewards) < 2:
-        return
-    spread = scaled_rewards.std().item()
-    logger.warning(f"λ·std(r) = {spread:.3g} in the first update: the target is about {spread**2 / 2:.3g} nats from the base.")
+def per_prompt(values: Tensor, images_per_prompt: int) -> Tensor:
+    """(N,) values of images, those of a prompt next to each other → (P, n), NaN for what is not finite."""
+    return values.where(values.isfinite(), torch.nan).view(-1, images_per_prompt)
+
+
+def _spreads(rewards: Tensor) -> dict[str, float]:
+    spreads = {"reward_std": within_prompt_std(rewards).mean, "reward_std_between": between_prompt_std(rewards)}
+    return {name: value for name, value in spreads.items() if math.isfinite(value)}
+
+
+def announce_tilt(reward_scale: float, rewards: Tensor) -> float | None:
+    """How far λ asks the model to move, by the Gaussian estimate KL ≈ ½ std(λr)² (exact for a linear reward of a Gaussian).
+
+    The target is one for each prompt, so the spread is that of one prompt's images: what differs between prompts is no tilt.
+
+    Args:
+        rewards: of images of the base, shape (P, n) for n images of each of P prompts, NaN where one is missing.
+
+    Returns:
+        The estimate in nats, averaged over prompts; `None`, and a line that says so, where no prompt has two rewards.
+    """
+    std = within_prompt_std(rewards)
+    if not math.isfinite(std.mean):
+        logger.warning(
+            "how far λ asks the model to move cannot be estimated, because no prompt has two images with a finite reward; pass "
+            "probe_base=True, or num_generations=2 or more."
+        )
+        return None
+    spread, error = reward_scale * std.mean, reward_scale * std.standard_error
+    target = spread**2 / 2
+    logger.warning(f"λ·std(r) = {spread:.3g} ± {error:.1g} within a prompt: the target is about {target:.3g} nats from the base.")
     if not 0.1 <= spread <= 10:
         logger.warning(
             f"λ·std(r) = {spread:.3g} is outside 0.1–10; {'raise' if spread < 0.1 else 'lower'} reward_scale, or expect "
             f"{'no visible change' if spread < 0.1 else 'a collapse onto the highest rewards'}."
         )
+    return target
+
+
+def exceeds_target(logs: dict[str, float]) -> bool:
+    """Whether a line of the log has a KL beyond three times the announced target plus one nat; says so if it has.
+
+    The estimate of the target is rough, and a mean over few images is noisy: three times and one nat are beyond both.
+    """
+    target = logs.get("target_kl_estimate", math.inf)
+    found = [(name, logs[name]) for name in ("kl", "kl_unguided") if logs.get(name, 0.0) > 3 * target + 1]
+    for name, kl in found:
+        logger.warning(
+            f"{name} = {kl:.3g} nats, but the target is about {target:.3g} nats from the base: training went past it; lower "
+            f"learning_rate."
+        )
+    return bool(found)
 
 
 def announce_memory(correlations: Tensor) -> None:

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import contextlib
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 from diffusers import DiffusionPipeline
 from peft import LoraConfig
 from torch import Tensor, nn
+from tqdm.auto import tqdm
 from transformers import set_seed
 from transformers.utils import logging
 
@@ -41,14 +42,15 @@ from .lora import add_lora
 from .matching import LossSteps, bounded, choose_loss_steps, clip_loss, half_square, noisy_steps, step_kl
 from .objectives import ADJOINT_OBJECTIVES, discrete_adjoint
 from .pipeline_trainer import PipelineTrainer
+from .probe import first_rows, probe_base, sampler_differences, warn_of_differences, warn_of_distillation
 from .progress import progress
 from .replay import Conditioning, PipelineReplay
 from .replay.selfcheck import check_replay
 from .rewards import RewardGradient, WeightedReward, reward_gradient
 from .rewards.quantised import warn_of_quantised_rewards
-from .rollout import Stream, sample_trajectory, seeded_generator, seeded_generators, zero_unless
+from .rollout import Stream, random_numbers_kept, sample_trajectory, seeded_generator, seeded_generators, zero_unless
 from .sample_images import SampleImages
-from .sample_log import SampleLog, announce_memory, announce_tilt, summarise
+from .sample_log import SampleLog, announce_memory, announce_tilt, exceeds_target, per_prompt, summarise
 from .schedulers import memoryless_scheduler
 from .soc import correlation
 from .trajectory import MeanFunction, Trajectory
@@ -122,11 +124,12 @@ class AdjointMatchingTrainer(PipelineTrainer):
         set_seed(args.seed)  # before LoRA draws its weights
 
         self.pipeline = pipeline
-        self.replay = _replay_of(pipeline, args)
+        self.replay = _replay_of(pipeline, args, args.integrator)
         if self.replay.arguments.takes_prompt:
             for dataset in [train_dataset, *parts_of(eval_dataset)]:
                 require_prompts(dataset)
         warn_of_guidance(self.replay, args.guidance_scale, args.cfg_mode)
+        warn_of_distillation(pipeline)
         for component in pipeline.components.values():
             if isinstance(component, nn.Module):
                 component.requires_grad_(False).eval()
@@ -147,6 +150,9 @@ class AdjointMatchingTrainer(PipelineTrainer):
         self.reward.to(args.device)
         self._idle_steps: list[int] = []  # of the trained network; found at the start of training
         self._samples = SampleLog()
+        self._probed: dict[str, float] = {}  # what the probe measured, until it is logged
+        self._target_kl: float | None = None  # as it was announced, nats
+        self._left_target = False  # and was told so
         self._kept = torch.zeros((), device=args.device)  # images of this update, on this process, that train
         self._gradients_checked = False  # in this call of `train`
         self.add_callback(AfterOptimizerStep(self._judge_update))
@@ -173,6 +179,9 @@ class AdjointMatchingTrainer(PipelineTrainer):
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None = None) -> Tensor:
         """Rollout → reward gradient → adjoint → loss and backward; returns the micro-batch's share of the loss."""
+        if self._probed:
+            self.log(self._probed)
+            self._probed = {}
         batch = self._prepare_batch(inputs)
         steps = self._choose_steps()
         trajectory = self._rollout(batch)
@@ -397,7 +406,6 @@ class AdjointMatchingTrainer(PipelineTrainer):
             False,
         )
         warn_of_given_start(self.replay)
-        self._clock = (time.perf_counter(), self.denoiser.evaluations)
 
     def _check_first_row(self) -> None:
         columns = columns_to_check(self.train_dataset, self.eval_dataset, self.args, self.replay.arguments, self.reward)
@@ -413,6 +421,30 @@ class AdjointMatchingTrainer(PipelineTrainer):
         warn_of_flat_rewards(reward.gradient)
         warn_of_quantised_rewards(self.reward, reward.images, prompts_of(columns), without_prompt(columns))
 
+    def _probe_before_training(self) -> None:
+        """Images of the base: how far λ asks it to move, and whether training starts from what its users see.
+
+        Every process draws the same ones, so that nothing is to be gathered.
+        """
+        if not self.args.probe_base:
+            return
+        replay = _replay_of(self.pipeline, self.args, "posterior")  # whichever trains: of all it is nearest to the base
+        together = self.args.per_device_train_batch_size * self.args.num_generations
+        with self.denoiser.base(), self._text_encoders(), random_numbers_kept(self.args.device):
+            probe = probe_base(
+                replay,
+                self.reward,
+                first_rows(self.train_dataset),
+                batch_size=1 if self.args.auto_find_batch_size else together,
+                guided=self.args.cfg_mode != "none",
+                seed=self.args.seed,
+                watched=partial(tqdm, desc="samples of the base", leave=False, disable=not self._shows_progress),
+            )
+        self._probed = probe.summary()
+        if self.is_world_process_zero():
+            self._target_kl = announce_tilt(self.args.reward_scale, probe.rewards)
+            warn_of_differences(sampler_differences(probe), self.args.num_inference_steps)
+
     # ------------------------------------------------------------------------------------------------ logging, evaluation
 
     def _record(self, reward: RewardGradient, kl: Tensor, keep: Tensor) -> None:
@@ -427,21 +459,32 @@ class AdjointMatchingTrainer(PipelineTrainer):
         self._samples.add("skipped", (~keep).float())
 
     def _announce(self) -> None:
-        """Two lines after the first update: what λ asks for, and what the end points remember, from all its images."""
+        """After the first update, from all its images: what the end points remember and, without a probe, what λ asks for."""
         rewards, memory = (self._samples.gathered(name, self.accelerator.gather) for name in ("reward", "memory"))
         self._samples.forget("memory")
         if self.is_world_process_zero():
-            announce_tilt(self.args.reward_scale * rewards[rewards.isfinite()])
+            if not self.args.probe_base:
+                self._target_kl = announce_tilt(self.args.reward_scale, per_prompt(rewards, self.args.num_generations))
             announce_memory(memory[memory.isfinite()])
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Adds reward, reward_std, rewards/<name>/mean and /std, kl or kl_unguided (nats), adjoint_norm, skipped,
-        evaluations_per_second."""
+        """Adds reward, reward_std, reward_std_between, rewards/<name>/mean and /std, kl or kl_unguided (nats),
+        target_kl_estimate (nats), adjoint_norm, skipped, evaluations_per_second."""
         if "loss" in logs:
-            logs |= summarise(self._samples.drain(self.accelerator.gather)) | {"evaluations_per_second": self._rate()}
+            logs |= summarise(self._samples.drain(self.accelerator.gather), self.args.num_generations)
+            logs |= {"evaluations_per_second": self._rate()} | self._announced_target()
+            if self.is_world_process_zero():
+                self._left_target = self._left_target or exceeds_target(logs)
         super().log(logs, start_time)
         if "loss" in logs and self._pictures is not None:
             self._show("train", self._pictures)
+
+    def _announced_target(self) -> dict[str, float]:
+        """By its name in the log, where it is known; a resumed run knows it from there."""
+        if self._target_kl is None:
+            known = [line["target_kl_estimate"] for line in self.state.log_history if "target_kl_estimate" in line]
+            self._target_kl = known[-1] if known else None
+        return {} if self._target_kl is None else {"target_kl_estimate": self._target_kl}
 
 
 def _bounded_paths(*values: Tensor) -> Tensor:
@@ -458,10 +501,10 @@ def _suit_the_host(args: AdjointMatchingConfig) -> None:
         args._n_gpu = 1
 
 
-def _replay_of(pipeline: DiffusionPipeline, args: AdjointMatchingConfig) -> PipelineReplay:
+def _replay_of(pipeline: DiffusionPipeline, args: AdjointMatchingConfig, integrator: str | None) -> PipelineReplay:
     return PipelineReplay(
         pipeline,
-        memoryless_scheduler(pipeline.scheduler, integrator=args.integrator),
+        memoryless_scheduler(pipeline.scheduler, integrator=integrator),
         args.num_inference_steps,
         guidance_scale=args.guidance_scale,
         pipeline_kwargs=parsed(args.pipeline_kwargs),

@@ -13,6 +13,7 @@ from torch import Tensor
 from ..denoiser import PipelineDenoiser
 from ..inputs import prompts_of, repeat_rows, without_prompt
 from ..metrics import Estimate, image_statistics, pairwise_diversity, vendi_score
+from ..metrics.images import as_three_channels
 from ..replay import PipelineReplay
 from ..rewards import WeightedReward
 from ..rollout import Stream, sampled_path_kl, seeded_generators
@@ -126,7 +127,7 @@ def measure(
             images = _sample(replay, setting, settings.seed, columns, numbers, prompt)
             for name, values in settings.reward(images, prompts_of(columns), **without_prompt(columns)).items():
                 rewards[name] += values.tolist()
-            visible = _visible(images)
+            visible = as_three_channels(images)
             if visible is not None:
                 for name, values in image_statistics(visible).items():
                     statistics.setdefault(name, []).extend(values.tolist())
@@ -151,13 +152,6 @@ def _sample(
     noise = seeded_generators(seed, prompt, numbers, Stream.EVALUATION_NOISE) if setting.sampler == "sde" else None
     images = replay.sample(columns, generators, noise)
     return images.to(torch.promote_types(images.dtype, torch.float32))
-
-
-def _visible(images: Tensor) -> Tensor | None:
-    """Images or videos, a single channel shown as three; `None` for sound."""
-    if images.ndim not in (4, 5):
-        return None
-    return images.expand(*images.shape[:-3], 3, *images.shape[-2:]) if images.shape[-3] == 1 else images
 
 
 def _features(name: str, function: Features, images: Tensor) -> Tensor:

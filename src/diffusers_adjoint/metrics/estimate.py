@@ -8,7 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-__all__ = ["Estimate", "by_prompt", "checked_samples", "finite", "prompt_difference", "prompt_mean", "sample_mean"]
+__all__ = ["Estimate", "between_prompt_std", "by_prompt", "checked_samples", "finite", "prompt_difference", "prompt_mean"]
+__all__ += ["sample_mean", "within_prompt_std"]
 
 
 @dataclass(frozen=True)
@@ -84,6 +85,39 @@ def prompt_difference(before: Tensor, after: Tensor) -> Estimate:
     if x.shape != y.shape:
         raise ValueError(f"before has shape {tuple(x.shape)} but after {tuple(y.shape)}; pass both for the same samples.")
     return prompt_mean(y - x)
+
+
+def within_prompt_std(values: Tensor) -> Estimate:
+    """Standard deviation of the samples of one prompt, pooled over prompts: √(Σ (x − mean of its prompt)² / Σ (n_i − 1)).
+
+    A number added to all samples of one prompt does not change it.
+
+    Args:
+        values: shape (P, N), N samples of each of P prompts, any unit, NaN where one is missing; computed in float64.
+
+    Returns:
+        Estimate, with the standard error std/√(2ν) of normal samples, ν = Σ (n_i − 1). NaN where no prompt has two samples.
+
+    Raises:
+        ValueError: if the shape is wrong or a value is infinite.
+    """
+    x = _checked_table("values", values)
+    freedom = (x.isfinite().sum(1) - 1).clamp(min=0).sum().item()
+    if freedom == 0:
+        return Estimate(math.nan, math.nan)
+    std = ((x - x.nanmean(1, keepdim=True)).square().nansum() / freedom).sqrt().item()
+    return Estimate(std, std / math.sqrt(2 * freedom))
+
+
+def between_prompt_std(values: Tensor) -> float:
+    """Standard deviation of the prompts' means; NaN where fewer than two prompts have a sample.
+
+    Args:
+        values: as for `within_prompt_std`.
+    """
+    means = _checked_table("values", values).nanmean(1)
+    means = means[means.isfinite()]
+    return means.std().item() if len(means) > 1 else math.nan
 
 
 def _standard_error(x: Tensor) -> float:

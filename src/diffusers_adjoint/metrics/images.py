@@ -7,10 +7,21 @@ from torch import Tensor
 
 from ..rewards.image_statistics import brightness, colourfulness, contrast, saturation, sharpness
 
-__all__ = ["image_statistics", "saturated_share"]
+__all__ = ["as_three_channels", "image_statistics", "saturated_share"]
 
 # Each (B, 3, H, W) → (B,).
 STATISTICS = (brightness, saturation, contrast, colourfulness, sharpness)
+
+
+def as_three_channels(images: Tensor) -> Tensor | None:
+    """Images or videos, a single channel shown as three; `None` for sound.
+
+    Args:
+        images: what a pipeline returns: images (B, C, H, W), videos (B, F, C, H, W), or waveforms of fewer dimensions.
+    """
+    if images.ndim not in (4, 5):
+        return None
+    return images.expand(*images.shape[:-3], 3, *images.shape[-2:]) if images.shape[-3] == 1 else images
 
 
 def saturated_share(images: Tensor) -> Tensor:

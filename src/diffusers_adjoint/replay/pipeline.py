@@ -222,20 +222,26 @@ class PipelineReplay:
             ) from None
 
     def sample(
-        self, columns: dict[str, list[Any]], generators: list[torch.Generator], noise: list[torch.Generator] | None = None
+        self,
+        columns: dict[str, list[Any]],
+        generators: list[torch.Generator],
+        noise: list[torch.Generator] | None = None,
+        *,
+        guided: bool = True,
     ) -> Tensor:
         """An ordinary call of the pipeline, its own scheduler, the same arguments: what a user of the pipeline sees.
 
         Args:
             columns, generators: as for `prepare`; the generators also feed a stochastic scheduler.
             noise: step noise of the memoryless scheduler, which takes the place of the pipeline's own if they are given.
+            guided: False sets the guidance scales to none.
 
         Returns:
             Images (B, 3, H, W) in [0, 1] (videos, waveforms as `decode`), without graph.
         """
         own = self.pipeline.scheduler
         scheduler = copy.deepcopy(own) if noise is None else make_recorder(self.scheduler, noise, kept=1)
-        return self._calls.ordinary(scheduler, self.arguments(columns, len(generators)), generators)
+        return self._calls.ordinary(scheduler, self.arguments(columns, len(generators), guided=guided), generators)
 
     def memoryless_sample(
         self,
