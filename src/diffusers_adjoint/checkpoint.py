@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -29,11 +30,11 @@ def whole_folder(folder: Path, writes: bool, barrier: Callable[[], None]) -> Ite
         yield partial
     if writes:
         replaced = folder.with_name(f"_{folder.name}.replaced")
-        if folder.exists():
+        if os.path.lexists(folder):
             folder.rename(replaced)
         partial.rename(folder)
         _flush(folder.parent)
-        shutil.rmtree(replaced, ignore_errors=True)
+        _remove(replaced)
     barrier()
 
 
@@ -55,21 +56,28 @@ def whole_files(folder: Path, writes: bool, barrier: Callable[[], None]) -> Iter
 
 @contextmanager
 def _partial_folder(folder: Path, writes: bool, barrier: Callable[[], None]) -> Iterator[Path]:
-    """An empty folder beside `folder`; on the disk when the context is left without an error."""
+    """An empty folder beside `folder`; on the disk when the context is left without an error, and gone with one."""
     partial = folder.with_name(f"_{folder.name}.partial")  # names that start with "_" are not uploaded
     if writes:
-        shutil.rmtree(partial, ignore_errors=True)
+        _remove(partial)
         partial.mkdir(parents=True)
     barrier()
-    yield partial
-    barrier()
-    if writes:
-        for path in [*partial.rglob("*"), partial]:
-            _flush(path)
+    try:
+        yield partial
+        barrier()
+        if writes:
+            for path in [*partial.rglob("*"), partial]:
+                _flush(path)
+    except BaseException:
+        if writes:  # a full disk needs the room for the next attempt
+            shutil.rmtree(partial, ignore_errors=True)
+        raise
 
 
 def _flush(path: Path) -> None:
     """Ask for the content to be on the disk, not only in its cache."""
+    # No test holds this line: what was written is in the system's cache and seen by every process, flushed or not, until the
+    # machine itself loses power. A killed process, which the tests can make, loses nothing either way.
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -77,21 +85,37 @@ def _flush(path: Path) -> None:
         os.close(descriptor)
 
 
+def _remove(path: Path) -> None:
+    """Delete a folder, or a link but not what it leads to; nothing where there is none."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
 def _discard(folder: Path) -> None:
     """Delete, under a name that nobody takes for a checkpoint: a deletion may be interrupted, too."""
     doomed = folder.with_name(f"_{folder.name}.deleted")
-    shutil.rmtree(doomed, ignore_errors=True)
+    _remove(doomed)
     folder.rename(doomed)
-    shutil.rmtree(doomed)
+    _remove(doomed)
 
 
 def discard_leftovers(run_dir: Path) -> None:
-    """Delete what killed processes left half written or half deleted; put back what was being replaced."""
-    for replaced in run_dir.glob(f"_{PREFIX_CHECKPOINT_DIR}-*.replaced"):
-        if not (folder := run_dir / replaced.stem.removeprefix("_")).exists():
+    """Delete what killed processes left half written or half deleted; put back what was being replaced.
+
+    Only names that this module gives: a checkpoint that somebody renamed to keep it may begin with "_", too.
+    """
+    for replaced in _unfinished(run_dir, "replaced"):
+        if not os.path.lexists(folder := run_dir / replaced.stem.removeprefix("_")):
             replaced.rename(folder)
-    for folder in [*run_dir.glob(f"_{PREFIX_CHECKPOINT_DIR}-*"), *run_dir.glob("_model.partial")]:
-        shutil.rmtree(folder)
+    for path in [*_unfinished(run_dir, "(partial|deleted|replaced)"), run_dir / "_model.partial"]:
+        _remove(path)
+
+
+def _unfinished(run_dir: Path, ending: str) -> list[Path]:
+    name = re.compile(rf"_{PREFIX_CHECKPOINT_DIR}-\d+\.{ending}")
+    return [path for path in run_dir.glob("_*") if name.fullmatch(path.name)]
 
 
 def _step_of(folder: Path) -> int:
@@ -101,8 +125,8 @@ def _step_of(folder: Path) -> int:
 
 
 def _checkpoints(run_dir: Path) -> list[Path]:
-    """Oldest first."""
-    return sorted((path for path in run_dir.glob("*") if _step_of(path) >= 0), key=_step_of)
+    """By number, lowest first; a link that leads nowhere is none."""
+    return sorted((path for path in run_dir.glob("*") if _step_of(path) >= 0 and path.is_dir()), key=_step_of)
 
 
 def rotate(run_dir: Path, limit: int | None, newest: Path, best: str | None) -> None:
