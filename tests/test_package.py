@@ -33,6 +33,7 @@ LAYERS = (
         "by_name",
         "inputs",
         "checkpoint",
+        "lock",
         "callbacks",
         "progress",
         "sample_log",

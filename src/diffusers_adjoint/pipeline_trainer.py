@@ -26,11 +26,12 @@ from .checkpoint import checkpoint_to_resume, discard_leftovers, rotate, whole_f
 from .evaluation import evaluate_rows
 from .hub import save_pipeline
 from .inputs import repeat_rows, rows_of, text_encoders_on
+from .lock import only_trainer
 from .lora import WEIGHTS_NAME, load_lora, save_lora
 from .publishing import PublishingTrainer
 from .sample_images import SampleImages, image_grid, save_grid, to_trackers
 from .sample_log import SampleLog, summarise
-from .sharding import spread_like, whole_network
+from .sharding import from_first_process, spread_like, whole_network
 from .updates import UpdateCount
 
 __all__ = ["PipelineTrainer"]
@@ -206,10 +207,16 @@ class PipelineTrainer(PublishingTrainer):
         With `save_on_interrupt`, Ctrl-C and SIGTERM end it by `KeyboardInterrupt` or `SystemExit`, after a checkpoint.
 
         Raises:
-            ValueError: for bad input, before any update; when a weight becomes NaN or infinite, before that is saved; after 20
-                dropped updates in a row; and at the end if no update was made.
+            ValueError: for bad input or another trainer at work in `output_dir`, before any update; when a weight becomes NaN or
+                infinite, before that is saved; after 20 dropped updates in a row; and at the end if no update was made.
         """
         self.denoiser.state.require_trainable(None if self.is_deepspeed_enabled else self.optimizer)
+        with contextlib.ExitStack() as held:
+            lock = only_trainer(Path(self.args.output_dir))
+            from_first_process(lambda: held.enter_context(lock))
+            return self._train(resume_from_checkpoint, trial, ignore_keys_for_eval)
+
+    def _train(self, resume_from_checkpoint: str | bool | None, trial: Any, ignore_keys_for_eval: list[str] | None) -> Any:
         run_dir = Path(self.args.output_dir)
         plain = not (self.is_fsdp_enabled or self.is_deepspeed_enabled or self.args.save_only_model)
         needed = [self._weights_name, TRAINER_STATE_NAME] + (["optimizer.pt", "scheduler.pt"] if plain else [])

@@ -1,13 +1,17 @@
-"""Weights that FSDP has spread over the processes: put together for saving, spread again for loading."""
+"""What belongs to several processes: weights that FSDP has spread over them, and decisions that one takes for all."""
 
 from __future__ import annotations
 
-from accelerate import init_empty_weights
+from collections.abc import Callable
+from typing import Any
+
+from accelerate import PartialState, init_empty_weights
+from accelerate.utils import broadcast_object_list
 from diffusers import ModelMixin
 from torch import Tensor
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-__all__ = ["gathered", "spread_like", "whole_network"]
+__all__ = ["from_first_process", "gathered", "spread_like", "whole_network"]
 
 
 def gathered(weights: dict[str, Tensor], keep: bool) -> dict[str, Tensor]:
@@ -40,3 +44,21 @@ def whole_network(network: ModelMixin, keep: bool) -> ModelMixin | None:
         copy = type(network).from_config(network.config)
     copy.load_state_dict(weights, assign=True)
     return copy
+
+
+def from_first_process(action: Callable[[], Any]) -> Any:
+    """What `action` returns or raises on the first process, where alone it is called, on all of them.
+
+    Args:
+        action: its result, or its ValueError, is sent by pickling.
+    """
+    outcome: list[Any] = [None, None]
+    if PartialState().is_main_process:
+        try:
+            outcome[0] = action()
+        except ValueError as error:  # the others would wait for a process that has ended
+            outcome[1] = error
+    broadcast_object_list(outcome)
+    if outcome[1] is not None:
+        raise outcome[1]
+    return outcome[0]
