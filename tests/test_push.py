@@ -192,6 +192,17 @@ def test_a_card_is_written_with_the_model(tmp_path):
     assert card.data.widget[0]["output"]["url"] == "image_0.png" and (tmp_path / "image_0.png").is_file()
 
 
+def test_a_card_that_cannot_be_written_does_not_end_training(tmp_path, hub, caplog):
+    (tmp_path / "out" / "README.md").mkdir(parents=True)
+    saving = {"save_strategy": "steps", "save_steps": 1, "hub_strategy": "every_save"}
+    trainer = make_trainer(tmp_path / "out", **PUSH, **saving)
+    assert trainer.train().global_step == 2
+    assert "pytorch_lora_weights.safetensors" in hub.files
+    assert "README.md could not be written (IsADirectoryError" in caplog.text
+    with pytest.raises(IsADirectoryError):  # the user asks, after training: nothing is lost by an error
+        trainer.push_to_hub()
+
+
 @pytest.mark.parametrize("how", ["called", "on start"])
 def test_the_card_shows_the_tuned_model(tmp_path, hub, how):
     settings = PUSH | {"report_to": "none"}  # the host's tensorboard writes into ./runs before training has begun

@@ -29,7 +29,7 @@ from .inputs import repeat_rows, rows_of, text_encoders_on
 from .lock import only_trainer
 from .lora import WEIGHTS_NAME, load_lora, save_lora
 from .publishing import PublishingTrainer
-from .sample_images import SampleImages, image_grid, save_grid, to_trackers
+from .sample_images import SampleImages, image_grid, save_grid, to_trackers, warn_if_lost
 from .sample_log import SampleLog, summarise
 from .sharding import from_first_process, spread_like, whole_network
 from .updates import UpdateCount
@@ -142,7 +142,8 @@ class PipelineTrainer(PublishingTrainer):
                 pipeline.__dict__[self.replay.component] = network
                 save_pipeline(partial, pipeline)
         if not _internal_call and output_dir is None:
-            self.create_model_card()
+            with warn_if_lost("README.md could not be written"):
+                self.create_model_card()
         if self.args.push_to_hub and not _internal_call:
             self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
 
@@ -344,7 +345,8 @@ class PipelineTrainer(PublishingTrainer):
         if not (self.args.log_images and self.is_world_process_zero() and pictures.drawable):
             return
         grid, step = image_grid(pictures), self.state.global_step
-        save_grid(grid, Path(self.args.output_dir) / "samples", name, step)
+        with warn_if_lost(f"samples/{name}-{step:06d}.png could not be written"):
+            save_grid(grid, Path(self.args.output_dir) / "samples", name, step)
         to_trackers(self.callback_handler.callbacks, grid, f"{name}/samples", step)
 
     def _gradient_is_finite(self, model: nn.Module) -> bool:

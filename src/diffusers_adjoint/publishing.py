@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from .inputs import collate_columns, first_row
 from .lora import WEIGHTS_NAME
 from .replay import PipelineReplay
 from .rewards import WeightedReward
-from .sample_images import SampleImages
+from .sample_images import SampleImages, warn_if_lost
 
 __all__ = ["PublishingTrainer"]
 
@@ -117,7 +118,8 @@ class PublishingTrainer(Trainer):
             self.push_in_progress = PushInProgress(jobs)
 
     def _upload(self, message: str | None, token: str | None, revision: str | None, *, run_as_future: bool, **card: Any) -> Any:
-        self.create_model_card(**{"model_name": self.hub_model_id} | card)
+        with warn_if_lost("README.md could not be written") if self.is_in_train else contextlib.nullcontext():
+            self.create_model_card(**{"model_name": self.hub_model_id} | card)
         weights = [WEIGHTS_NAME] if self.denoiser.base_adapters is not None else pipeline_files(self.pipeline)
         return HfApi().upload_folder(
             repo_id=self.hub_model_id,

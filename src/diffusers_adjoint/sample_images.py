@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,10 +14,13 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 from transformers import TrainerCallback
 from transformers.integrations import TensorBoardCallback, TrackioCallback, WandbCallback
+from transformers.utils import logging
 
 from .inputs import prompts_of
 
-__all__ = ["SampleImages", "image_grid", "picture", "save_grid", "to_trackers"]
+__all__ = ["SampleImages", "image_grid", "picture", "save_grid", "to_trackers", "warn_if_lost"]
+
+logger = logging.get_logger(__name__)
 
 CELL, CAPTION, FONT_SIZE, MARGIN = 256, 34, 13, 4  # pixels
 CHARACTERS = 38  # of a prompt; as many as a cell is wide
@@ -90,16 +94,30 @@ def save_grid(grid: Image.Image, folder: Path, name: str, step: int) -> None:
 
 
 def to_trackers(callbacks: Sequence[TrainerCallback], grid: Image.Image, name: str, step: int) -> None:
-    """Hand a grid to the trackers that `report_to` names."""
+    """Hand a grid to the trackers that `report_to` names; one that fails gets a warning, and the others still get theirs."""
     for callback in callbacks:
-        # The trackers' modules are those that the host has imported and started.
-        if isinstance(callback, TensorBoardCallback) and callback.tb_writer is not None:
-            callback.tb_writer.add_image(name, np.asarray(grid), step, dataformats="HWC")
-        elif isinstance(callback, WandbCallback):
-            _log_image(callback._wandb, name, grid, step)
-        elif isinstance(callback, TrackioCallback):
-            _log_image(callback._trackio, name, grid, step)
+        with warn_if_lost(f"{name} could not be written to {type(callback).__name__}"):
+            _to_tracker(callback, grid, name, step)
+
+
+def _to_tracker(callback: TrainerCallback, grid: Image.Image, name: str, step: int) -> None:
+    # The trackers' modules are those that the host has imported and started.
+    if isinstance(callback, TensorBoardCallback) and callback.tb_writer is not None:
+        callback.tb_writer.add_image(name, np.asarray(grid), step, dataformats="HWC")
+    elif isinstance(callback, WandbCallback):
+        _log_image(callback._wandb, name, grid, step)
+    elif isinstance(callback, TrackioCallback):
+        _log_image(callback._trackio, name, grid, step)
 
 
 def _log_image(tracker: Any, name: str, grid: Image.Image, step: int) -> None:
     tracker.log({name: tracker.Image(grid), "train/global_step": step})
+
+
+@contextmanager
+def warn_if_lost(what: str) -> Iterator[None]:
+    """Any error within is a warning that begins with `what`: training does not end for a picture or a card."""
+    try:
+        yield
+    except Exception as error:  # trackers raise whatever their networks and disks do
+        logger.warning(f"{what} ({type(error).__name__}: {error}).")
