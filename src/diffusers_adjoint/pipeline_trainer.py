@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import math
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.distributed.tensor import DTensor
 from tqdm.auto import tqdm
-from transformers import TrainerControl
+from transformers import TrainerControl, TrainerState
 from transformers.trainer import SCHEDULER_NAME, TRAINER_STATE_NAME
 from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
@@ -47,6 +48,7 @@ class PipelineTrainer(PublishingTrainer):
     _updates: UpdateCount  # of this call of `train`
     _dropped = False  # the update under way
     _scale = 1.0  # of the gradient scaler, before the optimizer's step
+    _finished = False  # whether the checkpoint that training starts from has all its updates
 
     # ---------------------------------------------------------------------------------------------------------- several devices
 
@@ -225,13 +227,17 @@ class PipelineTrainer(PublishingTrainer):
             discard_leftovers(run_dir)
         self._wait()
         checkpoint = checkpoint_to_resume(resume_from_checkpoint, run_dir, needed)
-        self._check_before_training()
-        if checkpoint is None and self.state.global_step == 0:  # else it is the base no more, and was probed before
-            self._probe_before_training()
+        self._finished = checkpoint is not None and self._has_all_updates(Path(checkpoint))
+        if not self._finished:  # otherwise nothing is evaluated
+            self._check_before_training()
+            if checkpoint is None and self.state.global_step == 0:  # else it is the base no more, and was probed before
+                self._probe_before_training()
         self._clock = (time.perf_counter(), self.denoiser.evaluations)
         self._evaluated, self._updates = None, UpdateCount()
         with self._interruptible():
             output = super().train(checkpoint, trial, ignore_keys_for_eval)
+        if self._finished:  # the host's mean over no update is 0, which looks like a loss
+            return output._replace(training_loss=math.nan, metrics=output.metrics | {"train_loss": math.nan})
         self._updates.require_one(self.state, self._images_of_an_update)
         return output
 
@@ -252,6 +258,32 @@ class PipelineTrainer(PublishingTrainer):
         """On all processes together."""
         rows = self.args.per_device_train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
         return rows * self.args.num_generations
+
+    def _has_all_updates(self, checkpoint: Path) -> bool:
+        """Whether a run that goes on from here is over."""
+        made = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME)).global_step
+        asked = self.args.max_steps
+        if asked <= 0:  # by epochs
+            *_, asked = self.set_initial_training_values(self.args, self.get_train_dataloader())
+        if made >= asked and self.is_world_process_zero():
+            logger.warning(f"{checkpoint} has made all {asked} updates of this run; nothing is trained.")
+        return made >= asked
+
+    def _run_epoch(self, **kwargs: Any) -> None:
+        """The host's; it would look only after an update whether that was the last one."""
+        if self._finished:
+            self.control.should_training_stop = True
+        else:
+            super()._run_epoch(**kwargs)
+
+    def _evaluate(self, *args: Any, **kwargs: Any) -> Any:
+        """The host's, of training; the one that `eval_on_start` asks for is not repeated when training is over."""
+        return {} if self._finished else super()._evaluate(*args, **kwargs)
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """The host's, without its summary of a training of no update."""
+        if not (self._finished and "train_loss" in logs):
+            super().log(logs, start_time)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         network, folder = self.denoiser.network, Path(resume_from_checkpoint)
