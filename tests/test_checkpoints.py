@@ -86,15 +86,13 @@ class FirstStep(TrainerCallback):
 
 def test_what_a_checkpoint_holds(tmp_path):
     make_trainer(tmp_path / "lora", **STEPS | {"max_steps": 1}).train()
-    state = ["optimizer.pt", "pytorch_lora_weights.safetensors", "rng_state.pth", "scheduler.pt", "trainer_state.json"]
-    assert names(tmp_path / "lora" / "checkpoint-1") == state
+    weights, state = "pytorch_lora_weights.safetensors", ["optimizer.pt", "rng_state.pth", "scheduler.pt"]
+    always = ["run.json", "trainer_state.json"]
+    assert names(tmp_path / "lora" / "checkpoint-1") == sorted([weights, *state, *always])
     make_trainer(tmp_path / "only", save_only_model=True, **STEPS | {"max_steps": 1}).train()
-    assert names(tmp_path / "only" / "checkpoint-1") == ["pytorch_lora_weights.safetensors", "trainer_state.json"]
+    assert names(tmp_path / "only" / "checkpoint-1") == sorted([weights, *always])
     make_trainer(tmp_path / "full", lora=False, **STEPS | {"max_steps": 1}).train()
-    assert names(tmp_path / "full" / "checkpoint-1") == ["optimizer.pt", "rng_state.pth", "scheduler.pt"] + [
-        "trainer_state.json",
-        "transformer",
-    ]
+    assert names(tmp_path / "full" / "checkpoint-1") == sorted(["transformer", *state, *always])
 
 
 def test_old_checkpoints_go_and_the_best_stays(tmp_path):

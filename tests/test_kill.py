@@ -10,7 +10,7 @@ import pytest
 from safetensors.torch import load_file
 
 HERE = Path(__file__).parent
-STATE = ["optimizer.pt", "pytorch_lora_weights.safetensors", "rng_state.pth", "scheduler.pt", "trainer_state.json"]
+STATE = ["optimizer.pt", "pytorch_lora_weights.safetensors", "rng_state.pth", "run.json", "scheduler.pt", "trainer_state.json"]
 
 
 @pytest.mark.slow

@@ -23,7 +23,7 @@ LAYERS = (
     ("schedulers", "replay"),
     ("sharding",),
     ("denoiser", "lora", "trained_state", "rewards"),
-    ("gradients", "rollout", "metrics"),
+    ("gradients", "rollout", "metrics", "fingerprint"),
     (
         "config",
         "ddpo_config",
@@ -33,6 +33,7 @@ LAYERS = (
         "by_name",
         "inputs",
         "checkpoint",
+        "run_record",
         "lock",
         "callbacks",
         "progress",

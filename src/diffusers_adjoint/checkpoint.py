@@ -12,7 +12,9 @@ from pathlib import Path
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import logging
 
-__all__ = ["checkpoint_to_resume", "discard_leftovers", "rotate", "whole_files", "whole_folder"]
+from .run_record import RECORD_NAME, RunRecord
+
+__all__ = ["checkpoint_to_resume", "discard_leftovers", "require_whole", "rotate", "whole_files", "whole_folder"]
 
 logger = logging.get_logger(__name__)
 
@@ -125,8 +127,23 @@ def _step_of(folder: Path) -> int:
 
 
 def _checkpoints(run_dir: Path) -> list[Path]:
-    """By number, lowest first; a link that leads nowhere is none."""
-    return sorted((path for path in run_dir.glob("*") if _step_of(path) >= 0 and path.is_dir()), key=_step_of)
+    """In the order of writing, whatever runs they are of; a link that leads nowhere is none."""
+    found = [path for path in run_dir.glob("*") if _step_of(path) >= 0 and path.is_dir()]
+    return sorted(found, key=lambda folder: (_written(folder), _step_of(folder)))
+
+
+def _written(folder: Path) -> float:
+    """When, in seconds since 1970: as its record says, which a copy of the folder does not change; else its own date."""
+    record = _readable_record(folder)
+    return record.written if record else folder.stat().st_mtime
+
+
+def _readable_record(folder: Path) -> RunRecord | None:
+    """`None` also if it is damaged."""
+    try:
+        return RunRecord.read(folder)
+    except ValueError:
+        return None
 
 
 def rotate(run_dir: Path, limit: int | None, newest: Path, best: str | None) -> None:
@@ -138,14 +155,14 @@ def rotate(run_dir: Path, limit: int | None, newest: Path, best: str | None) -> 
     if not limit or limit < 0:
         return
     protected = {newest.resolve()} | ({Path(best).resolve()} if best else set())
-    checkpoints = sorted(_checkpoints(run_dir), key=lambda folder: folder.stat().st_mtime)
+    checkpoints = _checkpoints(run_dir)
     others = [folder for folder in checkpoints if folder.resolve() not in protected]
     for folder in others[: max(len(checkpoints) - max(limit, len(protected)), 0)]:
         _discard(folder)
 
 
 def checkpoint_to_resume(asked: str | Path | bool | None, run_dir: Path, needed: Sequence[str]) -> str | None:
-    """The folder to go on from; `True` takes the newest whole one in `run_dir`.
+    """The folder to go on from; `True` takes the last whole one to be written in `run_dir`, and with it the run.
 
     Args:
         asked: a folder, `True`, or `None`/`False` for a new start.
@@ -153,20 +170,62 @@ def checkpoint_to_resume(asked: str | Path | bool | None, run_dir: Path, needed:
         needed: files and folders that a checkpoint must hold.
 
     Raises:
-        ValueError: if there is none, or it lacks a file.
+        ValueError: if there is none, or it lacks a file, or one is not what was written.
     """
     if asked is None or asked is False:
+        if found := _checkpoints(run_dir):
+            logger.warning(
+                f"output_dir={str(run_dir)!r} holds {_names(found)} of an earlier run, which this new one may overwrite or "
+                f"delete; pass resume_from_checkpoint=True to go on from there, or another output_dir."
+            )
         return None
-    if asked is not True:
-        if missing := _missing(Path(asked), needed):
-            raise ValueError(f"{asked} holds no {missing}; pass a checkpoint folder that a trainer with these settings wrote.")
-        return str(asked)
-    for folder in reversed(_checkpoints(run_dir)):
-        if not (missing := _missing(folder, needed)):
-            return str(folder)
-        logger.warning(f"{folder} holds no {missing} and is passed over.")
-    raise ValueError(f"output_dir={str(run_dir)!r} holds no checkpoint; pass resume_from_checkpoint=None to start anew.")
+    if asked is True:
+        return str(_newest_whole(run_dir, needed))
+    if fault := _fault(Path(asked), needed):
+        raise ValueError(f"{asked} {fault}; pass a checkpoint folder that a trainer with these settings wrote.")
+    return str(asked)
 
 
-def _missing(folder: Path, needed: Sequence[str]) -> str | None:
-    return next((name for name in needed if not (folder / name).exists()), None)
+def _newest_whole(run_dir: Path, needed: Sequence[str]) -> Path:
+    passed: list[Path] = []
+    for folder in reversed(checkpoints := _checkpoints(run_dir)):
+        if fault := _fault(folder, needed):
+            logger.warning(f"{folder} {fault} and is passed over.")
+            passed.append(folder)
+            continue
+        known = {other: record.run for other in checkpoints if (record := _readable_record(other))}
+        others = [other for other in known if known[other] != known.get(folder) and other not in passed]
+        if others:
+            logger.warning(f"{_names(others)} in {run_dir} are of other runs than {folder.name} and are passed over.")
+        return folder
+    found = "no whole checkpoint" if passed else "no checkpoint"
+    raise ValueError(f"output_dir={str(run_dir)!r} holds {found}; pass resume_from_checkpoint=None to start anew.")
+
+
+def _names(folders: Sequence[Path]) -> str:
+    return ", ".join(folder.name for folder in folders)
+
+
+def _fault(folder: Path, needed: Sequence[str]) -> str | None:
+    """Why a checkpoint cannot be used, as "holds no optimizer.pt"; with a warning where that cannot be told for all files."""
+    if missing := next((name for name in needed if not (folder / name).exists()), None):
+        return f"holds no {missing}"
+    try:
+        record = RunRecord.read(folder)
+    except ValueError:
+        return f"is damaged, its {RECORD_NAME} is not what was written,"
+    if record is None:
+        logger.warning(f"{folder} holds no {RECORD_NAME}: whether its files are whole and fit this run is not checked.")
+    elif name := record.damaged(folder):
+        return f"is damaged, its {name} is not what was written,"
+    return None
+
+
+def require_whole(folder: Path, weights: str) -> None:
+    """Raise ValueError unless the best checkpoint's `weights`, a file or a folder, are what was written."""
+    record = RunRecord.read(folder)
+    if name := record.damaged(folder, only=weights) if record else None:
+        raise ValueError(
+            f"the best checkpoint {folder} is damaged, its {name} is not what was written; pass load_best_model_at_end=False "
+            f"and resume_from_checkpoint=True for the last weights."
+        )

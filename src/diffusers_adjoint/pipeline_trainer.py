@@ -6,6 +6,7 @@ import contextlib
 import copy
 import math
 import time
+import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -23,13 +24,15 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import logging
 
 from .callbacks import SaveOnInterrupt
-from .checkpoint import checkpoint_to_resume, discard_leftovers, rotate, whole_files, whole_folder
+from .checkpoint import checkpoint_to_resume, discard_leftovers, require_whole, rotate, whole_files, whole_folder
 from .evaluation import evaluate_rows
+from .fingerprint import base_fingerprint
 from .hub import save_pipeline
 from .inputs import repeat_rows, rows_of, text_encoders_on
 from .lock import only_trainer
-from .lora import WEIGHTS_NAME, load_lora, save_lora
+from .lora import ADAPTER, WEIGHTS_NAME, load_lora, save_lora
 from .publishing import PublishingTrainer
+from .run_record import RunFacts, RunRecord, adapter_facts, facts_to_go_on, settings_of, versions
 from .sample_images import SampleImages, image_grid, save_grid, to_trackers, warn_if_lost
 from .sample_log import SampleLog, summarise
 from .sharding import from_first_process, spread_like, whole_network
@@ -48,6 +51,8 @@ class PipelineTrainer(PublishingTrainer):
     _updates: UpdateCount  # of this call of `train`
     _dropped = False  # the update under way
     _scale = 1.0  # of the gradient scaler, before the optimizer's step
+    _run_facts: RunFacts
+    _constant: tuple[str, str | None] | None = None  # fingerprint of the base, and the class of an optimizer that the user made
     _finished = False  # whether the checkpoint that training starts from has all its updates
 
     # ---------------------------------------------------------------------------------------------------------- several devices
@@ -184,6 +189,9 @@ class PipelineTrainer(PublishingTrainer):
                 self._save_rng_state(str(partial))
             if self.args.should_save:
                 self._write_state(partial)
+            self._wait()  # for the files of the other processes
+            if self.args.should_save:
+                RunRecord.write(partial, self._run_facts)
         if self.args.push_to_hub:
             self._push_from_checkpoint(str(folder))
         if self.args.should_save:
@@ -226,7 +234,13 @@ class PipelineTrainer(PublishingTrainer):
         if self.args.should_save:
             discard_leftovers(run_dir)
         self._wait()
-        checkpoint = checkpoint_to_resume(resume_from_checkpoint, run_dir, needed)
+        facts = self._facts()
+
+        def choose() -> tuple[str | None, RunFacts]:
+            folder = checkpoint_to_resume(resume_from_checkpoint, run_dir, needed)
+            return folder, facts if folder is None else facts_to_go_on(Path(folder), facts)
+
+        checkpoint, self._run_facts = from_first_process(choose)
         self._finished = checkpoint is not None and self._has_all_updates(Path(checkpoint))
         if not self._finished:  # otherwise nothing is evaluated
             self._check_before_training()
@@ -258,6 +272,17 @@ class PipelineTrainer(PublishingTrainer):
         """On all processes together."""
         rows = self.args.per_device_train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
         return rows * self.args.num_generations
+
+    def _facts(self) -> RunFacts:
+        """Of a new run with this network and these settings."""
+        network, base_adapters = self.denoiser.network, self.denoiser.base_adapters
+        if self._constant is None:  # later FSDP has divided the weights, and accelerate has wrapped the optimizer
+            base = base_fingerprint(network if self.denoiser.frozen is None else self.denoiser.frozen, base_adapters)
+            self._constant = base, type(self.optimizer).__name__ if self.optimizer is not None else None
+        base, optimizer = self._constant
+        adapter = None if base_adapters is None else adapter_facts(network.peft_config[ADAPTER].to_dict())
+        settings = settings_of(self.args, optimizer, self.reward.names)
+        return RunFacts(uuid.uuid4().hex, settings, adapter, base, versions())
 
     def _has_all_updates(self, checkpoint: Path) -> bool:
         """Whether a run that goes on from here is over."""
@@ -293,8 +318,20 @@ class PipelineTrainer(PublishingTrainer):
         else:
             load_lora(network, self.replay.component, folder)
 
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        groups = [set(group) for group in self.optimizer.param_groups]
+        super()._load_optimizer_and_scheduler(checkpoint)
+        # torch loads any state, and would miss what an optimizer of another class needs only in the first update.
+        if any(before - set(after) for before, after in zip(groups, self.optimizer.param_groups, strict=True)):
+            kind = type(getattr(self.optimizer, "optimizer", self.optimizer)).__name__
+            raise ValueError(
+                f"{kind} cannot go on from the optimizer's state in {checkpoint}; resume with the optimizer that saved it."
+            )
+
     def _load_best_model(self) -> None:
-        self._load_from_checkpoint(self.state.best_model_checkpoint)
+        folder = Path(self.state.best_model_checkpoint)
+        from_first_process(lambda: require_whole(folder, self._weights_name))
+        self._load_from_checkpoint(str(folder))
 
     def _check_before_training(self) -> None:
         raise NotImplementedError

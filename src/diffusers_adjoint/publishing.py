@@ -21,6 +21,7 @@ from .inputs import collate_columns, first_row
 from .lora import WEIGHTS_NAME
 from .replay import PipelineReplay
 from .rewards import WeightedReward
+from .run_record import RECORD_NAME, rehashed
 from .sample_images import SampleImages, warn_if_lost
 
 __all__ = ["PublishingTrainer"]
@@ -132,10 +133,10 @@ class PublishingTrainer(Trainer):
         )
 
     def _upload_checkpoint(self, folder: Path, name: str, message: str) -> Any:
-        files = [file for file in folder.rglob("*") if file.is_file()]
-        contents = {
-            file.relative_to(folder).as_posix(): public_json(file) if file.suffix == ".json" else str(file) for file in files
-        }
+        files = {file.relative_to(folder).as_posix(): file for file in folder.rglob("*") if file.is_file()}
+        changed = {path: public_json(file) for path, file in files.items() if file.suffix == ".json"}
+        changed[RECORD_NAME] = rehashed((folder / RECORD_NAME).read_bytes(), changed)
+        contents = {path: changed.get(path, str(file)) for path, file in files.items()}
         return HfApi().create_commit(
             repo_id=self.hub_model_id,
             operations=[CommitOperationAdd(f"{name}/{path}", content) for path, content in contents.items()],

@@ -1,0 +1,45 @@
+"""Tells one base network from another by a sample of its weights."""
+
+from __future__ import annotations
+
+import hashlib
+
+import torch
+from peft.tuners.lora import LoraLayer
+from torch import Tensor, nn
+
+from .lora import ADAPTER
+
+__all__ = ["base_fingerprint"]
+
+SAMPLED = 1024  # elements of each tensor
+
+
+def base_fingerprint(network: nn.Module, base_adapters: list[str] | None) -> str:
+    """SHA-256, in hexadecimal, of the network without our adapter; the same on every device and every time.
+
+    It covers the name, shape and dtype of each tensor of the state, up to 1024 of its elements, evenly spaced, and the
+    strengths of the base's own adapters. It sees another base, precision, architecture or fine-tuning. It does not see a
+    change of a few elements elsewhere, nor one outside the state: the network's config, its scheduler, the text encoders.
+
+    Args:
+        network: whole, not divided among processes.
+        base_adapters: those that are active in the base; `None` or empty where there are none.
+    """
+    found = hashlib.sha256()
+    for name, value in sorted(network.state_dict().items()):
+        if isinstance(value, Tensor) and f".{ADAPTER}." not in f".{name}.":
+            found.update(f"{name.replace('.base_layer', '')} {tuple(value.shape)} {value.dtype}\n".encode())
+            found.update(_sample(value))
+    for name, module in network.named_modules():
+        if isinstance(module, LoraLayer):
+            for adapter in base_adapters or []:
+                found.update(f"{name} {adapter} {module.scaling.get(adapter)}\n".encode())
+    return found.hexdigest()
+
+
+def _sample(tensor: Tensor) -> bytes:
+    flat = tensor.detach().flatten()
+    if len(flat) > SAMPLED:
+        flat = flat[torch.arange(SAMPLED, device=flat.device) * (len(flat) - 1) // (SAMPLED - 1)]
+    return flat.contiguous().view(torch.uint8).cpu().numpy().tobytes()
