@@ -134,7 +134,7 @@ class PublishingTrainer(Trainer):
 
     def _upload_checkpoint(self, folder: Path, name: str, message: str) -> Any:
         files = {file.relative_to(folder).as_posix(): file for file in folder.rglob("*") if file.is_file()}
-        changed = {path: public_json(file) for path, file in files.items() if file.suffix == ".json"}
+        changed = {path: public_json(file) for path, file in files.items() if file.suffix == ".json" and path != RECORD_NAME}
         changed[RECORD_NAME] = rehashed((folder / RECORD_NAME).read_bytes(), changed)
         contents = {path: changed.get(path, str(file)) for path, file in files.items()}
         return HfApi().create_commit(
