@@ -55,16 +55,16 @@ def test_no_image_is_finite():
     assert result.rewards.isnan().all()
 
 
-def test_finite_images_are_handed_on_as_they_are():
-    """No copy: images of many pixels are large."""
-    seen, images = [], torch.rand(2, 3, 4, 4)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_finite_images_are_seen_as_they_are(dtype):
+    seen, images = [], torch.rand(2, 3, 4, 4, dtype=dtype)
 
     def reward(images, prompts):
         seen.append(images)
         return images.mean((1, 2, 3))
 
     WeightedReward(reward)(images, PROMPTS[:2])
-    assert seen[0] is images
+    assert seen[0].dtype == dtype and torch.equal(seen[0], images)
 
 
 @pytest.mark.parametrize(
@@ -80,7 +80,7 @@ def test_finite_images_are_handed_on_as_they_are():
         (lambda images, prompts: images.mean((1, 2, 3))[:2], ValueError, r"returned shape \(2,\); return"),
         (lambda images, prompts: [images.mean(), images.mean()], ValueError, r"returned shape \(2,\); return"),
         (lambda images, prompts: [images.mean((1, 2))] * 3, TypeError, "returned a list; return"),
-        (lambda images, prompts: None, TypeError, "returned a NoneType; return"),
+        (lambda images, prompts: 0.5, TypeError, "returned a float; return"),
         (lambda images, prompts: images.mean((1, 2, 3)).detach(), ValueError, "is not differentiable in the images; remove"),
         (
             lambda images, prompts: (images > 0.5).float().mean((1, 2, 3)),

@@ -355,11 +355,11 @@ def test_a_reward_without_gradient_is_named_before_any_update(reward, error, mes
     assert trainer.state.global_step == 0
 
 
-def test_other_errors_of_a_reward_are_left_alone(tmp_path):
+def test_other_errors_of_a_reward_keep_their_type(tmp_path):
     def broken(images, prompts, metadata):
         raise RuntimeError("out of luck")
 
-    with pytest.raises(RuntimeError, match="^out of luck$"):
+    with pytest.raises(RuntimeError, match="^reward 'broken' failed: out of luck.$"):
         make_trainer(small(tmp_path), broken).train()
 
 

@@ -353,8 +353,8 @@ class PipelineTrainer(PublishingTrainer):
             metric_key_prefix: what the metrics' names begin with.
 
         Returns:
-            Means over the rows: `eval_reward`, `eval_reward_std`, `eval_rewards/<name>/mean` and `/std`, `eval_diversity`,
-            `eval_saturated`, `eval_kl` or `eval_kl_unguided` in nats.
+            Means over the rows: `eval_reward`, `eval_reward_std`, `eval_rewards/<name>/mean` and `/std` (and
+            `/missing`, a number of images), `eval_diversity`, `eval_saturated`, `eval_kl` or `eval_kl_unguided` in nats.
 
         Raises:
             ValueError: if there is no dataset, or the network is not as it was trained.

@@ -42,7 +42,7 @@ class SampleLog:
 
 
 def summarise(samples: dict[str, Tensor], images_per_prompt: int | None = None) -> dict[str, float]:
-    """Means over finite values; rewards with their standard deviation too; `skipped` as a count.
+    """Means over finite values; rewards with their standard deviation and the number of missing ones; `skipped` as a count.
 
     Args:
         samples: name → (N,).
@@ -53,10 +53,11 @@ def summarise(samples: dict[str, Tensor], images_per_prompt: int | None = None) 
     """
     summary: dict[str, float] = {}
     for name, values in samples.items():
+        missing = int(values.isnan().sum())  # a function's `None`, or NaN
         finite = values[values.isfinite()]
         spread = finite.std(correction=min(1, len(finite) - 1)).item() if len(finite) else math.nan
         if name.startswith("rewards/"):
-            summary |= {f"{name}/mean": finite.mean().item(), f"{name}/std": spread}
+            summary |= {f"{name}/mean": finite.mean().item(), f"{name}/std": spread, f"{name}/missing": missing}
         else:
             summary[name] = (finite.sum() if name == "skipped" else finite.mean()).item()
         if name == "reward":

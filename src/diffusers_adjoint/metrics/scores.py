@@ -28,6 +28,6 @@ def mean_score(reward: Callable[..., Tensor], images: Tensor, prompts: Sequence[
     """
     if len(images) != len(prompts):
         raise ValueError(f"images are of {len(images)} prompts, but there are {len(prompts)}; pass one prompt for each row.")
-    with torch.no_grad():
-        rows = [reward(images=row, prompts=[prompt] * len(row)) for row, prompt in zip(images, prompts, strict=True)]
+    with torch.no_grad():  # on copies: a reward may write into its images
+        rows = [reward(images=row.clone(), prompts=[prompt] * len(row)) for row, prompt in zip(images, prompts, strict=True)]
     return prompt_mean(torch.stack(rows))

@@ -63,7 +63,8 @@ class _Around(nn.Module):
 def weighted_sum(rewards: Sequence[RewardFunction], weights: Sequence[float]) -> nn.Module:
     """Σ_i w_i r_i as one reward, named "a_and_b".
 
-    A weight of 0 leaves the reward out, its NaN too. To log the r_i, pass them to the trainer with `reward_weights` instead.
+    For an image the sum runs over the rewards that have a value for it, and is NaN if none has (as of rewards for several tasks).
+    A weight of 0 leaves the reward out. To log the r_i, pass them to the trainer with `reward_weights` instead.
 
     Args:
         rewards: r_i.

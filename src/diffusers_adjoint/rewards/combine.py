@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,15 +12,16 @@ import torch
 from torch import Tensor, nn
 
 from ..adjoint import vector_jacobian
+from .calling import call_reward, naming
 
-__all__ = ["RewardFunction", "RewardGradient", "WeightedReward", "reward_gradient", "with_graph"]
+__all__ = ["RewardFunction", "RewardGradient", "WeightedReward", "reward_gradient", "total_reward", "with_graph"]
 
 RewardFunction = Callable[..., Tensor]
 """f(images=(B, 3, H, W) in [0, 1], prompts=list of B, **dataset columns) → (B,), differentiable in `images`."""
 
 
 class WeightedReward:
-    """r = Σ_i w_i f_i.
+    """r = Σ_i w_i f_i, for each image over the functions that have a value for it.
 
     Args:
         reward_funcs: one callable or module, or several. Modules are frozen and put in evaluation mode.
@@ -76,30 +77,44 @@ class WeightedReward:
     def __call__(self, images: Tensor, prompts: list[str], **columns: list[Any]) -> dict[str, Tensor]:
         """Each function's value, name → (B,) float32 or better. A function gets the columns that it has arguments for.
 
-        It never sees NaN or infinite pixels, as an overflowing 16-bit decoder makes them: such an image has the value NaN.
+        What it gets is its own: it may write into images, prompts and columns, and no other function sees it. NaN means that it
+        has no value for an image. It never sees NaN or infinite pixels, as an overflowing 16-bit decoder makes them: such an
+        image has the value NaN in all functions.
 
         Raises:
             TypeError: if a function does not return a tensor.
             ValueError: if it does not return one value for each image, on their device.
+            Exception: of the type that a function raises; its text then begins with the function's name.
         """
         finite = images.detach().flatten(1).isfinite().all(1)
         shown = images if finite.all() else torch.where(finite.view(-1, *[1] * (images.ndim - 1)), images, 0.5)
         values = {
-            name: _checked(function(images=shown, prompts=prompts, **_taken(function, columns)), name, images)
+            name: call_reward(name, function, shown, prompts, _taken(function, columns))
             for name, function in zip(self.names, self.functions, strict=True)
         }
         return values if shown is images else {name: value.where(finite, torch.nan) for name, value in values.items()}
 
     @property
-    def aimed_at(self) -> list[str]:
-        """Names of the functions whose weight is not 0; the others are only looked at. All, if there is none."""
-        return [name for name, w in zip(self.names, self.weights, strict=True) if w] or self.names
+    def aimed_at(self) -> dict[str, float]:
+        """Name → weight of the functions whose weight is not 0; the others are only looked at. All, if there is none."""
+        weights = dict(zip(self.names, self.weights, strict=True))
+        return {name: w for name, w in weights.items() if w} or weights
 
     def total(self, values: dict[str, Tensor]) -> Tensor:
-        """Σ_i w_i f_i, shape (B,), from the values of a call."""
-        # A weight of 0 logs a reward without aiming at it, so its NaN must not count.
-        terms = [w * values[name] for w, name in zip(self.weights, self.names, strict=True) if w]
-        return torch.stack(terms or [0.0 * values[self.names[0]]]).sum(0)
+        """Σ_i w_i f_i, shape (B,), from the values of a call; see `total_reward`."""
+        return total_reward(values, self.aimed_at)
+
+
+def total_reward(values: Mapping[str, Tensor], weights: Mapping[str, float]) -> Tensor:
+    """Σ_i w_i f_i over the functions that have a value, NaN where none has.
+
+    Args:
+        values: name → f_i, of one shape; NaN where the function has no value, as of rewards for other tasks.
+        weights: name → w_i of the functions in the sum, at least one.
+    """
+    missing = torch.stack([values[name].isnan() for name in weights])
+    terms = [w * values[name].where(~none, 0.0) for (name, w), none in zip(weights.items(), missing, strict=True)]
+    return torch.stack(terms).sum(0).where(~missing.all(0), torch.nan)
 
 
 @dataclass(frozen=True)
@@ -138,12 +153,25 @@ def reward_gradient(
         images = decoded.detach().to(torch.promote_types(decoded.dtype, torch.float32)).requires_grad_()
         values = reward(images, prompts, **columns)
         values |= {name: with_graph(name, values[name], images) for name in reward.aimed_at}
-        total = reward.total(values)
-    in_pixels = torch.autograd.grad(total.sum(), images, allow_unused=True)[0]
+        total = reward.total(values).detach()
+        in_pixels = _in_pixels(values, reward.aimed_at, images)
+    values = {name: value.detach() for name, value in values.items()}  # frees the rewards' graphs before the decoder's is used
     gradient = None if in_pixels is None else vector_jacobian(decoded, x, in_pixels)
     if gradient is None:
         raise ValueError(f"the rewards {', '.join(map(repr, values))} do not depend on the images; pass functions of the images.")
-    return RewardGradient(total.detach(), {name: value.detach() for name, value in values.items()}, gradient, images.detach())
+    return RewardGradient(total, values, gradient, images.detach())
+
+
+def _in_pixels(values: dict[str, Tensor], weights: dict[str, float], images: Tensor) -> Tensor | None:
+    """Σ_i w_i ∂f_i/∂images, `None` if no function depends on them; one by one, so that an error has the name of its reward."""
+    gradients: list[Tensor | None] = []
+    last = next(reversed(weights))
+    for name, w in weights.items():
+        term = total_reward(values, {name: w}).sum()
+        with naming(name):  # functions may share what they compute: the graph stays until the last one
+            gradients += torch.autograd.grad(term, images, retain_graph=name != last, allow_unused=True)
+    known = [gradient for gradient in gradients if gradient is not None]
+    return sum(known[1:], known[0]) if known else None
 
 
 def with_graph(name: str, value: Tensor, images: Tensor) -> Tensor:
@@ -160,27 +188,6 @@ def with_graph(name: str, value: Tensor, images: Tensor) -> Tensor:
         f"reward {name!r} is not differentiable in the images; remove torch.no_grad(), .detach(), .item(), PIL or uint8 "
         "conversion from it, Adjoint Matching needs ∂reward/∂pixels."
     )
-
-
-def _checked(value: Any, name: str, images: Tensor) -> Tensor:
-    batch = len(images)
-    if isinstance(value, list | tuple):
-        value = _stacked(value, images)
-    if not isinstance(value, Tensor):
-        raise TypeError(f"reward {name!r} returned a {type(value).__name__}; return a tensor of shape ({batch},).")
-    if value.shape != (batch,):
-        raise ValueError(f"reward {name!r} returned shape {tuple(value.shape)}; return one value per image, shape ({batch},).")
-    if value.device != images.device:
-        raise ValueError(f"reward {name!r} returned a tensor on {value.device} for images on {images.device}; return it there.")
-    return value if value.dtype == torch.float64 else value.float()
-
-
-def _stacked(values: Sequence[Any], images: Tensor) -> Any:
-    """A tensor out of one scalar tensor for each image, `None` (no reward for this image) as NaN; others come back unchanged."""
-    if any(value is not None and not (isinstance(value, Tensor) and value.ndim == 0) for value in values):
-        return values
-    given = next((value for value in values if value is not None), images.new_zeros(()))
-    return torch.stack([given.new_tensor(torch.nan) if value is None else value for value in values])
 
 
 def _taken(function: RewardFunction, columns: dict[str, list[Any]]) -> dict[str, list[Any]]:
