@@ -660,8 +660,34 @@ def test_the_tilt_counts_the_rewards_that_are_aimed_at():
     assert tilt.report.gap.gap.mean == pytest.approx(log_z - (reward - 0.15), rel=1e-6)
     plain = json.loads(report.json())["tilt"][0]["report"]
     assert plain["shifts"][0]["target"]["log_normalizer"] == pytest.approx(log_z, rel=1e-6)
-    for weights in ({"r": 0.0, "none": 0.0}, {"r": 1.0, "none": 1.0}):
+    for weights in ({"r": 0.0, "none": 0.0}, {"r": 0.0, "none": 1.0}):
         assert make_report(results, reward_scale=0.5, weights=weights).tilts[0].report is None
+
+
+def test_the_tilt_is_of_the_rewards_that_have_a_value():
+    """Each of two rewards is for one prompt: the report of one reward that is the one here and twice the other there."""
+    setting, nothing = Setting(3, "sde", 1.0), [math.nan] * 300
+    first, second = torch.randn(2, 300, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+
+    def tilt(rewards, weights):
+        rows = [Measured(values, {"brightness": first.tolist()}, {}, [0.1, 0.2]) for values in rewards]
+        results = [{setting: {"base": row, "out": row}} for row in rows]
+        return make_report(results, reward_scale=0.5, weights=weights).tilts[0].to_json()
+
+    tasks = tilt([{"a": first.tolist(), "b": nothing}, {"a": nothing, "b": second.tolist()}], {"a": 1.0, "b": 2.0})
+    assert tasks == tilt([{"r": first.tolist()}, {"r": (2 * second).tolist()}], {"r": 1.0})
+    assert tasks["report"] is not None
+
+
+def test_an_infinite_reward_is_no_missing_one():
+    """It was meant to be in the sum: without it there is no tilt, and no mean over it, after it has been written and read too."""
+    setting, noise = Setting(3, "sde", 1.0), torch.randn(300, generator=torch.Generator().manual_seed(0)).tolist()
+    one = Measured({"r": noise, "s": [-math.inf, *noise[1:]]}, {"brightness": noise}, {}, [])
+    again = Measured.from_json(json.loads(json.dumps(one.to_json(), allow_nan=False)))
+    assert again.rewards["s"] == one.rewards["s"]
+    report = make_report([{setting: {"base": again, "out": again}}], reward_scale=0.5)
+    assert report.tilts[0].report is None and report.missing == {"s of base": 1, "s of out": 1}
+    assert report.rows[0].metrics["s"].mean == pytest.approx(sum(noise[1:]) / 299)
 
 
 @pytest.mark.parametrize(
@@ -740,7 +766,7 @@ def test_an_adapter_of_another_network_is_refused(here, capsys):
 def test_nothing_is_lost_of_a_number_without_a_value():
     one = Measured({"r": [1.0, math.nan]}, {"s": [math.inf]}, {"d": (0.5, math.nan)}, [])
     again = Measured.from_json(json.loads(json.dumps(one.to_json(), allow_nan=False)))
-    assert again.rewards["r"][0] == 1.0 and math.isnan(again.rewards["r"][1]) and math.isnan(again.statistics["s"][0])
+    assert again.rewards["r"][0] == 1.0 and math.isnan(again.rewards["r"][1]) and again.statistics["s"][0] == math.inf
 
 
 def test_black_images_have_a_diversity_but_no_direction():
@@ -752,14 +778,24 @@ def test_black_images_have_a_diversity_but_no_direction():
     assert all(math.isnan(spread[f"{label} ({name})"][0]) for label in ("diversity", "Vendi") for name in ("nothing", "one"))
 
 
-def measured(images, count, **changes):
+def measured(images, count, **features):
     """What `measure` says of a pipeline that gives these images, one a sample, whatever it is asked for."""
     given = iter(images)
     replay = SimpleNamespace(sample=lambda columns, generators, noise: torch.stack([next(given) for _ in generators]))
     reward = WeightedReward(lambda images, prompts: images.flatten(1).mean(1))
-    settings = Settings(len(images), 2, 0, 0, reward, {"mean": lambda shown: shown.mean((2, 3))})
+    settings = Settings(len(images), 2, 0, 0, reward, {"mean": lambda shown: shown.mean((2, 3))} | features)
     model = Model("base", None)
     return measure(model, model, replay, Setting(3, "ode", 1.0), settings, {"prompt": ["x"]}, 0, count)
+
+
+def test_features_and_rewards_may_write_into_their_images():
+    images = torch.rand(4, 3, 5, 5)
+    numbers, shown = measured(
+        images.clone(), 4, first=lambda shown: shown.zero_().mean((2, 3)), last=lambda shown: shown.mean((2, 3))
+    )
+    assert torch.equal(shown, images) and numbers.spread["diversity (first)"][0] == 0
+    assert numbers.spread["diversity (last)"] == numbers.spread["diversity (mean)"]
+    assert numbers.spread["diversity (last)"][0] == pytest.approx(pairwise_diversity(images.mean((2, 3))[None]).mean, rel=1e-6)
 
 
 def test_images_that_overflowed_are_left_out():

@@ -81,12 +81,12 @@ class Measured:
     kl: list[float] = field(default_factory=list)
 
     def to_json(self) -> dict[str, Any]:
-        """Plain values, `None` for what is not finite, which JSON does not have."""
-        return mapped(asdict(self), lambda value: value if math.isfinite(value) else None)
+        """Plain values; JSON has no NaN, which becomes `None`, and no infinity, which becomes its name."""
+        return mapped(asdict(self), lambda value: value if math.isfinite(value) else None if math.isnan(value) else str(value))
 
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> Measured:
-        return cls(**mapped(values, lambda value: math.nan if value is None else value))
+        return cls(**mapped(values, lambda value: math.nan if value is None else float(value)))
 
 
 def mapped(values: Any, function: Callable[[Any], Any]) -> Any:
@@ -157,7 +157,7 @@ def _sample(
 def _features(name: str, function: Features, images: Tensor) -> Tensor:
     """(B, D); of a video, the mean over its frames."""
     frames = images if images.ndim == 4 else images.flatten(0, 1)
-    features = function(frames)
+    features = function(frames.clone())  # it may write into its images
     if features.ndim != 2 or len(features) != len(frames):
         raise ValueError(
             f"features {name!r} returned shape {tuple(features.shape)} for {len(frames)} images; return (B, D), a row each."

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ..metrics import Estimate, TiltReport, markdown_table, prompt_difference, prompt_mean, tilt_gap, tilt_shift
 from ..metrics.table import escaped
+from ..rewards.combine import total_reward
 from .measure import Measured, Setting, mapped
 from .models import BASE
 
@@ -34,7 +35,8 @@ class Samples:
     """All prompts of one setting and model.
 
     Args:
-        rewards, statistics: name → (P, N).
+        rewards: name → (P, N); NaN where a function has no value, infinite where it failed.
+        statistics: name → (P, N).
         spread: name → values and standard errors, (P, 2).
         kl: (P, paths), nats.
     """
@@ -49,13 +51,21 @@ class Samples:
         def stacked(kind: str) -> dict[str, Tensor]:
             return {name: _table([getattr(prompt, kind)[name] for prompt in prompts]) for name in getattr(prompts[0], kind)}
 
-        return cls(stacked("rewards"), stacked("statistics"), stacked("spread"), _table([prompt.kl for prompt in prompts]))
+        statistics, spread = (
+            {name: _known(values) for name, values in stacked(kind).items()} for kind in ("statistics", "spread")
+        )
+        return cls(stacked("rewards"), statistics, spread, _known(_table([prompt.kl for prompt in prompts])))
+
+    @property
+    def known_rewards(self) -> dict[str, Tensor]:
+        """With NaN for infinite values too."""
+        return {name: _known(values) for name, values in self.rewards.items()}
 
     def estimates(self) -> dict[str, Estimate]:
         """Rewards and diversity, one column of the table each."""
         spread = {name: _over_prompts(values) for name, values in self.spread.items()}
         kl = {KL: prompt_mean(self.kl)} if self.kl.numel() else {}
-        return {name: prompt_mean(values) for name, values in self.rewards.items()} | spread | kl
+        return {name: prompt_mean(values) for name, values in self.known_rewards.items()} | spread | kl
 
     def row(self, setting: Setting, model: str) -> Row:
         return Row(setting, model, self.estimates(), {name: prompt_mean(values) for name, values in self.statistics.items()})
@@ -64,7 +74,7 @@ class Samples:
         """To the base, prompt by prompt and seed by seed."""
         rewards, statistics = (
             {name: prompt_difference(before[name], values) for name, values in after.items()}
-            for before, after in ((base.rewards, self.rewards), (base.statistics, self.statistics))
+            for before, after in ((base.known_rewards, self.known_rewards), (base.statistics, self.statistics))
         )
         spread = {name: _spread_difference(base.spread[name], values) for name, values in self.spread.items()}
         return Row(setting, f"{model} − {BASE}", rewards | spread, statistics, is_difference=True)
@@ -84,6 +94,10 @@ def _spread_difference(before: Tensor, after: Tensor) -> Estimate:
 
 def _table(rows: Sequence[Any]) -> Tensor:
     return torch.tensor(rows, dtype=torch.float64)
+
+
+def _known(values: Tensor) -> Tensor:
+    return values.where(values.isfinite(), torch.nan)
 
 
 @dataclass(frozen=True)
@@ -226,7 +240,7 @@ def _tilt(setting: Setting, base: Samples, tuned: Samples, scale: float, weights
     weights = {name: w for name, w in (weights or dict.fromkeys(base.rewards, 1.0)).items() if w}
     if not weights:
         return None
-    before, after = (torch.stack([w * s.rewards[name] for name, w in weights.items()]).sum(0) for s in (base, tuned))
+    before, after = (total_reward(samples.rewards, weights) for samples in (base, tuned))
     if before.shape[1] < 2 or not (before.isfinite().all() and after.isfinite().all()):
         return None
     pairs = {"reward": (before, after)} | {name: (base.statistics[name], tuned.statistics[name]) for name in base.statistics}
