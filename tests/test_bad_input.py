@@ -9,6 +9,7 @@ from datasets import Dataset, IterableDataset
 from diffusers import DDPMPipeline, DDPMScheduler, LCMScheduler, StableDiffusion3Pipeline, UNet2DModel
 from peft import AdaLoraConfig, IA3Config, LoHaConfig, LoraConfig, get_peft_model
 from tiny_pipelines import sd3, sd15
+from transformers import TrainingArguments
 
 import diffusers_adjoint.trainer
 from diffusers_adjoint import AdjointMatchingConfig, AdjointMatchingTrainer
@@ -202,6 +203,28 @@ CASES = {
     "clip everything": Case("loss_clip=0.0", "positive", {"loss_clip": 0.0}),
     "pipeline_kwargs not a dict": Case("pipeline_kwargs", "dict", {"pipeline_kwargs": "height"}, error=TypeError),
     "unknown pipeline argument": Case("'hight'", "", {"pipeline_kwargs": {"hight": 32}}),
+    "scale as text": Case("reward_scale='10' is of type str", "a number", {"reward_scale": "10"}, error=TypeError),
+    "K as text": Case("num_inference_steps='20'", "a whole number", {"num_inference_steps": "20"}, error=TypeError),
+    "half an image": Case("num_generations=2.5 is of type float", "a whole number", {"num_generations": 2.5}, error=TypeError),
+    "optional number as text": Case("loss_clip='1'", "a number or None", {"loss_clip": "1"}, error=TypeError),
+    "a bool for a number": Case("num_generations=True", "whole number", {"num_generations": True}, error=TypeError),
+    "text for a bool": Case("log_images='false' is of type str", "True or False", {"log_images": "false"}, error=TypeError),
+    "a number for text": Case("integrator=1 is of type int", "text or None", {"integrator": 1}, error=TypeError),
+    "a number of the host as text": Case("max_steps='2' is of type str", "a whole number", {"max_steps": "2"}, error=TypeError),
+    "an accumulation as text": Case(
+        "gradient_accumulation_steps='2'", "a whole number", {"gradient_accumulation_steps": "2"}, error=TypeError
+    ),
+    "learning rate as text": Case("learning_rate='1e-4'", "a number", {"learning_rate": "1e-4"}, error=TypeError),
+    "weights as text": Case("reward_weights='1.0'", "a list of numbers or None", {"reward_weights": "1.0"}, error=TypeError),
+    "weights in a tuple": Case(
+        "reward_weights=(1.0,) is of type tuple", "a list of numbers", {"reward_weights": (1.0,)}, error=TypeError
+    ),
+    "a weight as text": Case(
+        "reward_weights=['1.0'] is of type list of str", "a list of numbers", {"reward_weights": ["1.0"]}, error=TypeError
+    ),
+    "no folder": Case("output_dir=''", "output_dir='out'", {"output_dir": ""}),
+    "a blank folder": Case("output_dir='  '", "output_dir='out'", {"output_dir": "  "}),
+    "a number for a folder": Case("output_dir=1 is of type int", "a folder", {"output_dir": 1}, error=TypeError),
     "output_dir is a file": Case("output_dir=", "folder you may write to", {"output_dir": "FILE"}),
     "no prompt column": Case("['caption']", "'prompt' column", trainer={"train_dataset": Dataset.from_dict({"caption": ["a"]})}),
     "no prompt in streamed rows": Case(
@@ -408,6 +431,12 @@ def test_refused_before_any_rollout_in_one_sentence(tmp_path, case, monkeypatch,
 def test_lora_is_refused_where_none_can_go():
     with pytest.raises(ValueError, match="UNet2DModel has no add_adapter; pass peft_config=None"):
         add_lora(unconditional(), "unet", lora())
+
+
+@pytest.mark.parametrize("args", [TrainingArguments("out", use_cpu=True, report_to="none"), {"output_dir": "out"}, "out"])
+def test_settings_of_another_kind_are_refused(args):
+    with pytest.raises(TypeError, match=f"^args is of type {type(args).__name__}; pass an AdjointMatchingConfig, .*\\.$"):
+        AdjointMatchingTrainer(sd3(), brightness, args, prompts_only(), peft_config=lora())
 
 
 def test_the_same_call_without_a_mistake_trains(tmp_path):

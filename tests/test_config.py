@@ -2,12 +2,16 @@
 
 import ast
 import dataclasses
+import json
 import re
 
+import numpy as np
 import pytest
-from transformers import TrainingArguments
+from transformers import HfArgumentParser, TrainingArguments
+from trl import TrlParser
 
 from diffusers_adjoint import AdjointMatchingConfig
+from diffusers_adjoint.evaluate import EvaluationArguments
 
 HOST = {field.name: field.default for field in dataclasses.fields(TrainingArguments)}
 OURS = [
@@ -51,3 +55,51 @@ def test_no_token_is_shown(tmp_path):
     assert all("fp16" in text and "height" in text for text in shown)  # what is no token stays
     assert args.to_dict()["model_init_kwargs"]["token"] == "<TOKEN>"
     assert args.model_init_kwargs["token"] == args.hub_token == secret  # in use they are what they were
+
+
+def config(tmp_path, **changes):
+    return AdjointMatchingConfig(**{"output_dir": tmp_path, "report_to": "none", "use_cpu": True} | changes)
+
+
+def test_whole_numbers_and_those_of_numpy_are_numbers(tmp_path):
+    args = config(tmp_path, reward_scale=10, loss_clip=np.float32(0.5), reward_weights=[1, 2.5], num_generations=np.int64(2))
+    assert (args.reward_scale, args.loss_clip, args.reward_weights, args.num_generations) == (10, 0.5, [1, 2.5], 2)
+    read = json.loads(args.to_json_string())  # as trackers and checkpoints keep it
+    assert (read["loss_clip"], read["num_generations"]) == (0.5, 2)
+
+
+def test_a_config_is_made_again_from_its_own_values(tmp_path):
+    """The host has made enums, lists and objects of some of them."""
+    args = config(tmp_path, load_best_model_at_end=True, eval_strategy="steps", save_strategy="steps", debug="")
+    again = dataclasses.replace(args, reward_scale=3.0)
+    assert again.reward_scale == 3.0 and again.lr_scheduler_type == args.lr_scheduler_type == "constant"
+
+
+@pytest.mark.parametrize("reader", [HfArgumentParser, TrlParser])
+def test_a_recipe_and_a_command_line_are_text_that_becomes_numbers(tmp_path, reader):
+    parser = reader(AdjointMatchingConfig)
+    options = {"reward_scale": "10", "num_generations": "2", "loss_clip": "3", "log_images": "false", "max_steps": "7"}
+    words = ["--reward_weights", "1", "0.5"] + [word for name, value in options.items() for word in (f"--{name}", value)]
+    (args,) = parser.parse_args_into_dataclasses(["--output_dir", str(tmp_path), "--use_cpu", "true", *words])
+    assert (args.reward_scale, args.num_generations, args.reward_weights, args.loss_clip) == (10.0, 2, [1.0, 0.5], 3.0)
+    assert args.log_images is False and args.max_steps == 7
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(
+        f"output_dir: {tmp_path}\nuse_cpu: true\nreward_scale: 10\nreward_weights: [1, 2]\npipeline_kwargs: {{height: 64}}\n"
+    )
+    (args,) = parser.parse_yaml_file(recipe)
+    assert (args.reward_scale, args.reward_weights, args.pipeline_kwargs) == (10, [1, 2], {"height": 64})
+
+
+def test_every_field_of_ours_refuses_what_it_is_not(tmp_path):
+    """By its annotation: an object is of no type that a config has."""
+    for field in (field for field in OURS if "Literal" not in str(field.type)):
+        with pytest.raises(TypeError, match=f"^{field.name}.* pass .*\\.$"):
+            config(tmp_path, **{field.name: object()})
+
+
+def test_options_of_evaluate_have_types_too(tmp_path):
+    with pytest.raises(TypeError, match=r"^samples_per_prompt='4' is of type str; pass a whole number\.$"):
+        EvaluationArguments("base", "prompts.txt", ["brightness"], samples_per_prompt="4")
+    with pytest.raises(TypeError, match=r"^guidance=\['2'\] is of type list of str; pass a list of numbers\.$"):
+        EvaluationArguments("base", "prompts.txt", ["brightness"], guidance="2")

@@ -26,6 +26,7 @@ LAYERS = (
     ("gradients", "rollout", "metrics", "fingerprint"),
     (
         "config",
+        "field_types",
         "ddpo_config",
         "ddpo_holder",
         "ddpo_scorer",

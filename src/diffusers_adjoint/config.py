@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import copy
 import math
+import os
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
 from transformers import TrainingArguments
 
+from .field_types import require_types
 from .objectives import LOSS_TYPES
 from .schedulers.integrators import INTEGRATORS
 from .schedulers.memoryless import check_integrator
@@ -200,6 +202,8 @@ class AdjointMatchingConfig(TrainingArguments):
         return config_from_ddpo(config, **changes)
 
     def __post_init__(self) -> None:
+        require_types(self, AdjointMatchingConfig, unchecked=self._VALID_DICT_FIELDS)  # these may be text yet, see below
+        self._check_output_dir()
         if self.metric_for_best_model is None and (self.load_best_model_at_end or self.save_strategy == "best"):
             self.metric_for_best_model = "eval_reward"  # the host's default is a loss, which evaluation has none of
         # The host fills it into DeepSpeed's config here, before a trainer can know what it trains.
@@ -218,6 +222,12 @@ class AdjointMatchingConfig(TrainingArguments):
     def to_dict(self) -> dict[str, Any]:
         """The host's, which trackers and `to_json_string` show, with the tokens inside dicts masked too."""
         return masked(super().to_dict())
+
+    def _check_output_dir(self) -> None:
+        if not isinstance(self.output_dir, str | os.PathLike | None):
+            raise TypeError(f"output_dir={self.output_dir!r} is of type {type(self.output_dir).__name__}; pass a folder as text.")
+        if self.output_dir is not None and not str(self.output_dir).strip():
+            raise ValueError(f"output_dir={self.output_dir!r} names no folder; pass one, such as output_dir='out'.")
 
     def _check_choices(self) -> None:
         for name, allowed in CHOICES.items():

@@ -23,7 +23,15 @@ from .replay.view import denoiser_names, text_encoders
 from .rewards import WeightedReward
 
 __all__ = ["collate_columns", "columns_to_check", "first_row", "load_pipeline", "parsed", "parts_of", "place"]
-__all__ += ["prompts_of", "repeat_rows", "require_prompts", "require_single_pass", "require_writable", "rows_of"]
+__all__ += [
+    "prompts_of",
+    "repeat_rows",
+    "require_config",
+    "require_prompts",
+    "require_single_pass",
+    "require_writable",
+    "rows_of",
+]
 __all__ += ["text_encoders_on", "warn_of_flat_rewards", "warn_of_given_start", "warn_of_guidance", "without_prompt"]
 
 logger = logging.get_logger(__name__)
@@ -39,6 +47,14 @@ def load_pipeline(model: str | Path | DiffusionPipeline, init_kwargs: dict[str, 
         model = DiffusionPipeline.from_pretrained(model, **(init_kwargs or {}))
     denoiser_names(model)
     return model
+
+
+def require_config(args: Any) -> None:
+    """Raise TypeError unless these are the settings of this method, or none."""
+    if not isinstance(args, AdjointMatchingConfig | None):
+        raise TypeError(
+            f"args is of type {type(args).__name__}; pass an AdjointMatchingConfig, which has all fields of TrainingArguments."
+        )
 
 
 def parts_of(dataset: Any) -> list[Any]:

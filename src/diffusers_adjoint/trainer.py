@@ -29,6 +29,7 @@ from .inputs import (
     parts_of,
     place,
     prompts_of,
+    require_config,
     require_prompts,
     require_single_pass,
     require_writable,
@@ -115,6 +116,7 @@ class AdjointMatchingTrainer(PipelineTrainer):
         optimizers: tuple[Any, Any] = (None, None),
         peft_config: LoraConfig | None = None,
     ) -> None:
+        require_config(args)
         pipeline = load_pipeline(model, parsed(args.model_init_kwargs) if args else None)
         args = args or AdjointMatchingConfig(f"{type(pipeline).__name__}-AdjointMatching")
         args = with_learning_rate(args, full=peft_config is None)
@@ -468,8 +470,8 @@ class AdjointMatchingTrainer(PipelineTrainer):
             announce_memory(memory[memory.isfinite()])
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Adds reward, reward_std, reward_std_between, rewards/<name>/mean and /std, kl or kl_unguided (nats),
-        target_kl_estimate (nats), adjoint_norm, skipped, evaluations_per_second."""
+        """Adds reward, reward_std, reward_std_between, rewards/<name>/mean, /std and /missing, kl or kl_unguided
+        (nats), target_kl_estimate (nats), adjoint_norm, skipped, evaluations_per_second."""
         if "loss" in logs:
             logs |= summarise(self._samples.drain(self.accelerator.gather), self.args.num_generations)
             logs |= {"evaluations_per_second": self._rate()} | self._announced_target()

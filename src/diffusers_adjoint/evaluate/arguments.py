@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from ..field_types import require_types
 from .measure import Setting
 
 __all__ = ["DTYPES", "EvaluationArguments"]
@@ -25,6 +26,7 @@ class EvaluationArguments:
 
     Raises:
         ValueError: for a missing option or a value that means nothing.
+        TypeError: for a value of another type than the option's.
     """
 
     model: str = field(default="", metadata={"help": "Name or folder of the base pipeline."})
@@ -89,6 +91,7 @@ class EvaluationArguments:
             if not isinstance(value := getattr(self, name), list | None):  # a YAML file may name a single one
                 setattr(self, name, [value])
         self.pipeline_kwargs = _json_object(self.pipeline_kwargs)
+        require_types(self, EvaluationArguments)
         for name in ("model", "prompts", "rewards", "steps", "sampler", "guidance"):
             if not getattr(self, name):
                 raise ValueError(f"{name} is missing; pass --{name}.")
