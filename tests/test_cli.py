@@ -2,8 +2,12 @@
 
 import dataclasses
 import json
+import shlex
+import shutil
+import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -206,6 +210,115 @@ def test_lora_dropout_of_trl_becomes_none_and_a_chosen_one_stays():
 def test_one_target_module_is_a_name_and_a_pattern_a_pattern(given, expected):
     """trl.ModelConfig makes a string of a list of one, and PEFT takes a string for a pattern of whole names."""
     assert lora_config(ModelConfig(use_peft=True, lora_target_modules=given)).target_modules == expected
+
+
+# ---------------------------------------------------------------------------------------------------------------- interruption
+
+INTERRUPTING = """
+import os, signal, time
+
+def brightness(images, prompts, **columns):
+    if os.path.exists("stop"):
+        number, calls = open("stop").read().split()
+        if int(calls):
+            open("stop", "w").write(f"{number} {int(calls) - 1}")
+        else:
+            os.remove("stop")
+            os.kill(os.getpid(), int(number))
+    return images.mean((1, 2, 3))
+"""
+RUN = ["--max_steps", "3", "--reward_funcs", "interrupting.py:brightness"]
+
+
+def interrupt_in(tmp_path, number, calls):
+    """The reward sends the signal when it has been called so often; the first call is the check before training."""
+    (tmp_path / "interrupting.py").write_text(INTERRUPTING)
+    (tmp_path / "stop").write_text(f"{number:d} {calls}")
+
+
+def final_weights(tmp_path):
+    return load_file(tmp_path / "out" / "pytorch_lora_weights.safetensors")
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_an_interrupted_command_saves_and_says_how_to_go_on(recipe, tmp_path, capsys, number, code):
+    interrupt_in(tmp_path, number, 10**6)
+    assert main(["train", "--config", recipe, *RUN]) == 0
+    straight = final_weights(tmp_path)
+    shutil.rmtree(tmp_path / "out")
+    interrupt_in(tmp_path, number, 2)  # in the second update
+    handlers = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
+    capsys.readouterr()
+    assert main(["train", "--config", recipe, *RUN]) == code
+    assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == handlers
+    line = capsys.readouterr().err.strip().splitlines()[-1]
+    said, again = line.split("; go on with: ")
+    assert said == f"diffusers-adjoint: interrupted after update 2 of 3; newest checkpoint: {Path('out/checkpoint-2')}"
+    words = shlex.split(again)
+    assert words[0] == "diffusers-adjoint" and main(words[1:]) == 0
+    assert all(torch.equal(value, straight[name]) for name, value in final_weights(tmp_path).items())
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_without_a_checkpoint_the_line_says_so(recipe, tmp_path, capsys, number, code):
+    interrupt_in(tmp_path, number, 0)  # in the check before training
+    options = ["--save_on_interrupt", "false", "--hub_token", "hf_secretsecret"]
+    assert main(["train", "--config", recipe, *RUN, *options]) == code
+    said = "diffusers-adjoint: interrupted before the first update, without a checkpoint; the same command starts anew."
+    assert capsys.readouterr().err.strip().splitlines()[-1] == said
+
+
+def test_a_checkpoint_of_an_earlier_run_is_not_what_to_go_on_from(recipe, tmp_path, capsys):
+    interrupt_in(tmp_path, signal.SIGINT, 10**6)
+    assert main(["train", "--config", recipe, *RUN, "--save_strategy", "steps", "--save_steps", "1"]) == 0
+    interrupt_in(tmp_path, signal.SIGINT, 1)
+    assert main(["train", "--config", recipe, *RUN, "--save_on_interrupt", "false"]) == 130
+    assert "without a checkpoint; the same command starts anew." in capsys.readouterr().err
+
+
+def test_a_token_of_the_command_is_not_repeated(recipe, tmp_path, capsys):
+    interrupt_in(tmp_path, signal.SIGINT, 1)
+    options = ["--hub_token", "hf_secretsecret", "--model_init_kwargs", '{"token": "hf_othersecret"}']
+    assert main(["train", "--config", recipe, *RUN, *options]) == 130
+    captured = capsys.readouterr().err
+    assert "go on with: " in captured and "secret" not in captured
+
+
+def test_an_interrupt_after_training_repeats_what_comes_then(recipe, tmp_path, capsys, monkeypatch):
+    interrupt_in(tmp_path, signal.SIGINT, 10**6)
+    options = ["--save_strategy", "steps", "--save_steps", "1"]
+    with monkeypatch.context() as patched:
+        patched.setattr(
+            "diffusers_adjoint.trainer.AdjointMatchingTrainer.save_model", lambda self: signal.raise_signal(signal.SIGTERM)
+        )
+        assert main(["train", "--config", recipe, *RUN, *options]) == 143
+    line = capsys.readouterr().err.strip().splitlines()[-1]
+    assert "interrupted after update 3 of 3; newest checkpoint: " in line
+    assert main(shlex.split(line.split("; go on with: ")[1])[1:]) == 0
+    assert any(value.any() for name, value in final_weights(tmp_path).items() if "lora_B" in name)
+
+
+def test_another_exit_is_not_an_interruption(recipe, tmp_path):
+    (tmp_path / "leaving.py").write_text("import sys\n\ndef leave(images, prompts):\n    sys.exit(3)\n")
+    with pytest.raises(SystemExit) as caught:
+        main(["train", "--config", recipe, "--reward_funcs", "leaving.py:leave"])
+    assert caught.value.code == 3
+
+
+def test_only_the_command_saves_on_an_interrupt_unasked(recipe):
+    assert parse_arguments(["--config", recipe]).config.save_on_interrupt is False
+    assert AdjointMatchingConfig("out").save_on_interrupt is False
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_the_exit_code_of_an_interrupted_process(recipe, tmp_path, number, code):
+    interrupt_in(tmp_path, number, 2)
+    command = [sys.executable, "-m", "diffusers_adjoint.cli", "train", "--config", recipe, *RUN]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == code
+    assert "Traceback" not in done.stderr
+    assert "interrupted after update 2 of 3; newest checkpoint: " in done.stderr.strip().splitlines()[-1]
 
 
 # --------------------------------------------------------------------------------------------------------------------- rewards

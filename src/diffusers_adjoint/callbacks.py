@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import signal
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import FrameType, TracebackType
 from typing import Any
 
@@ -12,7 +14,7 @@ from accelerate import Accelerator
 from transformers import TrainerCallback, TrainerControl
 from transformers.utils import logging
 
-__all__ = ["SaveOnInterrupt"]
+__all__ = ["SaveOnInterrupt", "exit_on_sigterm"]
 
 logger = logging.get_logger(__name__)
 
@@ -66,3 +68,17 @@ class SaveOnInterrupt(TrainerCallback):
         # Here, because the host's end of training deletes checkpoints that are not the best.
         if self._acted_on:
             raise KeyboardInterrupt if self._acted_on == signal.SIGINT else SystemExit(128 + self._acted_on)
+
+
+@contextmanager
+def exit_on_sigterm() -> Iterator[None]:
+    """Within this context SIGTERM raises `SystemExit(143)` where it comes, as Ctrl-C raises `KeyboardInterrupt`."""
+
+    def leave(number: int, frame: FrameType | None) -> None:
+        raise SystemExit(128 + number)
+
+    previous = signal.signal(signal.SIGTERM, leave)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, previous)

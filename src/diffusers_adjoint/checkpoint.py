@@ -14,7 +14,7 @@ from transformers.utils import logging
 
 from .run_record import RECORD_NAME, RunRecord
 
-__all__ = ["checkpoint_to_resume", "discard_leftovers", "require_whole", "rotate", "whole_files", "whole_folder"]
+__all__ = ["checkpoint_to_resume", "discard_leftovers", "newest_of", "require_whole", "rotate", "whole_files", "whole_folder"]
 
 logger = logging.get_logger(__name__)
 
@@ -200,6 +200,12 @@ def _newest_whole(run_dir: Path, needed: Sequence[str]) -> Path:
         return folder
     found = "no whole checkpoint" if passed else "no checkpoint"
     raise ValueError(f"output_dir={str(run_dir)!r} holds {found}; pass resume_from_checkpoint=None to start anew.")
+
+
+def newest_of(run_dir: Path, run: str) -> Path | None:
+    """The last checkpoint that this run has written."""
+    records = {folder: _readable_record(folder) for folder in _checkpoints(run_dir)}
+    return next((folder for folder in reversed(records) if (record := records[folder]) and record.run == run), None)
 
 
 def _names(folders: Sequence[Path]) -> str:

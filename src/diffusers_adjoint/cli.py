@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import argparse
 import re
+import shlex
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
@@ -20,6 +21,7 @@ from trl import ModelConfig, ScriptArguments, TrlParser, get_peft_config
 
 from . import prompts
 from .by_name import is_ours, load_features, load_rewards
+from .callbacks import exit_on_sigterm
 from .config import AdjointMatchingConfig
 from .evaluate import EvaluationArguments, process_state
 from .evaluate import evaluate as run_evaluation
@@ -73,20 +75,23 @@ class Arguments:
         return {"true": True, "false": False}.get(str(value).lower(), value)
 
 
-def parse_arguments(argv: Sequence[str], script_type: type = TrainArguments, prog: str = f"{PROGRAM} train") -> Arguments:
+def parse_arguments(
+    argv: Sequence[str], script_type: type = TrainArguments, prog: str = f"{PROGRAM} train", **defaults: Any
+) -> Arguments:
     """Read options and the `--config` file; an option wins over the file. Bad ones exit with status 2 and one line.
 
     Args:
         argv: without the program's name.
         script_type: dataclass of the script's own options, `trl.ScriptArguments` or a subclass.
         prog: the program's name in help and errors.
+        defaults: of options, in place of their own.
     """
 
     def check(script: Any, config: AdjointMatchingConfig, model: ModelConfig) -> None:
         _check_model(model)
         _merge_init_kwargs(config, model)
 
-    return Arguments(*_parsed(argv, (script_type, AdjointMatchingConfig, ModelConfig), prog, check))
+    return Arguments(*_parsed(argv, (script_type, AdjointMatchingConfig, ModelConfig), prog, check, defaults))
 
 
 def parse_evaluation_arguments(argv: Sequence[str]) -> EvaluationArguments:
@@ -94,10 +99,17 @@ def parse_evaluation_arguments(argv: Sequence[str]) -> EvaluationArguments:
     return cast("EvaluationArguments", _parsed(argv, (EvaluationArguments,), f"{PROGRAM} evaluate")[0])
 
 
-def _parsed(argv: Sequence[str], types: tuple[type, ...], prog: str, check: Callable[..., None] = lambda *_: None) -> list[Any]:
+def _parsed(
+    argv: Sequence[str],
+    types: tuple[type, ...],
+    prog: str,
+    check: Callable[..., None] = lambda *_: None,
+    defaults: Mapping[str, Any] | None = None,
+) -> list[Any]:
     """One instance of each type, after `check`."""
     parser = TrlParser(types, prog=prog, usage=f"{prog} [--config FILE] [--OPTION VALUE …]")
     parser.add_argument("--config", default=argparse.SUPPRESS, help="YAML file of options; the command line wins.")
+    parser.set_defaults(**(defaults or {}))
     try:
         # TrlParser takes "--config FILE" only, and its own reading of a lone "--config" is an IndexError.
         known, rest = _config_option(prog).parse_known_args(argv)
@@ -159,25 +171,55 @@ def load_prompts(script: ScriptArguments, split: str) -> Any:
 
 def train(argv: Sequence[str]) -> int:
     """Fine-tune a pipeline on a reward; all options: `train --help`."""
-    arguments = parse_arguments(argv)
+    arguments = parse_arguments(argv, save_on_interrupt=True)
+    trainer = None
+    try:
+        with exit_on_sigterm():
+            trainer = _trainer(arguments)
+            trainer.train(resume_from_checkpoint=arguments.resume)
+            _finish(trainer, arguments)
+    except (KeyboardInterrupt, SystemExit) as stop:
+        code = 130 if isinstance(stop, KeyboardInterrupt) else stop.code
+        if code not in (130, 143):
+            raise
+        if trainer is None or trainer.is_world_process_zero():
+            print(f"{PROGRAM}: interrupted {_how_to_go_on(trainer, argv)}", file=sys.stderr)
+        return code
+    return 0
+
+
+def _trainer(arguments: Arguments) -> AdjointMatchingTrainer:
     script, config, model = arguments.script, arguments.config, arguments.model
     # What is cheap to get wrong comes before the weights are loaded.
     reward_funcs = load_rewards(script.reward_funcs)
     train_dataset = load_prompts(script, script.dataset_train_split)
     eval_dataset = load_prompts(script, script.dataset_test_split) if config.eval_strategy != "no" else None
     pipeline = _load_pipeline(model.model_name_or_path, cast("dict[str, Any]", config.model_init_kwargs))
-    trainer = AdjointMatchingTrainer(
+    return AdjointMatchingTrainer(
         pipeline, reward_funcs, config, train_dataset, eval_dataset=eval_dataset, peft_config=lora_config(model)
     )
-    trainer.train(resume_from_checkpoint=arguments.resume)
-    if eval_dataset is not None:
+
+
+def _finish(trainer: AdjointMatchingTrainer, arguments: Arguments) -> None:
+    """What comes after training."""
+    if trainer.eval_dataset is not None:
         trainer.evaluate()
-    if config.push_to_hub:
-        local = Path(script.dataset_name).exists()  # the names of local files stay here
-        trainer.push_to_hub(dataset_name=None if local else script.dataset_name)
+    if arguments.config.push_to_hub:
+        name = arguments.script.dataset_name
+        trainer.push_to_hub(dataset_name=None if Path(name).exists() else name)  # the names of local files stay here
     else:
         trainer.save_model()
-    return 0
+
+
+def _how_to_go_on(trainer: AdjointMatchingTrainer | None, argv: Sequence[str]) -> str:
+    """The end of a line about an interruption."""
+    made = trainer.state.global_step if trainer else 0
+    where = f"after update {made} of {trainer.state.max_steps}" if trainer and made else "before the first update"
+    if trainer is None or (newest := trainer.newest_checkpoint()) is None:
+        return f"{where}, without a checkpoint; the same command starts anew."
+    again = shlex.join([*argv, "--resume_from_checkpoint", "true"])  # the last one counts
+    program = PROGRAM if trainer.args.world_size == 1 else "accelerate launch -m diffusers_adjoint.cli"
+    return re.sub(r"hf_\w+", "hf_…", f"{where}; newest checkpoint: {newest}; go on with: {program} train {again}")
 
 
 def _load_pipeline(name: str, init_kwargs: dict[str, Any]) -> Any:

@@ -24,7 +24,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import logging
 
 from .callbacks import SaveOnInterrupt
-from .checkpoint import checkpoint_to_resume, discard_leftovers, require_whole, rotate, whole_files, whole_folder
+from .checkpoint import checkpoint_to_resume, discard_leftovers, newest_of, require_whole, rotate, whole_files, whole_folder
 from .evaluation import evaluate_rows
 from .fingerprint import base_fingerprint
 from .hub import save_pipeline
@@ -51,7 +51,8 @@ class PipelineTrainer(PublishingTrainer):
     _updates: UpdateCount  # of this call of `train`
     _dropped = False  # the update under way
     _scale = 1.0  # of the gradient scaler, before the optimizer's step
-    _run_facts: RunFacts
+    _run_facts: RunFacts  # from the start of training on
+    _run_id: str | None = None
     _constant: tuple[str, str | None] | None = None  # fingerprint of the base, and the class of an optimizer that the user made
     _finished = False  # whether the checkpoint that training starts from has all its updates
 
@@ -197,6 +198,10 @@ class PipelineTrainer(PublishingTrainer):
         if self.args.should_save:
             rotate(run_dir, self.args.save_total_limit, folder, self.state.best_model_checkpoint)
 
+    def newest_checkpoint(self) -> Path | None:
+        """The last one that this run has written, before an interruption too; `None` if there is none."""
+        return None if self._run_id is None else newest_of(Path(self.args.output_dir), self._run_id)
+
     def _write_state(self, folder: Path) -> None:
         """Progress, and what the callbacks want to remember."""
         for callback in [*self.callback_handler.callbacks, self.control]:
@@ -241,6 +246,7 @@ class PipelineTrainer(PublishingTrainer):
             return folder, facts if folder is None else facts_to_go_on(Path(folder), facts)
 
         checkpoint, self._run_facts = from_first_process(choose)
+        self._run_id = self._run_facts.run
         self._finished = checkpoint is not None and self._has_all_updates(Path(checkpoint))
         if not self._finished:  # otherwise nothing is evaluated
             self._check_before_training()
