@@ -27,6 +27,7 @@ LAYERS = (
     (
         "config",
         "field_types",
+        "given_datasets",
         "ddpo_config",
         "ddpo_holder",
         "ddpo_scorer",

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
 
 import torch
+from datasets import Dataset
 from diffusers import DiffusionPipeline
 from torch import nn
 from transformers.trainer_utils import has_length
@@ -16,13 +17,14 @@ from transformers.utils import logging
 
 from .config import AdjointMatchingConfig
 from .denoiser import PipelineDenoiser
+from .given_datasets import PROMPTS, require_columns
 from .prompts import require_prompt_strings
 from .replay import PipelineReplay
 from .replay.arguments import CallArguments
 from .replay.view import denoiser_names, text_encoders
 from .rewards import WeightedReward
 
-__all__ = ["collate_columns", "columns_to_check", "first_row", "load_pipeline", "parsed", "parts_of", "place"]
+__all__ = ["collate_columns", "columns_to_check", "first_row", "load_pipeline", "one_row", "parsed", "parts_of", "place"]
 __all__ += [
     "prompts_of",
     "repeat_rows",
@@ -35,8 +37,6 @@ __all__ += [
 __all__ += ["text_encoders_on", "warn_of_flat_rewards", "warn_of_given_start", "warn_of_guidance", "without_prompt"]
 
 logger = logging.get_logger(__name__)
-
-PROMPTS = {"prompt", "prompt_embeds"}  # one of them is needed
 
 
 def load_pipeline(model: str | Path | DiffusionPipeline, init_kwargs: dict[str, Any] | None) -> DiffusionPipeline:
@@ -62,11 +62,11 @@ def parts_of(dataset: Any) -> list[Any]:
     return list(dataset.values()) if isinstance(dataset, dict) else [] if dataset is None else [dataset]
 
 
-def require_prompts(dataset: Any) -> None:
-    """Raise ValueError unless the dataset has prompts, or does not know its columns yet."""
-    names = getattr(dataset, "column_names", None)  # streamed datasets may not know theirs before the first row
-    if names is not None and not PROMPTS & set(names):
-        raise ValueError(f"the dataset has columns {sorted(names)}; add a 'prompt' column of strings.")
+def require_prompts(dataset: Any, name: str) -> None:
+    """Raise ValueError unless the rows of the datasets have prompts; a stream is not read before its use."""
+    for part in parts_of(dataset):
+        if has_length(part):  # a transform may give its rows other columns than `column_names`
+            first_row(part, name, needs_prompt=True)
 
 
 def require_writable(folder: str) -> None:
@@ -101,7 +101,8 @@ def columns_to_check(
         if args.world_size > 1 and not has_length(part):
             raise ValueError("a streamed eval_dataset cannot be divided evenly among processes; pass a Dataset.")
     for part in [train_dataset, *parts_of(eval_dataset)]:
-        if "prompt" in (getattr(part, "column_names", None) or ()) and has_length(part):
+        # What a transform makes of the rows is met in training: to look through it all may take as long.
+        if isinstance(part, Dataset) and part.format["type"] != "custom" and "prompt" in part.format["columns"]:
             require_prompt_strings(part["prompt"])
     return columns
 
@@ -112,12 +113,19 @@ def _require_fitting(columns: dict[str, list[Any]], arguments: CallArguments, re
 
 
 def first_row(dataset: Any, name: str, needs_prompt: bool) -> dict[str, Any]:
-    """The first row of the dataset called `name`; ValueError if there is none, or it lacks a prompt or has a reserved column."""
+    """The first row of the dataset called `name`.
+
+    Raises:
+        TypeError: if it is no dict.
+        ValueError: if there is none, it lacks a prompt, or it has a reserved column.
+    """
     if dataset is None:
         raise ValueError(f"{name} is missing; pass a dataset with a row for each prompt.")
     row = next(iter(dataset), None)
     if row is None:
         raise ValueError(f"the {name} has no row; pass at least one prompt.")
+    if not isinstance(row, Mapping):
+        raise TypeError(f"the rows of the {name} are of type {type(row).__name__}; pass rows that are dicts, with a 'prompt'.")
     if needs_prompt and not PROMPTS & row.keys():
         raise ValueError(f"the rows of the {name} have columns {sorted(row)}; add a 'prompt' column of strings.")
     if not isinstance(row.get("prompt", ""), str):
@@ -125,12 +133,18 @@ def first_row(dataset: Any, name: str, needs_prompt: bool) -> dict[str, Any]:
     taken = {"images", "prompts"} & row.keys()
     if taken:
         raise ValueError(f"column {min(taken)!r} of the {name} is an argument of every reward function; rename the column.")
-    return row
+    return dict(row)
 
 
 def collate_columns(rows: list[dict[str, Any]]) -> dict[str, list[Any]]:
-    """Collate rows to columns of plain lists; nothing is padded or turned into tensors."""
-    require_prompt_strings(row["prompt"] for row in rows if "prompt" in row)  # a stream is not looked through before training
+    """Collate rows to columns of plain lists; nothing is padded or turned into tensors.
+
+    Raises:
+        ValueError: if one has other columns than the first, or a prompt that is no string.
+    """
+    for row in rows:  # a stream is not looked through before training
+        require_columns(row, rows[0])
+    require_prompt_strings(row["prompt"] for row in rows if "prompt" in row)
     return {name: [_plain(row[name]) for row in rows] for name in rows[0]}
 
 
@@ -174,6 +188,11 @@ def warn_of_flat_rewards(gradient: torch.Tensor) -> None:
 def rows_of(columns: dict[str, list[Any]]) -> int:
     """B, the rows of a batch."""
     return len(next(iter(columns.values())))
+
+
+def one_row(columns: dict[str, list[Any]]) -> dict[str, Any]:
+    """The first row of a batch."""
+    return {name: values[0] for name, values in columns.items()}
 
 
 def prompts_of(columns: dict[str, list[Any]]) -> list[str]:

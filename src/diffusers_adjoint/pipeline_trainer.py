@@ -7,7 +7,7 @@ import copy
 import math
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +27,9 @@ from .callbacks import SaveOnInterrupt
 from .checkpoint import checkpoint_to_resume, discard_leftovers, newest_of, require_whole, rotate, whole_files, whole_folder
 from .evaluation import evaluate_rows
 from .fingerprint import base_fingerprint
+from .given_datasets import eval_datasets_of, require_columns
 from .hub import save_pipeline
-from .inputs import repeat_rows, rows_of, text_encoders_on
+from .inputs import one_row, repeat_rows, require_prompts, rows_of, text_encoders_on
 from .lock import only_trainer
 from .lora import ADAPTER, WEIGHTS_NAME, load_lora, save_lora
 from .publishing import PublishingTrainer
@@ -48,13 +49,12 @@ class PipelineTrainer(PublishingTrainer):
 
     control: TrainerControl
     _clock: tuple[float, int] = (0.0, 0)  # seconds and evaluations at the last log; set at the start of training
-    _updates: UpdateCount  # of this call of `train`
-    _dropped = False  # the update under way
-    _scale = 1.0  # of the gradient scaler, before the optimizer's step
-    _run_facts: RunFacts  # from the start of training on
-    _run_id: str | None = None
-    _constant: tuple[str, str | None] | None = None  # fingerprint of the base, and the class of an optimizer that the user made
-    _finished = False  # whether the checkpoint that training starts from has all its updates
+from .fingerprint import base_fingerprint
+from .given_datasets import eval_datasets_of, require_columns
+from .hub import save_pipeline
+from .inputs import one_row, repeat_rows, require_prompts, rows_of, text_encoders_on
+from .lock import only_trainer
+from .lora import ADAPTER, WEIGHTS_NAME, load_lora, save_lora
 
     # ---------------------------------------------------------------------------------------------------------- several devices
 
@@ -112,6 +112,8 @@ class PipelineTrainer(PublishingTrainer):
     def get_batch_samples(self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device) -> tuple[list[Any], Any]:
         """Number the images of an update across micro-batches and processes, in the order one process would see them."""
         batches, items = super().get_batch_samples(epoch_iterator, num_batches, device)
+        for columns in batches if self._columns else ():
+            require_columns(one_row(columns), self._columns)
         if len(batches) < num_batches:  # a stream has ended: without its last micro-batch no update is made of the others
             batches = []
         repeated = [repeat_rows(columns, self.args.num_generations) for columns in batches]
@@ -353,8 +355,8 @@ class PipelineTrainer(PublishingTrainer):
         """Sample the prompts with the pipeline's own scheduler; report the rewards of what a user would see, and their price.
 
         Args:
-            eval_dataset: rows as in training, or a dict of several datasets, whose names become part of the metrics' names; the
-                trainer's own when not given.
+            eval_dataset: rows as in training, a dict of several datasets, whose names become part of the metrics' names, or the
+                name of one in the trainer's own dict; the trainer's own when not given.
             ignore_keys: unused.
             metric_key_prefix: what the metrics' names begin with.
 
@@ -363,9 +365,11 @@ class PipelineTrainer(PublishingTrainer):
             `/missing`, a number of images), `eval_diversity`, `eval_saturated`, `eval_kl` or `eval_kl_unguided` in nats.
 
         Raises:
-            ValueError: if there is no dataset, or the network is not as it was trained.
+            TypeError, ValueError: if there is no dataset, or it is none; or the network is not as it was trained.
         """
         self.denoiser.state.require_adapter()
+        if eval_dataset is not None:
+            eval_dataset = self._eval_datasets(eval_dataset)
         dataset = self.eval_dataset if eval_dataset is None else eval_dataset
         if dataset is None:
             raise ValueError("there is no eval_dataset; pass one here or to the trainer.")
@@ -382,11 +386,23 @@ class PipelineTrainer(PublishingTrainer):
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
+    def _eval_datasets(self, given: Any) -> Any:
+        """Those, after their check, or the name of one that was checked in the constructor."""
+        if isinstance(given, str) and isinstance(self.eval_dataset, dict) and given in self.eval_dataset:
+            return given
+        dataset = eval_datasets_of(given)
+        if self.replay.arguments.takes_prompt:
+            require_prompts(dataset, "eval_dataset")
+        return dataset
+
     def _measure(self, dataset: Any) -> tuple[dict[str, Tensor], SampleImages | None]:
         """Measurements of all rows, name → (N,), and the first images."""
         samples, pictures, first = SampleLog(), None, 0
+        names: Collection[str] = ()
         batches = self.get_eval_dataloader(dataset)
         for columns in tqdm(batches, "evaluation", leave=False, disable=not self._shows_progress):
+            names = names or columns.keys()
+            require_columns(one_row(columns), names)
             rows = rows_of(columns)
             offset = first * self.args.world_size + self.args.process_index * rows
             with self._text_encoders():

@@ -20,13 +20,13 @@ from .adjoint import AdjointPath, full_adjoint, lean_adjoint
 from .config import AdjointMatchingConfig, with_learning_rate
 from .denoiser import PipelineDenoiser
 from .evaluation import kl_name, require_known_metric
+from .given_datasets import dataset_of, eval_datasets_of
 from .gradients import require_checkpointing, require_gradients, warn_of_unused
 from .inputs import (
     collate_columns,
     columns_to_check,
     load_pipeline,
     parsed,
-    parts_of,
     place,
     prompts_of,
     require_config,
@@ -95,7 +95,8 @@ class AdjointMatchingTrainer(PipelineTrainer):
         args: settings; defaults write to `<pipeline>-AdjointMatching`.
         train_dataset: rows with a "prompt" column, if the pipeline takes prompts. Columns named like an argument of the
             pipeline's `__call__` (negative_prompt, image, class_labels, …) are passed to it; all columns reach the rewards.
-        eval_dataset: rows for `evaluate()`.
+            A `datasets.Dataset` or `IterableDataset`, a torch `Dataset` of dicts, or a list of prompts or dicts.
+        eval_dataset: rows for `evaluate()`, or a dict of several such datasets.
         processing_class: unused, for the signature other trainers have; the pipeline brings its own tokenizers.
         callbacks, optimizers: as in `transformers.Trainer`.
         peft_config: LoRA on the denoiser; `None` trains all its weights against a frozen copy.
@@ -117,6 +118,8 @@ class AdjointMatchingTrainer(PipelineTrainer):
         peft_config: LoraConfig | None = None,
     ) -> None:
         require_config(args)
+        train_dataset = None if train_dataset is None else dataset_of(train_dataset, "train_dataset")
+        eval_dataset = None if eval_dataset is None else eval_datasets_of(eval_dataset)
         pipeline = load_pipeline(model, parsed(args.model_init_kwargs) if args else None)
         args = args or AdjointMatchingConfig(f"{type(pipeline).__name__}-AdjointMatching")
         args = with_learning_rate(args, full=peft_config is None)
@@ -128,8 +131,8 @@ class AdjointMatchingTrainer(PipelineTrainer):
         self.pipeline = pipeline
         self.replay = _replay_of(pipeline, args, args.integrator)
         if self.replay.arguments.takes_prompt:
-            for dataset in [train_dataset, *parts_of(eval_dataset)]:
-                require_prompts(dataset)
+            require_prompts(train_dataset, "train_dataset")
+            require_prompts(eval_dataset, "eval_dataset")
         warn_of_guidance(self.replay, args.guidance_scale, args.cfg_mode)
         warn_of_distillation(pipeline)
         for component in pipeline.components.values():
@@ -411,6 +414,7 @@ class AdjointMatchingTrainer(PipelineTrainer):
 
     def _check_first_row(self) -> None:
         columns = columns_to_check(self.train_dataset, self.eval_dataset, self.args, self.replay.arguments, self.reward)
+        self._columns = columns.keys()
         generators = self._generators(range(rows_of(columns)), Stream.START)
         with self._text_encoders():
             check_replay(self.replay, columns, generators, check_unguided=self.args.cfg_mode != "full")

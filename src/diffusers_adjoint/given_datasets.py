@@ -1,0 +1,81 @@
+"""Which things that a user may hand over are datasets of prompts, and what is said of the others."""
+
+from __future__ import annotations
+
+import reprlib
+from collections.abc import Collection, Mapping, Sequence, Sized
+from typing import Any
+
+from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict
+from torch.utils.data import Dataset as TorchDataset
+
+from .prompts import require_prompt_strings
+
+__all__ = ["PROMPTS", "dataset_of", "eval_datasets_of", "require_columns"]
+
+PROMPTS = {"prompt", "prompt_embeds"}  # one of them is needed
+
+
+def dataset_of(given: Any, name: str) -> Any:
+    """The dataset that the argument called `name` stands for: itself, or that of a list of prompts.
+
+    Raises:
+        TypeError: for what has no rows.
+        ValueError: for several splits, or rows in a list that do not fit each other.
+    """
+    if isinstance(given, Dataset | IterableDataset | TorchDataset):
+        return given
+    if isinstance(given, DatasetDict | IterableDatasetDict):
+        splits = " or ".join(f"{name}[{split!r}]" for split in given)
+        raise ValueError(f"{name} is a {type(given).__name__} of several splits; pass one of them, {splits}.")
+    if isinstance(given, Sequence) and not isinstance(given, str | bytes):
+        if not given or isinstance(given[0], str):  # without an item it is a dataset without a row, which has its own sentence
+            _require_items(given, name, str)
+            return Dataset.from_dict({"prompt": list(given)})
+        if isinstance(given, list | tuple):
+            _require_rows(given, name)
+            return given
+    if isinstance(given, Sized) and hasattr(type(given), "__getitem__") and isinstance(_first_item(given), Mapping):
+        return given  # of a class of the user's own, as torch takes it
+    raise TypeError(
+        f"{name} is of type {type(given).__name__}; pass a datasets.Dataset (its from_dict, from_pandas, from_generator or "
+        f"load_dataset make one), a torch Dataset of dicts, or a list of prompts."
+    )
+
+
+def eval_datasets_of(given: Any) -> Any:
+    """As `dataset_of`, for `eval_dataset`, which may also be a dict of several."""
+    if not isinstance(given, dict):
+        return dataset_of(given, "eval_dataset")
+    if columns := [name for name in PROMPTS & given.keys() if isinstance(given[name], Sequence)]:
+        raise TypeError(f"eval_dataset is a dict with a column {columns[0]!r}; pass datasets.Dataset.from_dict of it.")
+    return {key: dataset_of(part, f"eval_dataset[{key!r}]") for key, part in given.items()}
+
+
+def require_columns(row: Mapping[str, Any], names: Collection[str]) -> None:
+    """Raise ValueError, with its prompt, for a row that has other columns than those before it, as a stream may have."""
+    if row.keys() != set(names):
+        which = f"with the prompt {row['prompt']!r}" if "prompt" in row else reprlib.repr(dict(row))
+        raise ValueError(
+            f"the row {which} has the columns {sorted(row)} where the first row has {sorted(names)}; give every row the same."
+        )
+
+
+def _first_item(given: Any) -> Any:
+    return next(iter(given), None)
+
+
+def _require_rows(rows: Sequence[Any], name: str) -> None:
+    _require_items(rows, name, Mapping)
+    for row in rows:
+        require_columns(row, rows[0])
+    require_prompt_strings(row["prompt"] for row in rows if "prompt" in row)
+
+
+def _require_items(items: Sequence[Any], name: str, kind: type) -> None:
+    for number, item in enumerate(items):
+        if not isinstance(item, kind):
+            raise TypeError(
+                f"item {number} of {name} is of type {type(item).__name__}; pass a list of prompts alone, or of dicts with a "
+                f"'prompt' alone."
+            )
