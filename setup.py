@@ -64,7 +64,7 @@ EXTRAS: dict[str, list[str]] = {
 setup(
     name="diffusers-adjoint",
     version=version(),
-    description="Adjoint Matching: reward fine-tuning for any diffusers pipeline, to p_base(x)·exp(r(x))",
+    description="Adjoint Matching: reward fine-tuning for any DiffusionPipeline, to p_base(x)·exp(r(x))",
     long_description=(ROOT / "README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     license="Apache-2.0",

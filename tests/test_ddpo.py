@@ -173,7 +173,7 @@ def test_the_alignprop_script_runs_to_its_last_line(hub, tmp_path, monkeypatch):
     assert left["training_args"].output_dir == "./save"
     assert_the_lora_changes(sd15(), tmp_path / "save")
     assert {upload["repo_id"] for upload in hub} == {"me/bright"} and hub[-1]["commit_message"] == "End of training"
-    assert left["trainer"].state.log_history[0]["rewards/AestheticScorer/mean"] != 0
+    assert any(line.get("rewards/AestheticScorer/mean") for line in left["trainer"].state.log_history)
 
 
 def test_the_modern_script_runs(hub, tmp_path, monkeypatch):

@@ -116,6 +116,7 @@ BAD = {
     ),
     "list without text": ([{"prompt": "a cat"}, {"prompt": None}], ValueError, "prompt 1 is of type NoneType; pass a string"),
     "empty list": ([], ValueError, "the train_dataset has no row; pass"),
+    "rows without a column": ([{}], ValueError, "rows of the train_dataset have no column; pass"),
     "transform that drops the prompt": (
         Dataset.from_dict({"prompt": TWO}).with_transform(lambda batch: {"text": batch["prompt"]}),
         ValueError,

@@ -129,7 +129,8 @@ def test_a_target_that_cannot_be_told_is_no_number(tmp_path, caplog):
     assert not logged(trainer, "target_kl_estimate")
     caplog.clear()
     trainer = make_trainer(tmp_path, reward=lambda images, prompts: [None] * len(images), max_steps=1, probe_base=True)
-    trainer.train()
+    with pytest.raises(ValueError, match="no update was made"):  # without any reward
+        trainer.train()
     assert "cannot be estimated, because no prompt has two images" in caplog.text
     assert not logged(trainer, "target_kl_estimate") and not logged(trainer, "probe/reward/own")
 

@@ -126,6 +126,8 @@ def first_row(dataset: Any, name: str, needs_prompt: bool) -> dict[str, Any]:
         raise ValueError(f"the {name} has no row; pass at least one prompt.")
     if not isinstance(row, Mapping):
         raise TypeError(f"the rows of the {name} are of type {type(row).__name__}; pass rows that are dicts, with a 'prompt'.")
+    if not row:
+        raise ValueError(f"the rows of the {name} have no column; pass rows with at least one, such as a 'prompt'.")
     if needs_prompt and not PROMPTS & row.keys():
         raise ValueError(f"the rows of the {name} have columns {sorted(row)}; add a 'prompt' column of strings.")
     if not isinstance(row.get("prompt", ""), str):

@@ -49,12 +49,14 @@ class PipelineTrainer(PublishingTrainer):
 
     control: TrainerControl
     _clock: tuple[float, int] = (0.0, 0)  # seconds and evaluations at the last log; set at the start of training
-from .fingerprint import base_fingerprint
-from .given_datasets import eval_datasets_of, require_columns
-from .hub import save_pipeline
-from .inputs import one_row, repeat_rows, require_prompts, rows_of, text_encoders_on
-from .lock import only_trainer
-from .lora import ADAPTER, WEIGHTS_NAME, load_lora, save_lora
+    _updates: UpdateCount  # of this call of `train`
+    _dropped = False  # the update under way
+    _scale = 1.0  # of the gradient scaler, before the optimizer's step
+    _run_facts: RunFacts  # from the start of training on
+    _run_id: str | None = None
+    _constant: tuple[str, str | None] | None = None  # fingerprint of the base, and the class of an optimizer that the user made
+    _finished = False  # whether the checkpoint that training starts from has all its updates
+    _columns: Collection[str] = ()  # of the first row; set at the start of training
 
     # ---------------------------------------------------------------------------------------------------------- several devices
 

@@ -153,14 +153,18 @@ class AdjointMatchingTrainer(PipelineTrainer):
         )
         place(pipeline, args.device, args.offload_text_encoders)
         self.reward.to(args.device)
+        self._start_records()
+        self.add_callback(AfterOptimizerStep(self._judge_update))
+
+    def _start_records(self) -> None:
+        """What is counted and remembered between two log lines, and in a call of `train`."""
         self._idle_steps: list[int] = []  # of the trained network; found at the start of training
         self._samples = SampleLog()
         self._probed: dict[str, float] = {}  # what the probe measured, until it is logged
         self._target_kl: float | None = None  # as it was announced, nats
         self._left_target = False  # and was told so
-        self._kept = torch.zeros((), device=args.device)  # images of this update, on this process, that train
+        self._kept = torch.zeros((), device=self.args.device)  # images of this update, on this process, that train
         self._gradients_checked = False  # in this call of `train`
-        self.add_callback(AfterOptimizerStep(self._judge_update))
 
     @classmethod
     def from_ddpo(
