@@ -85,7 +85,7 @@ class PipelineDenoiser(nn.Module):
     def gradient_checkpointing_enable(self, **kwargs: object) -> None:
         """`Trainer`'s hook for `gradient_checkpointing=True`: the denoiser's own switch."""
         if self.replay.exchanges_processors:  # they are put back before the backward pass would recompute with them
-            raise ValueError(f"{self.replay.name} exchanges attention processors; pass gradient_checkpointing=False.")
+            raise ValueError(f"{self.replay.name} exchanges attention processors; train without gradient checkpointing.")
         self.network.enable_gradient_checkpointing()
         if self.frozen is not None:
             self.frozen.enable_gradient_checkpointing()

@@ -246,7 +246,7 @@ def require_single_pass(args: AdjointMatchingConfig, denoiser: PipelineDenoiser)
     if checkpointed and denoiser.base_adapters is not None:  # both passes are over when a layer is evaluated again
         raise ValueError(
             f"loss_type={args.loss_type!r} switches the adapter within a step, and checkpointed layers would be evaluated again "
-            f"without it; pass gradient_checkpointing=False, and do not enable it on the network."
+            f"without it; train without gradient checkpointing, and do not enable it on the network."
         )
     if args.loss_type == "discrete_adjoint" and args.fp16:  # the gradient scaler would scale what one step hands to the next
         raise ValueError("loss_type='discrete_adjoint' does not go with fp16=True; pass bf16=True or another loss_type.")

@@ -187,7 +187,7 @@ class _Check:
         change = (output.detach() - self._predict(leaf, index)).norm() / output.norm()
         if change > same:
             raise self._error(
-                f"predicts something else, by {change:.1%}, when gradients are recorded", "pass gradient_checkpointing=False"
+                f"predicts something else, by {change:.1%}, when gradients are recorded", "train without gradient checkpointing"
             )
         for size in sizes:
             errors.append(self._derivative_error(leaf, output, lambda x: self._predict(x, index), size))
