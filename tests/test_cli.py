@@ -227,7 +227,8 @@ def brightness(images, prompts, **columns):
             os.kill(os.getpid(), int(number))
     return images.mean((1, 2, 3))
 """
-RUN = ["--max_steps", "3", "--reward_funcs", "interrupting.py:brightness"]
+# Without the probe of the base, which calls the reward before training, too.
+RUN = ["--max_steps", "3", "--probe_base", "false", "--reward_funcs", "interrupting.py:brightness"]
 
 
 def interrupt_in(tmp_path, number, calls):
@@ -401,7 +402,7 @@ def test_files_of_every_kind(tmp_path, streaming):
         (["--dataset_name", "broken.json"], "JSON parse error"),
         (["--dataset_name", "recipe.yaml"], "is a file of unknown kind"),
         (["--dataset_name", "nobody/nothing"], "cannot be read"),
-        (["--dataset_name", "captions.csv"], "the dataset has columns ['caption']; add a 'prompt' column"),
+        (["--dataset_name", "captions.csv"], "the rows of the train_dataset have columns ['caption']; add a 'prompt' column"),
         (["--eval_strategy", "steps", "--eval_steps", "1"], "split 'test' of dataset_name='prompts.txt' cannot be read"),
         (["--model_name_or_path", "nobody/nothing"], "model_name_or_path='nobody/nothing' cannot be loaded"),
         (["--lora_target_modules", "no_such_layer"], "has no module named no_such_layer"),

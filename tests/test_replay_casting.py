@@ -192,8 +192,9 @@ def test_training_stopped_by_an_error(tmp_path):
             raise KeyError("a reward of the user's")
         return brightness(images, prompts)
 
-    with pytest.raises(KeyError):
+    with pytest.raises(RuntimeError, match="reward 'breaks'") as caught:
         make_trainer(tmp_path, pipeline=pipeline, reward=breaks).train()
+    assert isinstance(caught.value.__cause__, KeyError)
     assert len(calls) == 2
     assert unchanged(pipeline.vae, before)
 
