@@ -97,6 +97,7 @@ def test_a_checkpoint_renamed_to_be_kept_is_kept(tmp_path):
     assert (tmp_path / "_checkpoint-1" / "trainer_state.json").is_file()
 
 
+@pytest.mark.slow
 def test_a_linked_checkpoint_trains_on_and_is_rotated_away(tmp_path):
     make_trainer(tmp_path / "store", **SHORT).train()
     (tmp_path / "run").mkdir()

@@ -95,8 +95,8 @@ def test_a_damaged_file_is_seen(tmp_path, request, caplog, kind, name, damage):
     assert name in str(caught.value)
 
 
-@pytest.mark.parametrize("name", ["pytorch_lora_weights.safetensors", "optimizer.pt", "rng_state.pth"])
-def test_training_goes_on_from_the_whole_one(tmp_path, lora_run, name):
+def test_training_goes_on_from_the_whole_one(tmp_path, lora_run):
+    name = "pytorch_lora_weights.safetensors"
     run_dir = copy_of(lora_run, tmp_path / "run")
     flip(run_dir / "checkpoint-2" / name)
     whole = make_trainer(copy_of(lora_run, tmp_path / "whole"), **SHORT)
@@ -117,7 +117,7 @@ def test_nothing_whole_is_no_checkpoint(tmp_path, lora_run):
         make_trainer(run_dir, **SHORT).train(resume_from_checkpoint=True)
 
 
-@pytest.mark.parametrize("lora", [True, False])
+@pytest.mark.parametrize("lora", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_the_best_weights_are_checked_before_they_are_loaded(tmp_path, lora):
     trainer = make_trainer(
         tmp_path,

@@ -33,8 +33,12 @@ class Events(TrainerCallback):
 
 @pytest.mark.parametrize(
     ("settings", "lora"),
-    [(WITHIN_AN_EPOCH, True), (AT_ITS_END, True), (BY_EPOCHS, True), (WITHIN_AN_EPOCH, False)],
-    ids=["within an epoch", "at its end", "by epochs", "all weights"],
+    [
+        pytest.param(WITHIN_AN_EPOCH, True, id="within an epoch"),
+        pytest.param(BY_EPOCHS, True, id="by epochs"),
+        pytest.param(AT_ITS_END, True, id="at its end", marks=pytest.mark.slow),
+        pytest.param(WITHIN_AN_EPOCH, False, id="all weights", marks=pytest.mark.slow),
+    ],
 )
 def test_a_finished_run_stays_finished(tmp_path, settings, lora, caplog):
     first = make_trainer(tmp_path, lora=lora, **SHORT | settings)
@@ -62,6 +66,7 @@ def test_a_finished_run_stays_finished(tmp_path, settings, lora, caplog):
         assert f"checkpoint-{steps} has made all {steps} updates of this run" in caplog.text
 
 
+@pytest.mark.slow
 def test_it_goes_on_when_more_updates_are_asked_for(tmp_path):
     straight = make_trainer(tmp_path / "straight", **SHORT | AT_ITS_END)
     straight.train()

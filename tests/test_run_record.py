@@ -100,12 +100,11 @@ def test_a_run_keeps_its_name_and_another_gets_its_own(old, tmp_path):
         ({"r": 3}, "r 2, now 3"),
     ],
 )
-@pytest.mark.parametrize("how", [True, "by name"])
-def test_another_adapter_is_refused(old, config, what, how):
+def test_another_adapter_is_refused(old, config, what):
     trainer = make_trainer(old, peft_config=LoraConfig(**{"r": 2, "lora_alpha": 4} | config), **SHORT)
     before = weights(trainer)
     with pytest.raises(ValueError, match="resume with the peft_config it was trained with") as caught:
-        trainer.train(resume_from_checkpoint=str(old / "checkpoint-1") if how == "by name" else how)
+        trainer.train(resume_from_checkpoint=True)
     assert f"checkpoint-1 has another adapter ({what})" in str(caught.value)
     assert difference(weights(trainer), before) == 0.0
 
@@ -117,18 +116,15 @@ def test_an_adapter_that_began_otherwise_is_the_same(old, caplog):
     assert "other settings" not in caplog.text
 
 
-@pytest.mark.parametrize("lora", [True, False])
-@pytest.mark.parametrize("change", ["weights", "dtype"])
+@pytest.mark.parametrize(("lora", "change"), [(True, "dtype"), (False, "weights")])
 def test_another_base_is_refused(tmp_path, lora, change):
     make_trainer(tmp_path, lora=lora, **ONE).train()
     pipeline = sd3()
     if change == "weights":
         with torch.no_grad():
             pipeline.transformer.proj_out.weight.mul_(1.001)
-    elif lora:
-        pipeline.to(torch.bfloat16)
     else:
-        pipeline.to(torch.float64)
+        pipeline.to(torch.bfloat16)
     trainer = make_trainer(tmp_path, pipeline=pipeline, lora=lora, **SHORT)
     with pytest.raises(ValueError, match="trained on a base with other weights or another dtype; resume with the pipeline"):
         trainer.train(resume_from_checkpoint=True)

@@ -101,7 +101,8 @@ class AdjointMatchingConfig(TrainingArguments):
         num_images_to_log (`int`, defaults to 8):
             Images in such a grid; they also go to the Hub, with the model.
         save_on_interrupt (`bool`, defaults to `False`):
-            On Ctrl-C or SIGTERM finish the update, write a checkpoint, and end; the second signal ends at once.
+            On Ctrl-C or SIGTERM finish the update, write a checkpoint, and end; the second signal ends at once. `True` is the
+            default of the command `diffusers-adjoint train`.
 
     > Defaults that differ from `TrainingArguments`
 

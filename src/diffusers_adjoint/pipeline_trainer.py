@@ -227,8 +227,9 @@ class PipelineTrainer(PublishingTrainer):
         With `save_on_interrupt`, Ctrl-C and SIGTERM end it by `KeyboardInterrupt` or `SystemExit`, after a checkpoint.
 
         Raises:
-            ValueError: for bad input or another trainer at work in `output_dir`, before any update; when a weight becomes NaN or
-                infinite, before that is saved; after 20 dropped updates in a row; and at the end if no update was made.
+            ValueError: before any update for bad input, for another trainer at work in `output_dir`, and where there is no
+                checkpoint to go on from, or it is damaged or of another network; when a weight becomes NaN or infinite, before
+                that is saved; after 20 dropped updates in a row; and at the end if no update was made.
         """
         self.denoiser.state.require_trainable(None if self.is_deepspeed_enabled else self.optimizer)
         with contextlib.ExitStack() as held:
