@@ -218,15 +218,27 @@ def test_an_error_of_the_backward_pass_names_its_reward():
 @pytest.mark.parametrize(
     "error",
     [
-        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."),  # as `auto_find_batch_size` looks for it
+        torch.OutOfMemoryError("Allocation on device 0 would\nexceed allowed memory."),  # only the type tells
+        RuntimeError("HIP out of memory. Tried to\nallocate 2.00 GiB."),  # only the text, which `auto_find_batch_size` reads
         RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes."),
         KeyboardInterrupt(),
     ],
 )
 def test_what_others_wait_for_goes_through(error):
+    arguments = error.args
+    with pytest.raises(type(error)) as caught:
+        WeightedReward([brightness, weighted_sum([raising(error)], [1.0])])(pictures(), PROMPTS[:3])
+    assert caught.value is error and error.args == arguments
+
+
+@pytest.mark.parametrize(
+    "error", [RuntimeError("the memory of prompts ran out of memory"), ValueError("ran out of memory. Sorry")]
+)
+def test_an_error_that_merely_mentions_memory_names_its_reward(error):
+    said = str(error)
     with pytest.raises(type(error)) as caught:
         WeightedReward(raising(error))(pictures(), PROMPTS[:3])
-    assert caught.value is error
+    assert caught.value is error and str(error) == f"reward 'mine' failed: {said}."
 
 
 def test_functions_may_share_what_they_compute():
