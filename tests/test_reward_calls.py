@@ -188,6 +188,8 @@ class Coded(Exception):
         (KeyError("colour"), RuntimeError, "KeyError 'colour'."),
         (AssertionError(), RuntimeError, "AssertionError."),
         (Coded("3"), RuntimeError, "Coded code 3."),
+        (StopIteration(), RuntimeError, "StopIteration."),
+        (StopIteration("no more."), RuntimeError, "StopIteration no more."),
     ],
 )
 @pytest.mark.parametrize("around", [as_it_is, lambda mine: weighted_sum([brightness, mine], [1.0, 1.0]), smoothed])

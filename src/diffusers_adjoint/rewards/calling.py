@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
+from types import TracebackType
 from typing import Any
 
 import numpy as np
@@ -45,25 +45,33 @@ def call_reward(
     return value
 
 
-@contextmanager
-def naming(name: str) -> Iterator[None]:
-    """An error in here says that it is of the reward `name`.
+class naming:
+    """A context: an error in it says that it is of the reward `name`.
 
-    It keeps its type and its traceback; only where the type does not show a text as it is, as KeyError, a RuntimeError is raised
-    from it. Left as they are: what names a reward already; a lack of memory, for which the trainer has smaller batches; and
-    exceptions of a private class, by which a library talks to itself, as torch does within a checkpointed function.
+    It keeps its type and its traceback. A RuntimeError is raised from it only where the type does not show a text as it is, as
+    KeyError, or where Python takes the type for the end of an iteration: contexts and generators further out would lose the text.
+    Left as they are: what names a reward already; a lack of memory, for which the trainer has smaller batches; and exceptions of
+    a private class, by which a library talks to itself, as torch does within a checkpointed function.
+
+    No generator, because in one a StopIteration cannot be told from its own end.
     """
-    try:
-        yield
-    except Exception as error:
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if not isinstance(error, Exception):  # none, or one that ends the program
+            return
         said = " ".join(str(error).split())
         of_memory = isinstance(error, torch.OutOfMemoryError) or should_reduce_batch_size(error)
         if of_memory or said.startswith("reward ") or type(error).__name__.startswith("_"):
-            raise
-        if error.args != (str(error),):
-            raise RuntimeError(f"reward {name!r} failed: {type(error).__name__} {said}".rstrip() + ".") from error
-        error.args = (f"reward {name!r} failed: {said.rstrip('.')}.",)
-        raise
+            return
+        if isinstance(error, StopIteration) or error.args != (str(error),):
+            raise RuntimeError(f"reward {self.name!r} failed: {type(error).__name__} {said}".rstrip(" .") + ".") from error
+        error.args = (f"reward {self.name!r} failed: {said.rstrip('.')}.",)
 
 
 def _copied(value: Any) -> Any:
