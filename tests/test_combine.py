@@ -82,6 +82,7 @@ def test_finite_images_are_seen_as_they_are(dtype):
         (lambda images, prompts: [images.mean((1, 2))] * 3, TypeError, "returned a list; return"),
         (lambda images, prompts: 0.5, TypeError, "returned a float; return"),
         (lambda images, prompts: images.mean((1, 2, 3)).detach(), ValueError, "is not differentiable in the images; remove"),
+        (lambda images, prompts: [0.5, float("nan"), None], TypeError, "returned a list; return"),
         (
             lambda images, prompts: (images > 0.5).float().mean((1, 2, 3)),
             ValueError,

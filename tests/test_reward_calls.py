@@ -276,6 +276,21 @@ def for_nobody(images, prompts):
     return None
 
 
+def nan_for_cats(images, prompts):
+    return [float("nan") if value is None else value for value in none_for_cats(images, prompts)]
+
+
+def numpys_nan_for_cats(images, prompts):
+    return [np.float32("nan") if value is None else value for value in none_for_cats(images, prompts)]
+
+
+@pytest.mark.parametrize("function", [nan_for_cats, numpys_nan_for_cats])
+def test_nan_of_python_in_a_list_is_as_good_as_none(function):
+    found, expected = (reward_gradient(pictures(), as_it_is, WeightedReward(f), THREE, {}) for f in (function, none_for_cats))
+    assert found.rewards.isnan().tolist() == [True, False, True]
+    assert torch.equal(found.gradient, expected.gradient) and found.rewards[1] == expected.rewards[1]
+
+
 THREE = ["a cat", "a dog", "a cat and a dog"]
 
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable, Sequence
+from numbers import Real
 from types import TracebackType
 from typing import Any
 
@@ -108,11 +110,15 @@ def _checked(value: Any, name: str, images: Tensor) -> Tensor:
 
 
 def _stacked(values: Sequence[Any], images: Tensor) -> Any:
-    """A tensor out of one scalar tensor for each image, `None` (no value for this image) as NaN; others come back unchanged."""
-    if any(value is not None and not (isinstance(value, Tensor) and value.ndim == 0) for value in values):
+    """A tensor out of one scalar tensor for each image; others come back unchanged.
+
+    NaN stands where there is no value for this image: `None`, or the NaN of Python or NumPy. Other numbers have no gradient.
+    """
+    known = [None if isinstance(value, Real) and math.isnan(value) else value for value in values]
+    if any(value is not None and not (isinstance(value, Tensor) and value.ndim == 0) for value in known):
         return values
-    given = next((value for value in values if value is not None), images.new_zeros(()))
-    return torch.stack([given.new_tensor(torch.nan) if value is None else value for value in values])
+    given = next((value for value in known if value is not None), images.new_zeros(()))
+    return torch.stack([given.new_tensor(torch.nan) if value is None else value for value in known])
 
 
 def _warn_of_writing_past_autograd(name: str, own: Tensor, node: Any, images: Tensor) -> None:
