@@ -336,6 +336,16 @@ def test_a_term_without_gradient_is_found_in_a_sum():
         assert reward(torch.rand(1, 3, 4, 4).requires_grad_(), [""]).shape == (1,)
 
 
+@around_any
+def test_a_term_of_something_else_is_found_in_a_sum(around):
+    other = torch.ones(1, requires_grad=True)
+    reward = around(weighted_sum([brightness, lambda images, prompts: other.expand(len(images))], [1.0, 1.0]))
+    with pytest.raises(ValueError, match="^reward '<lambda>' does not depend on the images; compute it from them"):
+        reward_gradient(torch.rand(1, 3, 4, 4), lambda x: x, WeightedReward(reward), [""], {})
+    with torch.no_grad():  # as it is evaluated
+        assert reward(torch.rand(1, 3, 4, 4).requires_grad_(), [""]).shape == (1,)
+
+
 # ---------------------------------------------------------------------------------------------------------------------- bad input
 
 
@@ -419,11 +429,20 @@ def test_a_clipped_gradient_has_no_second_derivative():
 
 
 def test_clipping_without_a_gradient_in_the_images():
-    """Of a function of something else the sum's check can speak."""
-    other = torch.ones(2, requires_grad=True)
-    reward = WeightedReward(gradient_clipped(lambda images, prompts: other * 2, 1.0))
-    with pytest.raises(ValueError, match="do not depend on the images; pass functions of the images.$"):
-        reward_gradient(torch.rand(2, 3, 4, 4), lambda x: x, reward, [""] * 2, {})
+    """Of an autograd function that gives None the sum's check can speak."""
+
+    class Unreached(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, images):
+            return images.mean((1, 2, 3))
+
+        @staticmethod
+        def backward(ctx, factors):
+            return None
+
+    reward = gradient_clipped(lambda images, prompts: Unreached.apply(images), 1.0)
+    with pytest.raises(ValueError, match="^reward '<lambda>' does not depend on the images; compute it from them"):
+        reward_gradient(torch.rand(2, 3, 4, 4), lambda x: x, WeightedReward(reward), [""] * 2, {})
 
 
 @pytest.mark.parametrize(

@@ -322,7 +322,12 @@ CASES = {
     ),
     "nothing to resume": Case("holds no checkpoint", "None to start anew", train={"resume_from_checkpoint": True}),
     "reward of something else": Case(
-        "'own_parameter' do not depend on the images", "functions of the images", trainer={"reward_funcs": own_parameter}
+        "'own_parameter' does not depend on the images", "compute it from them", trainer={"reward_funcs": own_parameter}
+    ),
+    "reward of something else beside another": Case(
+        "'own_parameter' does not depend on the images",
+        "compute it from them",
+        trainer={"reward_funcs": [brightness, own_parameter]},
     ),
     "reward is not a function of images=": Case("'positional' cannot be called", "images=", trainer={"reward_funcs": positional}),
     "weight not a number": Case("reward_weights=[nan]", "finite", {"reward_weights": [float("nan")]}),

@@ -1,5 +1,7 @@
 """Rewards as the trainer calls them: what they never see, what they get, and what they may return."""
 
+import math
+
 import pytest
 import torch
 from torch import nn
@@ -80,9 +82,9 @@ def test_finite_images_are_seen_as_they_are(dtype):
         (lambda images, prompts: images.mean((1, 2, 3))[:2], ValueError, r"returned shape \(2,\); return"),
         (lambda images, prompts: [images.mean(), images.mean()], ValueError, r"returned shape \(2,\); return"),
         (lambda images, prompts: [images.mean((1, 2))] * 3, TypeError, "returned a list; return"),
+        (lambda images, prompts: [0.5, float("nan"), None], TypeError, "returned a list; return"),
         (lambda images, prompts: 0.5, TypeError, "returned a float; return"),
         (lambda images, prompts: images.mean((1, 2, 3)).detach(), ValueError, "is not differentiable in the images; remove"),
-        (lambda images, prompts: [0.5, float("nan"), None], TypeError, "returned a list; return"),
         (
             lambda images, prompts: (images > 0.5).float().mean((1, 2, 3)),
             ValueError,
@@ -94,6 +96,75 @@ def test_what_a_reward_must_not_return(reward, error, message):
     reward.__name__ = "mine"
     with pytest.raises(error, match=f"^reward 'mine' {message}.*\\.$"):
         reward_gradient(torch.rand(3, 3, 4, 4), lambda x: x, WeightedReward(reward), PROMPTS, {})
+
+
+PARAMETER = torch.zeros(3, requires_grad=True)
+
+
+class Unreached(torch.autograd.Function):
+    """Mean of each image, whose author forgot the gradient."""
+
+    @staticmethod
+    def forward(ctx, images):
+        return images.mean((1, 2, 3))
+
+    @staticmethod
+    def backward(ctx, factors):
+        return None
+
+
+@pytest.mark.parametrize(
+    "reward",
+    [
+        lambda images, prompts: PARAMETER * 2,
+        lambda images, prompts: brightness(images.detach(), prompts) * PARAMETER,
+        lambda images, prompts: [PARAMETER[0], None, math.nan],
+        lambda images, prompts: Unreached.apply(images),
+        lambda images, prompts: Unreached.apply(images) * torch.tensor([1.0, math.nan, 1.0]),
+    ],
+)
+@pytest.mark.parametrize("order", [1, -1])
+def test_a_reward_of_something_else_is_named_beside_another(reward, order):
+    """Its weights give it a graph, and the other function the sum a gradient."""
+    reward.__name__ = "mine"
+    functions = WeightedReward([brightness, reward][::order])
+    message = r"^reward 'mine' does not depend on the images; compute it from them, or return None for images it is not for\.$"
+    with pytest.raises(ValueError, match=message):
+        reward_gradient(torch.rand(3, 3, 4, 4), lambda x: x, functions, PROMPTS, {})
+    with torch.no_grad():  # as it is evaluated
+        assert set(functions(torch.rand(3, 3, 4, 4), PROMPTS)) == {"brightness", "mine"}
+    looked_at = WeightedReward([brightness, reward], [1.0, 0.0])
+    result = reward_gradient(torch.rand(3, 3, 4, 4), lambda x: x, looked_at, PROMPTS, {})
+    torch.testing.assert_close(result.gradient, torch.full((3, 3, 4, 4), 1 / 48))
+
+
+@pytest.mark.parametrize(
+    "reward",
+    [
+        lambda images, prompts: None,
+        lambda images, prompts: [math.nan] * 3,
+        lambda images, prompts: PARAMETER * math.nan,
+        lambda images, prompts: Unreached.apply(images) * math.nan,
+    ],
+)
+def test_a_reward_that_has_no_value_for_the_batch_need_not_depend_on_it(reward):
+    result = reward_gradient(torch.rand(3, 3, 4, 4), lambda x: x, WeightedReward([reward, brightness]), PROMPTS, {})
+    torch.testing.assert_close(result.gradient, torch.full((3, 3, 4, 4), 1 / 48))
+
+
+@pytest.mark.parametrize(
+    "decode",
+    [
+        lambda x: x.detach(),
+        torch.no_grad()(lambda x: 2 * x),
+        torch.inference_mode()(lambda x: 2 * x),
+        lambda x: x.detach() + PARAMETER.view(3, 1, 1, 1),  # a graph, but of its own weights
+    ],
+)
+def test_a_decoder_without_gradient_is_not_taken_for_a_reward(decode):
+    message = r"^the decoded images have no gradient in the end points; remove torch\.no_grad\(\).* from the decoder\.$"
+    with pytest.raises(ValueError, match=message):
+        reward_gradient(torch.rand(3, 3, 4, 4), decode, WeightedReward(brightness), PROMPTS, {})
 
 
 @pytest.mark.parametrize("wants_target, expected", [(False, 1.5), (True, 1.0)])

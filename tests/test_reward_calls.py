@@ -243,7 +243,8 @@ def test_an_error_that_merely_mentions_memory_names_its_reward(error):
     assert caught.value is error and str(error) == f"reward 'mine' failed: {said}."
 
 
-def test_functions_may_share_what_they_compute():
+@pytest.mark.parametrize("around", [as_it_is, lambda second: weighted_sum([second, brightness], [1.0, 0.0])])
+def test_functions_may_share_what_they_compute(around):
     """The second one takes the features of the first one: their gradients go through one graph."""
     features = []
 
@@ -255,7 +256,7 @@ def test_functions_may_share_what_they_compute():
         return features[-1].sum((1, 2, 3))
 
     x = pictures()
-    result = reward_gradient(x, as_it_is, WeightedReward([first, second], [48.0, 2.0]), PROMPTS[:3], {})
+    result = reward_gradient(x, as_it_is, WeightedReward([first, around(second)], [48.0, 2.0]), PROMPTS[:3], {})
     torch.testing.assert_close(result.gradient, 3 * x.exp())
 
 

@@ -43,7 +43,7 @@ def call_reward(
     missing = value.detach().isnan()
     if node is not None and missing.any():
         # At the copy's node, below whatever the function did in place: 0 · NaN of a root of −1, say, would be NaN.
-        node.register_prehook(lambda gradients: (_silenced(gradients[0], missing),))
+        node.register_prehook(lambda gradients: _silenced(gradients[0], missing))
     return value
 
 
@@ -130,7 +130,9 @@ def _warn_of_writing_past_autograd(name: str, own: Tensor, node: Any, images: Te
         )
 
 
-def _silenced(gradient: Tensor, missing: Tensor) -> Tensor:
-    """Without what is not finite of the images that have no value."""
+def _silenced(gradient: Tensor | None, missing: Tensor) -> tuple[Tensor] | None:
+    """Without what is not finite of the images that have no value; `None`, as an autograd function may give, stays as it is."""
+    if gradient is None:
+        return None
     sound = gradient.flatten(1).isfinite().all(1) | ~missing
-    return gradient.where(sound.view(-1, *[1] * (gradient.ndim - 1)), 0.0)
+    return (gradient.where(sound.view(-1, *[1] * (gradient.ndim - 1)), 0.0),)

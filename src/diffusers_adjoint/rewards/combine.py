@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import inspect
 import itertools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import Node, get_gradient_edge
 
 from ..adjoint import vector_jacobian
 from .calling import call_reward, naming
@@ -144,11 +145,13 @@ def reward_gradient(
     """Decode the end points, score the images, and differentiate: one decoder pass forward and one back.
 
     Raises:
-        ValueError: if a reward is not differentiable in the images.
+        ValueError: if a reward with a weight is not differentiable in the images, or the decoder is not in the end points.
     """
     x = end_point.detach().requires_grad_()
     with torch.enable_grad():
         decoded = decode(x)
+        if not decoded.requires_grad:
+            raise ValueError(_NO_GRADIENT_IN_THE_DECODER)
         # A fresh leaf in float32: gradients in the pixels are small, a 16-bit decoder's output would round them away.
         images = decoded.detach().to(torch.promote_types(decoded.dtype, torch.float32)).requires_grad_()
         values = reward(images, prompts, **columns)
@@ -156,38 +159,67 @@ def reward_gradient(
         total = reward.total(values).detach()
         in_pixels = _in_pixels(values, reward.aimed_at, images)
     values = {name: value.detach() for name, value in values.items()}  # frees the rewards' graphs before the decoder's is used
-    gradient = None if in_pixels is None else vector_jacobian(decoded, x, in_pixels)
+    gradient = vector_jacobian(decoded, x, in_pixels)
     if gradient is None:
-        raise ValueError(f"the rewards {', '.join(map(repr, values))} do not depend on the images; pass functions of the images.")
+        raise ValueError(_NO_GRADIENT_IN_THE_DECODER)
     return RewardGradient(total, values, gradient, images.detach())
 
 
-def _in_pixels(values: dict[str, Tensor], weights: dict[str, float], images: Tensor) -> Tensor | None:
-    """Σ_i w_i ∂f_i/∂images, `None` if no function depends on them; one by one, so that an error has the name of its reward."""
-    gradients: list[Tensor | None] = []
+_NO_GRADIENT_IN_THE_DECODER = (
+    "the decoded images have no gradient in the end points; remove torch.no_grad(), .detach() and numpy arrays from the decoder."
+)
+
+
+def _in_pixels(values: dict[str, Tensor], weights: dict[str, float], images: Tensor) -> Tensor:
+    """Σ_i w_i ∂f_i/∂images; one by one, so that an error has the name of its reward."""
+    gradients: list[Tensor] = []
     last = next(reversed(weights))
     for name, w in weights.items():
         term = total_reward(values, {name: w}).sum()
         with naming(name):  # functions may share what they compute: the graph stays until the last one
-            gradients += torch.autograd.grad(term, images, retain_graph=name != last, allow_unused=True)
-    known = [gradient for gradient in gradients if gradient is not None]
-    return sum(known[1:], known[0]) if known else None
+            (gradient,) = torch.autograd.grad(term, images, retain_graph=name != last, allow_unused=True)
+        if gradient is None:  # an autograd function of the reward's own may give None
+            raise _of_something_else(name)
+        gradients.append(gradient)
+    return sum(gradients[1:], gradients[0])
 
 
 def with_graph(name: str, value: Tensor, images: Tensor) -> Tensor:
-    """A reward's value, checked for a gradient in the images.
+    """A reward's value, checked for a path of autograd to the images.
 
     Raises:
-        ValueError: if it has none.
+        ValueError: if there is none, and a value for at least one image.
     """
-    if value.requires_grad:
-        return value
     if not value.isfinite().any():  # no reward for any of these images, and so nothing to differentiate
         return value + 0.0 * images.flatten(1).sum(1)
-    raise ValueError(
-        f"reward {name!r} is not differentiable in the images; remove torch.no_grad(), .detach(), .item(), PIL or uint8 "
-        "conversion from it, Adjoint Matching needs ∂reward/∂pixels."
+    if not value.requires_grad:
+        raise ValueError(
+            f"reward {name!r} is not differentiable in the images; remove torch.no_grad(), .detach(), .item(), PIL or uint8 "
+            "conversion from it, Adjoint Matching needs ∂reward/∂pixels."
+        )
+    # Or to what the images come from: functions may share what they compute, each of its own copy of the same images.
+    sources = set(_graph(images))
+    if not any(node in sources for node in _graph(value)):
+        raise _of_something_else(name)
+    return value
+
+
+def _of_something_else(name: str) -> ValueError:
+    return ValueError(
+        f"reward {name!r} does not depend on the images; compute it from them, or return None for images it is not for."
     )
+
+
+def _graph(tensor: Tensor) -> Iterator[Node]:
+    """The nodes of autograd behind a tensor, each once. Nothing is computed: 1 ms for 1500 nodes."""
+    seen: set[Node] = set()
+    waiting: list[Node | None] = [get_gradient_edge(tensor).node]
+    while waiting:
+        node = waiting.pop()
+        if node is not None and node not in seen:  # None in place of what needs no gradient
+            seen.add(node)
+            yield node
+            waiting += [behind for behind, _ in node.next_functions]
 
 
 def _taken(function: RewardFunction, columns: dict[str, list[Any]]) -> dict[str, list[Any]]:
