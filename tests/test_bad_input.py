@@ -15,6 +15,7 @@ import diffusers_adjoint.trainer
 from diffusers_adjoint import AdjointMatchingConfig, AdjointMatchingTrainer
 from diffusers_adjoint.cli import main
 from diffusers_adjoint.lora import add_lora
+from diffusers_adjoint.rewards import PickScore
 
 
 def brightness(images, prompts, **columns):
@@ -237,6 +238,9 @@ CASES = {
     "one reward for all": Case("'one_number' returned shape ()", "(2,)", trainer={"reward_funcs": one_number}),
     "reward returns a list": Case("'python_float'", "tensor", trainer={"reward_funcs": python_float}, error=TypeError),
     "reward not callable": Case("0.5", "callables", trainer={"reward_funcs": [brightness, 0.5]}, error=TypeError),
+    "a class of rewards": Case(
+        "the class PickScore", "an object of it, PickScore()", trainer={"reward_funcs": PickScore}, error=TypeError
+    ),
     "no reward": Case("reward_funcs is empty", "at least one", trainer={"reward_funcs": []}),
     "weights do not match": Case("2 entries for 1", "one each", {"reward_weights": [1.0, 2.0]}),
     "model of another kind": Case("Linear", "DiffusionPipeline", trainer={"model": torch.nn.Linear(1, 1)}, error=TypeError),

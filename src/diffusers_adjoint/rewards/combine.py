@@ -29,7 +29,7 @@ class WeightedReward:
         weights: w_i, one for each function; `None` for all 1.
 
     Raises:
-        TypeError: if one of them is not callable.
+        TypeError: if one of them is not callable, or is a class.
         ValueError: if there is none, or the number of weights differs.
     """
 
@@ -38,6 +38,9 @@ class WeightedReward:
         if not functions:
             raise ValueError("reward_funcs is empty; pass at least one reward function.")
         for function in functions:
+            if isinstance(function, type):
+                name = function.__name__
+                raise TypeError(f"reward_funcs contains the class {name}; pass an object of it, {name}().")
             if not callable(function):
                 raise TypeError(f"reward_funcs contains {function!r}; pass callables f(images=, prompts=, **columns).")
         weights = [1.0] * len(functions) if weights is None else list(weights)
