@@ -335,14 +335,23 @@ def test_a_resumed_run_and_a_second_one_draw_nothing_and_know_the_target(tmp_pat
     trainer.train()
     targets = logged(trainer, "target_kl_estimate")
     assert sum(without_gradient) == 2 * 8  # batches of two images of either kind
-    assert len(targets) == 3 and len(set(targets)) == 1 and targets[0] > 0
+    assert len(targets) == 4 and len(set(targets)) == 1 and targets[0] > 0  # with the images of the base, and in each line
     trainer.train()
     assert sum(without_gradient) == 2 * 8
     assert set(logged(trainer, "target_kl_estimate")) == set(targets)
     resumed = make()
     resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
     assert not any(without_gradient)
-    assert logged(resumed, "target_kl_estimate") == targets
+    assert logged(resumed, "target_kl_estimate") == targets[1:]
+
+
+def test_a_run_that_stopped_before_its_first_line_goes_on_with_the_target(tmp_path):
+    settings = {"save_strategy": "steps", "save_steps": 1, "logging_steps": 2, "probe_base": True}
+    trainer, resumed = make_trainer(tmp_path, **settings), make_trainer(tmp_path, **settings)
+    trainer.train()
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
+    told, known = ([line["target_kl_estimate"] for line in run.state.log_history if "loss" in line] for run in (trainer, resumed))
+    assert known == told and len(told) == 1
 
 
 def test_an_error_of_the_reward_is_an_error(tmp_path):

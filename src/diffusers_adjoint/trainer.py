@@ -453,6 +453,7 @@ class AdjointMatchingTrainer(PipelineTrainer):
         self._probed = probe.summary()
         if self.is_world_process_zero():
             self._target_kl = announce_tilt(self.args.reward_scale, probe.rewards)
+            self._probed |= self._announced_target()  # for a run that is interrupted before a line of training
             warn_of_differences(sampler_differences(probe), self.args.num_inference_steps)
 
     # ------------------------------------------------------------------------------------------------ logging, evaluation
