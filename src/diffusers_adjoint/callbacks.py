@@ -66,8 +66,12 @@ class SaveOnInterrupt(TrainerCallback):
 
     def on_save(self, args: Any, state: Any, control: TrainerControl, **kwargs: Any) -> None:
         # Here, because the host's end of training deletes checkpoints that are not the best.
+        if self._acted_on == signal.SIGINT:
+            raise KeyboardInterrupt(
+                f"stopped after update {state.global_step}; train(resume_from_checkpoint=True) goes on from it"
+            )
         if self._acted_on:
-            raise KeyboardInterrupt if self._acted_on == signal.SIGINT else SystemExit(128 + self._acted_on)
+            raise SystemExit(128 + self._acted_on)
 
 
 @contextmanager
