@@ -389,7 +389,7 @@ def test_the_facts_are_those_of_the_run(tmp_path):
     pipeline = tuned_lora(sd3, "transformer")
     facts = facts_of(pipeline, tmp_path, [], scale=4.0, num_generations=2, per_device_train_batch_size=3, seed=11)
     assert facts.guided and not facts.given_start
-    told = {"updates": 7, "images per update": 6, "seed": 11, "LoRA rank": 2, "LoRA alpha": 8, "reward_scale": 40.0}
+    told = {"updates": 7, "images per update, at most": 6, "seed": 11, "LoRA rank": 2, "LoRA alpha": 8, "reward_scale": 40.0}
     assert told.items() <= facts.settings.items()
     assert facts.settings["LoRA modules"] == "to_k, to_out.0, to_q, to_v"
     assert (facts.rewards, facts.dtype, facts.call["prompt"]) == ({"brightness": 2.0}, "torch.float32", ["a cat"])
@@ -571,4 +571,4 @@ def test_a_trained_model_comes_back_from_its_folder(tmp_path):
     assert not torch.equal(sample(sd3()), images)
     text = (tmp_path / "up" / "README.md").read_text()
     assert "| metric | before training | update 2 |" in text and "| metric | update 1 | update 2 |" in text
-    assert "| `updates` | 2 |" in text and "| `images per update` | 2 |" in text and "| `LoRA alpha` | 8 |" in text
+    assert "| `updates` | 2 |" in text and "| `images per update, at most` | 2 |" in text and "| `LoRA alpha` | 8 |" in text

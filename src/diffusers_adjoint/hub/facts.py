@@ -90,7 +90,7 @@ def _settings(args: AdjointMatchingConfig, state: TrainerState) -> dict[str, Any
     images = args.per_device_train_batch_size * args.num_generations * args.gradient_accumulation_steps * args.world_size
     chosen = {name: getattr(args, name) for name in SETTINGS}
     known = {name: getattr(value, "value", value) for name, value in chosen.items() if value is not None}
-    return known | {"updates": state.global_step, "images per update": images}
+    return known | {"updates": state.global_step, "images per update, at most": images}  # fewer where the dataset ends
 
 
 def _lora_settings(config: Any) -> dict[str, Any]:
