@@ -133,5 +133,6 @@ def announce_memory(correlations: Tensor) -> None:
     if abs(memory) > 0.2:
         logger.warning(
             f"with a correlation of {memory:.2g} the paths are not memoryless and the tilt is biased; let the pipeline start "
-            f"from pure noise (not from an image at a low strength, nor far below its noisiest level), or expect less of it."
+            f"from pure noise (not from an image at a low strength, nor far below its noisiest level), or expect less of it; "
+            f"in a test with a network of random weights this is usual."
         )
