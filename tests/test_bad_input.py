@@ -215,6 +215,26 @@ CASES = {
     "an accumulation as text": Case(
         "gradient_accumulation_steps='2'", "a whole number", {"gradient_accumulation_steps": "2"}, error=TypeError
     ),
+    "a share of an update": Case("max_steps=1.5 is of type float", "a whole number", {"max_steps": 1.5}, error=TypeError),
+    "a share of a batch": Case(
+        "gradient_accumulation_steps=2.5", "a whole number", {"gradient_accumulation_steps": 2.5}, error=TypeError
+    ),
+    "a fractional seed": Case("seed=1.5 is of type float", "a whole number", {"seed": 1.5}, error=TypeError),
+    "a bool for a seed": Case("seed=True is of type bool", "a whole number", {"seed": True}, error=TypeError),
+    "a share of a checkpoint": Case("save_total_limit=1.5", "a whole number or None", {"save_total_limit": 1.5}, error=TypeError),
+    "nothing for a number of the host": Case("max_grad_norm=None", "a number", {"max_grad_norm": None}, error=TypeError),
+    "no prompt in a batch": Case("per_device_train_batch_size=0", "at least 1", {"per_device_train_batch_size": 0}),
+    "no prompt in a batch of evaluation": Case("per_device_eval_batch_size=-1", "at least 1", {"per_device_eval_batch_size": -1}),
+    "a seed below 0": Case("seed=-1", "from 0 to 4294967295", {"seed": -1}),
+    "a seed of 33 bits": Case("seed=4294967296", "from 0 to 4294967295", {"seed": 2**32}),
+    "workers below 0": Case("dataloader_num_workers=-1", "pass 0 for none", {"dataloader_num_workers": -1}),
+    "a negative rate": Case("learning_rate=-0.1", "finite number ≥ 0", {"learning_rate": -0.1}),
+    "an infinite rate": Case("learning_rate=inf", "finite number ≥ 0", {"learning_rate": float("inf")}),
+    "epochs without end": Case(
+        "num_train_epochs=inf has no end", "or max_steps", {"max_steps": -1, "num_train_epochs": float("inf")}
+    ),
+    "a share of more than all": Case("logging_steps=2.5", "one below 1", {"logging_steps": 2.5}),
+    "a log line never": Case("logging_steps=inf", "one below 1", {"logging_steps": float("inf")}),
     "learning rate as text": Case("learning_rate='1e-4'", "a number", {"learning_rate": "1e-4"}, error=TypeError),
     "weights as text": Case("reward_weights='1.0'", "a list of numbers or None", {"reward_weights": "1.0"}, error=TypeError),
     "weights in a tuple": Case(

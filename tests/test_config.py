@@ -4,6 +4,7 @@ import ast
 import dataclasses
 import json
 import re
+import typing
 
 import numpy as np
 import pytest
@@ -66,6 +67,31 @@ def test_whole_numbers_and_those_of_numpy_are_numbers(tmp_path):
     assert (args.reward_scale, args.loss_clip, args.reward_weights, args.num_generations) == (10, 0.5, [1, 2.5], 2)
     read = json.loads(args.to_json_string())  # as trackers and checkpoints keep it
     assert (read["loss_clip"], read["num_generations"]) == (0.5, 2)
+
+
+def test_numbers_of_the_host_keep_what_it_takes(tmp_path):
+    """Shares of all updates, fractions of an epoch, and whole numbers of NumPy, which become Python's."""
+    shares = {"logging_steps": 0.5, "save_steps": 0.25, "eval_steps": 0.1, "num_train_epochs": 1.5, "warmup_steps": 0.1}
+    args = config(tmp_path, max_steps=np.int32(7), seed=np.uint8(3), save_total_limit=np.int64(2), data_seed=-1, **shares)
+    assert {name: getattr(args, name) for name in shares} == shares
+    found = [args.max_steps, args.seed, args.save_total_limit, args.data_seed]
+    assert found == [7, 3, 2, -1] and {type(value) for value in found} == {int}
+    assert config(tmp_path, max_steps=5, num_train_epochs=float("inf")).max_steps == 5  # the epochs are not used
+
+
+def test_numbers_of_numpy_in_a_list_can_be_written(tmp_path):
+    args = config(tmp_path, reward_weights=[np.float32(0.5), np.int64(2)])
+    assert json.loads(args.to_json_string())["reward_weights"] == [0.5, 2]
+
+
+HOST_HINTS = typing.get_type_hints(TrainingArguments)
+
+
+@pytest.mark.parametrize("name", [name for name, hint in HOST_HINTS.items() if hint in (int, int | None)])
+@pytest.mark.parametrize("value", [2.5, True, "2"])
+def test_every_whole_number_of_the_host_refuses_what_is_none(tmp_path, name, value):
+    with pytest.raises(TypeError, match=rf"^{name}={value!r} is of type {type(value).__name__}; pass a whole number.*\.$"):
+        config(tmp_path, **{name: value})
 
 
 def test_a_config_is_made_again_from_its_own_values(tmp_path):

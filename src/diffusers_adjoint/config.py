@@ -205,6 +205,7 @@ class AdjointMatchingConfig(TrainingArguments):
     def __post_init__(self) -> None:
         require_types(self, AdjointMatchingConfig, unchecked=self._VALID_DICT_FIELDS)  # these may be text yet, see below
         self._check_output_dir()
+        self._check_host_numbers()
         if self.metric_for_best_model is None and (self.load_best_model_at_end or self.save_strategy == "best"):
             self.metric_for_best_model = "eval_reward"  # the host's default is a loss, which evaluation has none of
         # The host fills it into DeepSpeed's config here, before a trainer can know what it trains.
@@ -230,6 +231,26 @@ class AdjointMatchingConfig(TrainingArguments):
         if self.output_dir is not None and not str(self.output_dir).strip():
             raise ValueError(f"output_dir={self.output_dir!r} names no folder; pass one, such as output_dir='out'.")
 
+    def _check_host_numbers(self) -> None:
+        """What the host would refuse in words of its own, or fail on in training."""
+        for name in ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)} is too few; pass at least 1.")
+        if not 0 <= self.seed < 2**32:
+            raise ValueError(f"seed={self.seed} is none that NumPy takes; pass a number from 0 to {2**32 - 1}.")
+        if self.dataloader_num_workers < 0:
+            raise ValueError(f"dataloader_num_workers={self.dataloader_num_workers} is below 0; pass 0 for none.")
+        if self.learning_rate is not None and not 0 <= self.learning_rate < math.inf:
+            raise ValueError(f"learning_rate={self.learning_rate} is no rate; pass a finite number ≥ 0.")
+        if self.max_steps <= 0 and not math.isfinite(self.num_train_epochs):
+            raise ValueError(f"num_train_epochs={self.num_train_epochs} has no end; pass a finite number, or max_steps.")
+        for name in ("logging_steps", "eval_steps", "save_steps"):
+            value = getattr(self, name) or 0
+            if not math.isfinite(value) or (abs(value) > 1 and value != int(value)):
+                raise ValueError(
+                    f"{name}={value} is neither a number of updates nor a share of all; pass a whole number, or one below 1."
+                )
+
     def _check_choices(self) -> None:
         for name, allowed in CHOICES.items():
             if getattr(self, name) not in allowed:
@@ -254,8 +275,6 @@ class AdjointMatchingConfig(TrainingArguments):
             raise ValueError(f"guidance_scale={self.guidance_scale} is not a number from 1 on; pass 1 for no guidance.")
         if not all(map(math.isfinite, self.reward_weights or [])):
             raise ValueError(f"reward_weights={self.reward_weights} are not all finite; pass numbers, 0 to log a reward only.")
-        if self.gradient_accumulation_steps < 1:
-            raise ValueError(f"gradient_accumulation_steps={self.gradient_accumulation_steps} makes no update; pass at least 1.")
         if self.remove_unused_columns:
             raise ValueError("remove_unused_columns=True would take the columns from the rewards; leave it out.")
         for name in ("num_generations", "num_generations_eval", "num_images_to_log"):

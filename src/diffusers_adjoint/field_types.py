@@ -5,19 +5,18 @@ from __future__ import annotations
 import types
 import typing
 from collections.abc import Collection
-from numbers import Integral, Real
 from typing import Any, Literal
 
 import numpy as np
 
 __all__ = ["require_types"]
 
-NUMBERS = {bool, int, float, types.NoneType}
+NUMBERS = {int, float, types.NoneType}
 WORDS: dict[Any, str] = {bool: "True or False", int: "a whole number", float: "a number", str: "text", types.NoneType: "None"}
 
 
 def require_types(values: Any, declared_by: type, unchecked: Collection[str] = ()) -> None:
-    """Compare the fields that a class declares with their annotations, and the inherited ones where text stands for a number.
+    """Compare the fields that a class declares with their annotations, and those inherited ones that are numbers.
 
     A whole number is a number; a bool is none. Numbers of NumPy become Python's, as JSON has no others.
 
@@ -30,14 +29,22 @@ def require_types(values: Any, declared_by: type, unchecked: Collection[str] = (
     """
     hints, own = typing.get_type_hints(declared_by), declared_by.__annotations__
     for name in (name for name in hints if name in vars(values) and name not in unchecked):
-        value = vars(values)[name]
-        if isinstance(value, np.generic):
-            value = value.item()
-            setattr(values, name, value)
-        # Annotations of the host are wider or narrower than what it takes, except that a text is no number.
-        checked = name in own or (isinstance(value, str) and set(_choices(hints[name])) <= NUMBERS)
-        if checked and not _fits(value, hints[name]):
+        value = _of_python(vars(values)[name])
+        setattr(values, name, value)
+        if _is_checked(value, set(_choices(hints[name])), name in own) and not _fits(value, hints[name]):
             raise TypeError(f"{name}={value!r} is {_kind(value)}; pass {_described(hints[name])}.")
+
+
+def _of_python(value: Any) -> Any:
+    """The same with Python's numbers in place of NumPy's, in a list too."""
+    if isinstance(value, list):
+        return [_of_python(item) for item in value]
+    return value.item() if isinstance(value, np.generic) else value
+
+
+def _is_checked(value: Any, choices: set[Any], own: bool) -> bool:
+    """Other annotations of the host are wider or narrower than what it takes, except that a text is no bool."""
+    return own or choices <= NUMBERS or (isinstance(value, str) and choices <= NUMBERS | {bool})
 
 
 def _fits(value: Any, hint: Any) -> bool:
@@ -48,7 +55,7 @@ def _fits(value: Any, hint: Any) -> bool:
     if origin in (Any, Literal):  # which of a few words it is, is checked with them
         return True
     if origin in (int, float):
-        return isinstance(value, Integral if origin is int else Real) and not isinstance(value, bool)
+        return isinstance(value, int if origin is int else int | float) and not isinstance(value, bool)
     if origin is list:
         return isinstance(value, list) and all(_fits(item, typing.get_args(hint)[0]) for item in value)
     return isinstance(value, origin)
