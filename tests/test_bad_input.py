@@ -195,6 +195,14 @@ CASES = {
     "unknown pairing": Case("'previous'", "'next'", {"adjoint_pairing": "previous"}),
     "unknown on_nonfinite": Case("'ignore'", "'skip'", {"on_nonfinite": "ignore"}),
     "negative scale": Case("reward_scale=-1.0", "≥ 0", {"reward_scale": -1.0}),
+    "scale beyond all floats": Case("reward_scale has a whole number larger", "below 1.8e+308", {"reward_scale": 10**400}),
+    "guidance beyond all floats": Case("guidance_scale has a whole number", "below 1.8e+308", {"guidance_scale": 10**400}),
+    "clip with more digits than Python prints": Case("loss_clip has a whole number", "below 1.8e+308", {"loss_clip": 10**5000}),
+    "a weight beyond all floats": Case("reward_weights has a whole number", "below 1.8e+308", {"reward_weights": [-(10**400)]}),
+    "a rate beyond all floats": Case("learning_rate has a whole number", "below 1.8e+308", {"learning_rate": 10**400}),
+    "epochs beyond all floats": Case(
+        "num_train_epochs has a whole number", "below 1.8e+308", {"max_steps": -1, "num_train_epochs": 10**400}
+    ),
     "scale not a number": Case("reward_scale=nan", "≥ 0", {"reward_scale": float("nan")}),
     "guidance below 1": Case("guidance_scale=0.5", "pass 1", {"guidance_scale": 0.5}),
     "no generations": Case("num_generations=0", "at least 1", {"num_generations": 0}),

@@ -129,3 +129,5 @@ def test_options_of_evaluate_have_types_too(tmp_path):
         EvaluationArguments("base", "prompts.txt", ["brightness"], samples_per_prompt="4")
     with pytest.raises(TypeError, match=r"^guidance=\['2'\] is of type list of str; pass a list of numbers\.$"):
         EvaluationArguments("base", "prompts.txt", ["brightness"], guidance="2")
+    with pytest.raises(ValueError, match=r"^guidance has a whole number larger than any float; pass one below 1\.8e\+308\.$"):
+        EvaluationArguments("base", "prompts.txt", ["brightness"], guidance=[10**400])

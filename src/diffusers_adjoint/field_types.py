@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import types
 import typing
 from collections.abc import Collection
@@ -26,11 +27,13 @@ def require_types(values: Any, declared_by: type, unchecked: Collection[str] = (
 
     Raises:
         TypeError: for the first field that does not fit.
+        ValueError: for a whole number beyond all floats, which no arithmetic with floats takes.
     """
     hints, own = typing.get_type_hints(declared_by), declared_by.__annotations__
     for name in (name for name in hints if name in vars(values) and name not in unchecked):
         value = _of_python(vars(values)[name])
         setattr(values, name, value)
+        _require_float_range(name, value)
         if _is_checked(value, set(_choices(hints[name])), name in own) and not _fits(value, hints[name]):
             raise TypeError(f"{name}={value!r} is {_kind(value)}; pass {_described(hints[name])}.")
 
@@ -40,6 +43,12 @@ def _of_python(value: Any) -> Any:
     if isinstance(value, list):
         return [_of_python(item) for item in value]
     return value.item() if isinstance(value, np.generic) else value
+
+
+def _require_float_range(name: str, value: Any) -> None:
+    for number in value if isinstance(value, list) else [value]:
+        if isinstance(number, int) and abs(number) > sys.float_info.max:  # not shown: it has hundreds of digits
+            raise ValueError(f"{name} has a whole number larger than any float; pass one below {sys.float_info.max:.1e}.")
 
 
 def _is_checked(value: Any, choices: set[Any], own: bool) -> bool:
