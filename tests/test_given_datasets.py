@@ -1,5 +1,6 @@
 """What users hand over as datasets: each kind trains, or is refused in one sentence."""
 
+import numpy as np
 import pandas as pd
 import pytest
 import torch
@@ -8,9 +9,11 @@ from peft import LoraConfig
 from tiny_pipelines import sd3
 from tiny_trainer import PROMPTS, brightness, config, difference, weights
 from torch.utils.data import Dataset as TorchDataset
+from torch.utils.data import IterableDataset as TorchIterableDataset
 
 from diffusers_adjoint import AdjointMatchingTrainer
 from diffusers_adjoint.given_datasets import require_columns
+from diffusers_adjoint.inputs import collate_columns
 
 TWO = PROMPTS[:2]
 
@@ -116,6 +119,7 @@ BAD = {
     ),
     "list without text": ([{"prompt": "a cat"}, {"prompt": None}], ValueError, "prompt 1 is of type NoneType; pass a string"),
     "empty list": ([], ValueError, "the train_dataset has no row; pass"),
+    "a column that is numbered": ([{"text": "a cat", 3: 4}], ValueError, "have columns \\[3, 'text'\\]; add a 'prompt' column"),
     "rows without a column": ([{}], ValueError, "rows of the train_dataset have no column; pass"),
     "transform that drops the prompt": (
         Dataset.from_dict({"prompt": TWO}).with_transform(lambda batch: {"text": batch["prompt"]}),
@@ -192,6 +196,57 @@ def test_a_ragged_stream_ends_before_an_update_of_its_rows(tmp_path, odd, batch)
     assert trainer.state.global_step == (2 if batch == 1 else 1)  # the loader fetches, and compares, one batch ahead
     assert "a dog" not in seen
     with pytest.raises(ValueError, match=message):
+        trainer.evaluate(rows)
+
+
+class Rows(TorchDataset):
+    def __init__(self, rows):
+        self.rows = rows
+
+    def __len__(self):
+        return len(self.rows)
+
+    def __getitem__(self, index):
+        return self.rows[index]
+
+
+class Stream(TorchIterableDataset):
+    def __init__(self, rows):
+        self.rows = rows
+
+    def __iter__(self):
+        return iter(self.rows)
+
+
+ODD = {
+    "text": ("a dog", TypeError, "the row 'a dog' is of type str; pass rows that are dicts"),
+    "nothing": (None, TypeError, "the row None is of type NoneType; pass rows that are dicts"),
+    "lines": (np.zeros((2, 1)), TypeError, "the row array\\(.* is of type ndarray; pass rows that are dicts"),
+    "no prompt": ({"prompt": None}, ValueError, "the row {'prompt': None} has a prompt of type NoneType; pass a string"),
+    "bytes": ({"prompt": b"dog"}, ValueError, "the row {'prompt': b'dog'} has a prompt of type bytes; pass a string"),
+    "several": ({"prompt": ["dog"]}, ValueError, "the row {'prompt': \\['dog']} has a prompt of type list; pass a string"),
+    "numbered": ({"prompt": "a dog", 3: 4}, ValueError, "the row with the prompt 'a dog' has the columns \\[3, 'prompt']"),
+}
+
+
+@pytest.mark.parametrize("odd, error, message", ODD.values(), ids=ODD)
+def test_an_odd_row_is_shown_when_it_is_met(odd, error, message):
+    with pytest.raises(error, match=f"^{message}.*\\.$") as caught:
+        collate_columns([{"prompt": "a cat"}, odd])
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("kind", [Rows, Stream])
+def test_an_odd_row_ends_training_and_evaluation(tmp_path, kind):
+    """Alone in its batch, too."""
+    message = r"^the row 'a dog' is of type str; pass rows that are dicts, .*\.$"
+    rows = kind([{"prompt": "a cat"}] * 2 + ["a dog"])
+    trainer = trainer_of(
+        tmp_path, rows, max_steps=4, probe_base=False, per_device_train_batch_size=1, gradient_accumulation_steps=1
+    )
+    with pytest.raises(TypeError, match=message):
+        trainer.train()
+    with pytest.raises(TypeError, match=message):
         trainer.evaluate(rows)
 
 

@@ -11,7 +11,7 @@ from torch.utils.data import Dataset as TorchDataset
 
 from .prompts import require_prompt_strings
 
-__all__ = ["PROMPTS", "dataset_of", "eval_datasets_of", "require_columns"]
+__all__ = ["PROMPTS", "dataset_of", "eval_datasets_of", "require_columns", "require_row"]
 
 PROMPTS = {"prompt", "prompt_embeds"}  # one of them is needed
 
@@ -52,13 +52,34 @@ def eval_datasets_of(given: Any) -> Any:
     return {key: dataset_of(part, f"eval_dataset[{key!r}]") for key, part in given.items()}
 
 
+def require_row(row: Any) -> None:
+    """Check a row when it is met; its number is unknown then, as rows are shuffled, so the row itself is shown.
+
+    Raises:
+        TypeError: if it is no dict.
+        ValueError: if its prompt is no string.
+    """
+    if not isinstance(row, Mapping):
+        raise TypeError(f"the row {_shown(row)} is of type {type(row).__name__}; pass rows that are dicts, as the first one is.")
+    if not isinstance(row.get("prompt", ""), str):
+        raise ValueError(
+            f"the row {_shown(dict(row))} has a prompt of type {type(row['prompt']).__name__}; pass a string in each row."
+        )
+
+
 def require_columns(row: Mapping[str, Any], names: Collection[str]) -> None:
     """Raise ValueError, with its prompt, for a row that has other columns than those before it, as a stream may have."""
     if row.keys() != set(names):
-        which = f"with the prompt {row['prompt']!r}" if "prompt" in row else reprlib.repr(dict(row))
+        which = f"with the prompt {row['prompt']!r}" if "prompt" in row else _shown(dict(row))
         raise ValueError(
-            f"the row {which} has the columns {sorted(row)} where the first row has {sorted(names)}; give every row the same."
+            f"the row {which} has the columns {sorted(row, key=str)} where the first row has {sorted(names)}; give every row the "
+            f"same."
         )
+
+
+def _shown(value: Any) -> str:
+    """A few words of it, in one line."""
+    return " ".join(reprlib.repr(value).split())
 
 
 def _first_item(given: Any) -> Any:

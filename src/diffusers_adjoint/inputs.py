@@ -17,7 +17,7 @@ from transformers.utils import logging
 
 from .config import AdjointMatchingConfig
 from .denoiser import PipelineDenoiser
-from .given_datasets import PROMPTS, require_columns
+from .given_datasets import PROMPTS, require_columns, require_row
 from .prompts import require_prompt_strings
 from .replay import PipelineReplay
 from .replay.arguments import CallArguments
@@ -129,7 +129,7 @@ def first_row(dataset: Any, name: str, needs_prompt: bool) -> dict[str, Any]:
     if not row:
         raise ValueError(f"the rows of the {name} have no column; pass rows with at least one, such as a 'prompt'.")
     if needs_prompt and not PROMPTS & row.keys():
-        raise ValueError(f"the rows of the {name} have columns {sorted(row)}; add a 'prompt' column of strings.")
+        raise ValueError(f"the rows of the {name} have columns {sorted(row, key=str)}; add a 'prompt' column of strings.")
     if not isinstance(row.get("prompt", ""), str):
         raise ValueError(f"the first prompt of the {name} is of type {type(row['prompt']).__name__}; pass a string in each row.")
     taken = {"images", "prompts"} & row.keys()
@@ -142,11 +142,12 @@ def collate_columns(rows: list[dict[str, Any]]) -> dict[str, list[Any]]:
     """Collate rows to columns of plain lists; nothing is padded or turned into tensors.
 
     Raises:
+        TypeError: if one is no dict.
         ValueError: if one has other columns than the first, or a prompt that is no string.
     """
-    for row in rows:  # a stream is not looked through before training
+    for row in rows:  # a stream, or a dataset that makes its rows, is not looked through before training
+        require_row(row)
         require_columns(row, rows[0])
-    require_prompt_strings(row["prompt"] for row in rows if "prompt" in row)
     return {name: [_plain(row[name]) for row in rows] for name in rows[0]}
 
 
