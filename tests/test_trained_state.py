@@ -96,6 +96,26 @@ def test_every_strength_that_was_asked_for_is_right(tmp_path, kind):
         trainer.save_model()
 
 
+SWITCHES = {
+    "off and on": lambda p: (p.disable_lora(), p.enable_lora()),
+    "alone and back": lambda p: (p.set_adapters("style", 0.7), p.set_adapters(["style", "adjoint"], [0.7, 1.0])),
+}
+
+
+@pytest.mark.parametrize("switch", SWITCHES.values(), ids=SWITCHES.keys())
+@pytest.mark.parametrize("build", [sd3, sd15])
+def test_the_bases_adapters_stay_frozen_when_they_are_switched_on(tmp_path, build, switch):
+    """PEFT makes all adapters trainable that are switched on; the optimizer has ours only."""
+    trainer = make_trainer(tmp_path, pipeline=with_style(build))
+    ours = weights(trainer).keys()
+    switch(trainer.pipeline)
+    assert weights(trainer).keys() > ours
+    trainer.train()
+    switch(trainer.pipeline)
+    trainer.save_model()
+    assert weights(trainer).keys() == ours
+
+
 def test_a_preview_during_training_is_found_at_the_next_checkpoint(tmp_path):
     trainer = make_trainer(tmp_path, max_steps=2, save_strategy="steps", save_steps=1)
     step = trainer.training_step

@@ -17,8 +17,8 @@ __all__ = ["TrainedState"]
 class TrainedState:
     """The state of a denoiser as it was prepared for training, to be compared with what it is later.
 
-    Between two calls of the trainer the pipeline is the user's, who may preview it at another strength, switch the adapter off,
-    or take it away; a file that is saved then would hold another model than the one that was trained.
+    Between two calls of the trainer, and in callbacks between two updates, the pipeline is the user's, who may preview it at
+    another strength, switch the adapter off, or take it away; what is trained or saved then would be another model.
 
     Args:
         pipeline: whose `component` is trained.
@@ -29,11 +29,15 @@ class TrainedState:
     def __init__(self, pipeline: DiffusionPipeline, component: str, base_adapters: list[str] | None) -> None:
         self._pipeline, self._component, self._base_adapters = pipeline, component, base_adapters
         self._network: nn.Module = getattr(pipeline, component)
-        self._scalings = self._current_scalings()
+        self._scalings = self._current_scalings(self._layers())
         self._trained = len(self._trained_weights())
 
     def require_adapter(self) -> None:
-        """Raises ValueError, with the way out, unless the network acts as it was prepared: adapters, their order and strength."""
+        """Raises ValueError, with the way out, unless the network acts as it was prepared: adapters and their strength.
+
+        Those of the base are frozen again, because PEFT makes trainable whatever is switched on. Cheap enough for every update:
+        it walks over the network's modules and looks at no tensor.
+        """
         if getattr(self._pipeline, self._component, None) is not self._network:
             raise ValueError(f"the pipeline's {self._component} is no longer the network in training; put it back.")
         layers = self._layers()
@@ -54,10 +58,11 @@ class TrainedState:
         if any(set(layer.active_adapters) != set(adapters) for layer in layers):
             active = sorted({name for layer in layers for name in layer.active_adapters})
             raise ValueError(f"the active adapters of {self._named} are {active}; {self._way_back(adapters)} first.")
-        if self._current_scalings() != self._scalings:
+        if self._current_scalings(layers) != self._scalings:
             raise ValueError(
                 f"an adapter of {self._named} acts with another strength than in training; {self._way_back(adapters)} first."
             )
+        self._freeze_base(layers)
 
     def require_trainable(self, optimizer: torch.optim.Optimizer | None) -> None:
         """Raises ValueError, with the way out, where training would teach nothing.
@@ -102,9 +107,16 @@ class TrainedState:
     def _layers(self) -> list[Any]:
         return [module for module in self._network.modules() if isinstance(module, BaseTunerLayer)]
 
-    def _current_scalings(self) -> list[dict[str, float]]:
+    def _freeze_base(self, layers: list[Any]) -> None:
+        for name in self._base_adapters or []:
+            for layer in layers:
+                for parts in (getattr(layer, kind) for kind in layer.adapter_layer_names):  # adapter's name → weights
+                    if name in parts:
+                        parts[name].requires_grad_(False)
+
+    def _current_scalings(self, layers: list[Any]) -> list[dict[str, float]]:
         adapters = {*(self._base_adapters or []), ADAPTER}
-        found = [{name: scale for name, scale in layer.scaling.items() if name in adapters} for layer in self._layers()]
+        found = [{name: scale for name, scale in layer.scaling.items() if name in adapters} for layer in layers]
         return [scalings for scalings in found if scalings]  # not those of layers that only another adapter has
 
     def _way_back(self, adapters: list[str]) -> str:
