@@ -1,4 +1,4 @@
-"""The adapter, its strength, the trained weights and the optimizer are looked at before training, saving and evaluating."""
+"""The adapter, its strength, the trained weights and the optimizer are looked at before training, updates, saving, evaluating."""
 
 import contextlib
 
@@ -8,8 +8,10 @@ from datasets import Dataset
 from peft import LoraConfig
 from tiny_pipelines import sd3, sd15
 from tiny_trainer import PROMPTS, brightness, config, difference, make_trainer, weights
+from transformers import TrainerCallback
 
 from diffusers_adjoint import AdjointMatchingTrainer
+from diffusers_adjoint.updates import AfterOptimizerStep
 
 
 def with_style(build=sd3):
@@ -116,14 +118,52 @@ def test_the_bases_adapters_stay_frozen_when_they_are_switched_on(tmp_path, buil
     assert weights(trainer).keys() == ours
 
 
-def test_a_preview_during_training_is_found_at_the_next_checkpoint(tmp_path):
+class Meddling(TrainerCallback):
+    """Does something to the pipeline at one moment of the second update."""
+
+    def __init__(self, moment, meddle):
+        self._seen = []
+        setattr(self, moment, lambda args, state, control, **kwargs: self._at(state, meddle))
+
+    def _at(self, state, meddle):
+        if state.global_step == 1 and not self._seen:
+            self._seen.append(meddle())
+
+
+@pytest.mark.parametrize("moment", ["on_step_end", "on_step_begin", "on_substep_end", "on_log", "on_save"])
+def test_no_update_is_made_of_another_strength(tmp_path, moment):
+    options = {"max_steps": 3, "per_device_train_batch_size": 1, "gradient_accumulation_steps": 2}
+    if moment == "on_save":
+        options |= {"save_strategy": "steps", "save_steps": 1}
+    trainer = make_trainer(tmp_path, **options)
+    made = []
+    trainer.add_callback(Meddling(moment, lambda: trainer.pipeline.set_adapters("adjoint", 0.3)))
+    trainer.add_callback(AfterOptimizerStep(lambda: made.append(trainer.state.global_step)))
+    with pytest.raises(ValueError, match=r"with another strength than in training; call set_adapters\('adjoint', 1.0\)"):
+        trainer.train()
+    assert made == [0]
+
+
+@pytest.mark.parametrize("moment", ["on_step_end", "on_step_begin", "on_substep_end"])
+def test_the_bases_adapters_are_frozen_before_each_update(tmp_path, moment):
+    trainer = make_trainer(tmp_path, pipeline=with_style(), per_device_train_batch_size=1, gradient_accumulation_steps=2)
+    trainer.add_callback(Meddling(moment, lambda: SWITCHES["off and on"](trainer.pipeline)))
+    in_rollouts, rollout = [], trainer._rollout
+    trainer._rollout = lambda batch: in_rollouts.append(weights(trainer).keys()) or rollout(batch)
+    ours = weights(trainer).keys()
+    trainer.train()
+    assert in_rollouts == [ours] * 4
+
+
+def test_a_preview_within_an_update_is_found_at_the_next_checkpoint(tmp_path):
     trainer = make_trainer(tmp_path, max_steps=2, save_strategy="steps", save_steps=1)
     step = trainer.training_step
 
     def previewed(*args):
+        loss = step(*args)
         if trainer.state.global_step == 1:
             trainer.pipeline.set_adapters("adjoint", 0.3)
-        return step(*args)
+        return loss
 
     trainer.training_step = previewed
     with pytest.raises(ValueError, match="another strength"):

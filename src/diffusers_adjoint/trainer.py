@@ -187,7 +187,12 @@ class AdjointMatchingTrainer(PipelineTrainer):
     # ------------------------------------------------------------------------------------------------ one training step
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None = None) -> Tensor:
-        """Rollout → reward gradient → adjoint → loss and backward; returns the micro-batch's share of the loss."""
+        """Rollout → reward gradient → adjoint → loss and backward; returns the micro-batch's share of the loss.
+
+        Raises:
+            ValueError: if the network is not as it was prepared, which a callback may have changed; and see `train`.
+        """
+        self.denoiser.state.require_adapter()
         if self._probed:
             self.log(self._probed)
             self._probed = {}
