@@ -5,16 +5,20 @@ import re
 
 import pytest
 import torch
+from diffusers import UNet2DConditionModel
+from diffusers.models.attention_processor import CustomDiffusionAttnProcessor2_0
 from diffusers.utils import convert_state_dict_to_diffusers
 from peft import LoraConfig
+from peft.utils import get_peft_model_state_dict
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from tiny_images import sdxl
+from tiny_images import hidream, sdxl
+from tiny_parts import randomise
 from tiny_pipelines import sd3, sd15
 from tiny_trainer import difference, make_trainer, weights
 
 from diffusers_adjoint.evaluate.models import load_models
-from diffusers_adjoint.lora import WEIGHTS_NAME, add_lora, load_lora, save_lora
+from diffusers_adjoint.lora import WEIGHTS_NAME, add_lora, load_lora, load_saved_lora, save_lora
 
 PIPELINES = {"sd15": sd15, "sdxl": sdxl, "sd3": sd3}
 ATTENTION = ["to_q", "to_k", "to_v", "to_out.0"]
@@ -159,6 +163,91 @@ def test_a_file_of_the_old_version_is_read_whole(tmp_path, targets, kind):
     model = load_models(str(tmp_path / "base"), [str(tmp_path / "out")], {}, None, torch.device("cpu"))[1]
     with model.active():
         assert torch.equal(sample(model.pipeline), sample(pipeline))
+
+
+def with_processors():
+    """A UNet whose attention processors have layers of their own, as those of Custom Diffusion and IP-Adapter have."""
+    pipeline = sd15()
+    processors = pipeline.unet.attn_processors
+    for name in processors:
+        attention = pipeline.unet.get_submodule(name.removesuffix(".processor"))
+        if attention.is_cross_attention:
+            sizes = {"hidden_size": attention.inner_dim, "cross_attention_dim": attention.cross_attention_dim}
+            processors[name] = CustomDiffusionAttnProcessor2_0(**sizes)
+    pipeline.unet.set_attn_processor(processors)
+    randomise(pipeline.unet, 0.2)
+    return pipeline
+
+
+def with_pooled_text():
+    """A UNet with layers named q_proj, k_proj, v_proj, which the earlier version renamed in another way."""
+    pipeline = sd15()
+    names = {"addition_embed_type": "text", "addition_embed_type_num_heads": 2}
+    torch.manual_seed(0)
+    pipeline.register_modules(unet=UNet2DConditionModel.from_config(pipeline.unet.config, **names).eval())
+    return pipeline
+
+
+ODD_NAMES = {"processors": (with_processors, ".processor."), "pooled text": (with_pooled_text, ".q_proj.")}
+
+
+@pytest.mark.parametrize("version", ["this", "earlier"])
+@pytest.mark.parametrize("kind", ["plain", "dora"])
+@pytest.mark.parametrize(("build", "part"), ODD_NAMES.values(), ids=ODD_NAMES.keys())
+def test_odd_names_of_layers_are_read_whole(tmp_path, build, part, kind, version):
+    """The earlier version took "processor" away, and called the matrices of q_proj otherwise than those of to_q."""
+    config = TARGETS["all-linear"] | KINDS[kind]
+    pipeline = tuned(build, **config)
+    expected = sample(pipeline)
+    assert not torch.equal(expected, sample(build()))
+    save_lora(pipeline, "unet", tmp_path)
+    names = load_file(tmp_path / WEIGHTS_NAME).keys()
+    assert any(part in name for name in names)
+    if version == "earlier":
+        of_the_old_version(tmp_path)
+        assert not any(name in load_file(tmp_path / WEIGHTS_NAME) for name in names if part in name and "lora_A" in name)
+    again = build()
+    add_lora(again, "unet", LoraConfig(r=2, lora_alpha=8, **config))
+    load_lora(again.unet, "unet", tmp_path)
+    assert torch.equal(sample(again), expected)
+    fresh = build()
+    load_saved_lora(fresh, tmp_path / WEIGHTS_NAME)
+    assert torch.equal(sample(fresh), expected)
+
+
+def test_the_output_of_an_attention_that_is_one_layer_keeps_its_name(tmp_path):
+    """Transformers have an attention whose to_out is a layer, not a list of a layer and a dropout."""
+    config = {"target_modules": ["to_out"], "use_dora": True}
+    pipeline = tuned(hidream, **config)
+    save_lora(pipeline, "transformer", tmp_path)
+    assert any(name.endswith(".to_out.lora_magnitude_vector") for name in load_file(tmp_path / WEIGHTS_NAME))
+    again = hidream()
+    add_lora(again, "transformer", LoraConfig(r=2, lora_alpha=8, **config))
+    load_lora(again.transformer, "transformer", tmp_path)
+    fresh = hidream()
+    load_saved_lora(fresh, tmp_path / WEIGHTS_NAME, adapter_name="adjoint")
+    expected = get_peft_model_state_dict(pipeline.transformer, adapter_name="adjoint")
+    for network in (again.transformer, fresh.transformer):
+        read = get_peft_model_state_dict(network, adapter_name="adjoint")
+        assert read.keys() == expected.keys() and all(torch.equal(read[name], expected[name]) for name in expected)
+
+
+def test_a_lora_with_the_names_of_old_attention_processors_is_evaluated(tmp_path):
+    """Such files are on the Hub; diffusers itself reads them."""
+    pipeline = tuned(sd15)
+    save_lora(pipeline, "unet", tmp_path)
+    file = tmp_path / WEIGHTS_NAME
+    with safe_open(file, "pt") as saved:
+        metadata = saved.metadata()
+    old = {}
+    for name, value in load_file(file).items():
+        layer, matrix, _ = name.rsplit(".", 2)
+        attention, projection = layer.removesuffix(".0").rsplit(".", 1)
+        old[f"{attention}.processor.{projection}_lora.{'down' if matrix == 'lora_A' else 'up'}.weight"] = value
+    save_file(old, file, metadata)
+    fresh = sd15()
+    load_saved_lora(fresh, file)
+    assert torch.equal(sample(fresh), sample(pipeline))
 
 
 def test_a_lost_weight_is_noticed(tmp_path, monkeypatch):

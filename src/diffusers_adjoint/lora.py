@@ -18,7 +18,7 @@ import torch
 from diffusers import DiffusionPipeline
 from diffusers.loaders import PeftAdapterMixin
 from diffusers.training_utils import cast_training_params
-from diffusers.utils import convert_unet_state_dict_to_peft, logging
+from diffusers.utils import convert_state_dict_to_diffusers, logging
 from peft import LoraConfig, PeftType
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
@@ -39,6 +39,7 @@ CARRIED = {"r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "us
 CARRIED |= {"target_modules", "exclude_modules", "layers_to_transform", "layers_pattern"}
 UNUSED = {"task_type", "peft_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision", "inference_mode"}
 UNUSED |= {"lora_dropout", "init_lora_weights", "bias", "modules_to_save", "runtime_config"}
+WEIGHTS_OF_A_LAYER = ("lora_A.weight", "lora_B.weight", "lora_magnitude_vector")  # of one that is linear or a convolution
 ATTENTION = ["to_q", "to_k", "to_v", "to_out.0"]
 
 
@@ -200,16 +201,31 @@ def save_lora(pipeline: DiffusionPipeline, component: str, folder: str | Path, *
             )
 
 
-def read_lora(file: Path) -> dict[str, Tensor]:
+def read_lora(file: Path, unet: nn.Module | None) -> dict[str, Tensor]:
     """The weights in a file of `save_lora`, under the names of the file, or PEFT's where an earlier version renamed some.
+
+    Args:
+        file: whose names begin with that of the component.
+        unet: the network that the file may belong to; only of a UNet names were changed.
 
     Raises:
         ValueError: if the file is missing.
     """
     if not file.is_file():
         raise ValueError(f"{file.parent} holds no {file.name}; pass a checkpoint folder written by this trainer.")
-    # Renames what has diffusers' older names and nothing else.
-    return convert_unet_state_dict_to_peft(load_file(file))
+    names = {} if unet is None else _names_by_older_ones(unet)
+    return {names.get(name, name): value for name, value in load_file(file).items()}
+
+
+def _names_by_older_ones(unet: nn.Module) -> dict[str, str]:
+    """Name that the earlier version wrote → PEFT's, of every weight that a LoRA of this UNet can have.
+
+    By that version's own function, as no rule tells the way back: it took away "processor", and had two names for a matrix.
+    """
+    modules = [name for name, _ in unet.named_modules()]
+    names = [f"unet.{module}.{weight}" for module in modules for weight in WEIGHTS_OF_A_LAYER]
+    older: dict[str, str] = convert_state_dict_to_diffusers({name: name for name in names})
+    return older
 
 
 def load_lora(network: nn.Module, component: str, folder: str | Path) -> None:
@@ -219,7 +235,8 @@ def load_lora(network: nn.Module, component: str, folder: str | Path) -> None:
         ValueError: if the file is missing or belongs to another adapter.
     """
     file = Path(folder) / WEIGHTS_NAME
-    weights = {key.removeprefix(f"{_saved_as(component)}."): value for key, value in read_lora(file).items()}
+    read = read_lora(file, network if component == "unet" else None)
+    weights = {key.removeprefix(f"{_saved_as(component)}."): value for key, value in read.items()}
     expected = get_peft_model_state_dict(network, adapter_name=ADAPTER)
     if weights.keys() != expected.keys() or any(weights[key].shape != expected[key].shape for key in expected):
         raise ValueError(f"{file} does not fit the adapter in training; resume with the peft_config it was trained with.")
@@ -235,7 +252,7 @@ def load_saved_lora(pipeline: DiffusionPipeline, file: Path, **options: Any) -> 
     """
     with tempfile.TemporaryDirectory() as folder, safe_open(file, "pt") as saved:
         names, metadata = set(saved.keys()), saved.metadata()
-        weights = read_lora(file)
+        weights = read_lora(file, getattr(pipeline, "unet", None))
         if weights.keys() != names:  # diffusers' reader would drop a part of them
             file = Path(folder) / WEIGHTS_NAME
             save_file(weights, file, metadata)
