@@ -9,6 +9,9 @@ from datasets import Dataset, IterableDataset
 from diffusers import DDPMPipeline, DDPMScheduler, LCMScheduler, StableDiffusion3Pipeline, UNet2DModel
 from peft import AdaLoraConfig, IA3Config, LoHaConfig, LoraConfig, get_peft_model
 from tiny_pipelines import sd3, sd15
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
+from torch.nn.parallel import DistributedDataParallel
 from transformers import TrainingArguments
 
 import diffusers_adjoint.trainer
@@ -139,6 +142,32 @@ def wrapped(wrap):
     return pipeline
 
 
+def distributed(wrap):
+    """Done by the only process of a group."""
+
+    def inner(network):
+        torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+        try:
+            return wrap(network)
+        finally:
+            torch.distributed.destroy_process_group()
+
+    return inner
+
+
+def older_fsdp(network):
+    """As it holds a network; making one needs an accelerator."""
+    holder = FullyShardedDataParallel.__new__(FullyShardedDataParallel)
+    torch.nn.Module.__init__(holder)
+    holder._fsdp_wrapped_module = network
+    return holder
+
+
+def with_compiled_block(network):
+    network.transformer_blocks[0] = torch.compile(network.transformer_blocks[0], backend="eager")
+    return network
+
+
 def lora(**kwargs):
     return LoraConfig(r=2, **kwargs)
 
@@ -184,6 +213,27 @@ CASES = {
         "the transformer is compiled",
         "torch_compile=True",
         trainer={"model": lambda: wrapped(lambda network: torch.compile(network, backend="eager"))},
+    ),
+    "a compiled block": Case(
+        "the transformer is compiled", "torch_compile=True", trainer={"model": lambda: wrapped(with_compiled_block)}
+    ),
+    "a network in DataParallel": Case(
+        "the transformer is inside a DataParallel",
+        "the network itself, transformer.module, and start the script by accelerate launch",
+        trainer={"model": lambda: wrapped(torch.nn.DataParallel)},
+    ),
+    "a network in DDP": Case(
+        "the transformer is inside a DistributedDataParallel",
+        "the network itself, transformer.module, and start the script by accelerate launch",
+        trainer={"model": lambda: wrapped(distributed(DistributedDataParallel)), "peft_config": None},
+    ),
+    "a network of FSDP": Case(
+        "the transformer is divided by FSDP",
+        "load the pipeline anew",
+        trainer={"model": lambda: wrapped(distributed(lambda n: fully_shard(n, mesh=init_device_mesh("cpu", (1,)))))},
+    ),
+    "a network of the older FSDP": Case(
+        "the transformer is divided by FSDP", "load the pipeline anew", trainer={"model": lambda: wrapped(older_fsdp)}
     ),
     "K below 2": Case("num_inference_steps=1", "at least 2", {"num_inference_steps": 1}),
     "S above K": Case("num_loss_steps=9", "pass 1 to 4", {"num_loss_steps": 9}),

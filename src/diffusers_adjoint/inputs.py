@@ -21,7 +21,7 @@ from .given_datasets import PROMPTS, require_columns, require_row
 from .prompts import require_prompt_strings
 from .replay import PipelineReplay
 from .replay.arguments import CallArguments
-from .replay.view import denoiser_names, text_encoders
+from .replay.view import denoiser_names, require_undivided, text_encoders
 from .rewards import WeightedReward
 
 __all__ = ["collate_columns", "columns_to_check", "first_row", "load_pipeline", "one_row", "parsed", "parts_of", "place"]
@@ -40,12 +40,12 @@ logger = logging.get_logger(__name__)
 
 
 def load_pipeline(model: str | Path | DiffusionPipeline, init_kwargs: dict[str, Any] | None) -> DiffusionPipeline:
-    """The pipeline itself, or the one of that name or in that folder; refused if it has no scheduler or no denoiser."""
+    """The pipeline itself, or the one of that name or in that folder; refused if it has no scheduler or no whole denoiser."""
     if not isinstance(model, str | Path | DiffusionPipeline):
         raise TypeError(f"model is a {type(model).__name__}; pass a DiffusionPipeline, or the name or folder of one.")
     if not isinstance(model, DiffusionPipeline):
         model = DiffusionPipeline.from_pretrained(model, **(init_kwargs or {}))
-    denoiser_names(model)
+    require_undivided(model)
     return model
 
 

@@ -13,16 +13,25 @@ from typing import Any
 import torch
 from accelerate.hooks import AlignDevicesHook, CpuOffload
 from accelerate.utils import is_compiled_module
-from diffusers import DiffusionPipeline, SchedulerMixin
+from diffusers import DiffusionPipeline, ModelMixin, SchedulerMixin
 from diffusers.image_processor import VaeImageProcessor
 from diffusers.models.cache_utils import CacheMixin
 from peft import PeftModel
 from torch import nn
+from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 
 from .casting import castable
 
 __all__ = ["called_in_place_of", "counting_rows", "denoiser_names", "make_view", "no_guidance", "preparing_methods"]
-__all__ += ["processors_restored", "quiet", "set_differentiable", "set_method", "text_encoders", "view_class"]
+__all__ += [
+    "processors_restored",
+    "quiet",
+    "require_undivided",
+    "set_differentiable",
+    "set_method",
+    "text_encoders",
+    "view_class",
+]
 
 DENOISERS = ("transformer", "unet", "transformer_2")
 
@@ -34,7 +43,7 @@ def denoiser_names(pipeline: DiffusionPipeline) -> list[str]:
 
     Raises:
         TypeError: if it is no diffusers pipeline.
-        ValueError: if it has no scheduler, no denoiser, or one that is cached or offloaded.
+        ValueError: if it has no scheduler, no denoiser, or one that is wrapped, cached or offloaded.
     """
     if not isinstance(pipeline, DiffusionPipeline):
         raise TypeError(f"the pipeline is a {type(pipeline).__name__}; pass a diffusers DiffusionPipeline.")
@@ -51,14 +60,31 @@ def denoiser_names(pipeline: DiffusionPipeline) -> list[str]:
 
 
 def _require_plain(name: str, denoiser: nn.Module) -> None:
-    """A wrapper hides the network's adapters and its switches."""
-    if is_compiled_module(denoiser):
+    """A wrapper hides the network's adapters and its switches; around a part of it, its name comes into all names of weights."""
+    if any(is_compiled_module(module) for module in denoiser.modules()):
         raise ValueError(f"the {name} is compiled; pass the pipeline as it was before torch.compile, and torch_compile=True.")
     if isinstance(denoiser, PeftModel):
         raise ValueError(
             f"the {name} is a PeftModel; pass the pipeline with the network itself, {name}.unload(), and a LoRA to train as "
             f"peft_config."
         )
+    # DataParallel, DDP, DeepSpeed; what older FSDP holds is divided, see require_undivided.
+    if isinstance(getattr(denoiser, "module", None), ModelMixin) and not isinstance(denoiser, FullyShardedDataParallel):
+        raise ValueError(
+            f"the {name} is inside a {type(denoiser).__name__}; pass the pipeline with the network itself, {name}.module, and "
+            f"start the script by accelerate launch, which has the trainer distribute it."
+        )
+
+
+def require_undivided(pipeline: DiffusionPipeline) -> None:
+    """Raises ValueError if FSDP has divided a denoiser: before training, in which the host does so itself."""
+    for name in denoiser_names(pipeline):
+        # The older FSDP is a module around a network or a part, the newer one a base class that these are given.
+        if any(isinstance(module, FSDPModule | FullyShardedDataParallel) for module in getattr(pipeline, name).modules()):
+            raise ValueError(
+                f"the {name} is divided by FSDP; load the pipeline anew, and start the script by accelerate launch, which has "
+                f"the trainer divide it."
+            )
 
 
 def set_differentiable(network: nn.Module) -> None:
