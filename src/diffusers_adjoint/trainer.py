@@ -157,14 +157,19 @@ class AdjointMatchingTrainer(PipelineTrainer):
         self.add_callback(AfterOptimizerStep(self._judge_update))
 
     def _start_records(self) -> None:
-        """What is counted and remembered between two log lines, and in a call of `train`."""
+        """What is remembered of the run; what an update or a call of `train` counts is in `_start_counts`."""
         self._idle_steps: list[int] = []  # of the trained network; found at the start of training
-        self._samples = SampleLog()
         self._probed: dict[str, float] = {}  # what the probe measured, until it is logged
         self._target_kl: float | None = None  # as it was announced, nats
         self._left_target = False  # and was told so
+        self._start_counts()
+
+    def _start_counts(self) -> None:
+        """For a call of `train`: forgets what one has left that an error has ended."""
+        self._samples = SampleLog()  # since the last log line
         self._kept = torch.zeros((), device=self.args.device)  # images of this update, on this process, that train
-        self._gradients_checked = False  # in this call of `train`
+        self._dropped = False  # the update under way
+        self._gradients_checked = False
 
     @classmethod
     def from_ddpo(
@@ -412,13 +417,7 @@ class AdjointMatchingTrainer(PipelineTrainer):
         if self.args.gradient_checkpointing:
             self.denoiser.gradient_checkpointing_enable()
         self._check_first_row()
-        # What a call of `train` left that an error has ended.
-        self._samples, self._kept, self._dropped, self._gradients_checked = (
-            SampleLog(),
-            torch.zeros_like(self._kept),
-            False,
-            False,
-        )
+        self._start_counts()
         warn_of_given_start(self.replay)
 
     def _check_first_row(self) -> None:
