@@ -34,7 +34,7 @@ from .lock import only_trainer
 from .lora import ADAPTER, WEIGHTS_NAME, load_lora, save_lora
 from .publishing import PublishingTrainer
 from .run_record import RunFacts, RunRecord, adapter_facts, facts_to_go_on, settings_of, versions
-from .sample_images import SampleImages, image_grid, save_grid, to_trackers, warn_if_lost
+from .sample_images import SampleImages, image_grid, save_grid, spare_training, to_trackers, warn_if_lost
 from .sample_log import SampleLog, summarise
 from .sharding import from_first_process, spread_like, whole_network
 from .updates import UpdateCount
@@ -57,6 +57,15 @@ class PipelineTrainer(PublishingTrainer):
     _constant: tuple[str, str | None] | None = None  # fingerprint of the base, and the class of an optimizer that the user made
     _finished = False  # whether the checkpoint that training starts from has all its updates
     _columns: Collection[str] = ()  # of the first row; set at the start of training
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        spare_training(self.callback_handler.callbacks)
+
+    def add_callback(self, callback: Any) -> None:
+        """The host's; what a tracker cannot write is a warning."""
+        super().add_callback(callback)
+        spare_training(self.callback_handler.callbacks)
 
     # ---------------------------------------------------------------------------------------------------------- several devices
 

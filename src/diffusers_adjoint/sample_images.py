@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,12 +13,12 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 from transformers import TrainerCallback
-from transformers.integrations import TensorBoardCallback, TrackioCallback, WandbCallback
+from transformers.integrations import INTEGRATION_TO_CALLBACK, TensorBoardCallback, TrackioCallback, WandbCallback
 from transformers.utils import logging
 
 from .inputs import prompts_of
 
-__all__ = ["SampleImages", "image_grid", "picture", "save_grid", "to_trackers", "warn_if_lost"]
+__all__ = ["SampleImages", "image_grid", "picture", "save_grid", "spare_training", "to_trackers", "warn_if_lost"]
 
 logger = logging.get_logger(__name__)
 
@@ -112,6 +112,23 @@ def _to_tracker(callback: TrainerCallback, grid: Image.Image, name: str, step: i
 
 def _log_image(tracker: Any, name: str, grid: Image.Image, step: int) -> None:
     tracker.log({name: tracker.Image(grid), "train/global_step": step})
+
+
+def spare_training(callbacks: Sequence[TrainerCallback]) -> None:
+    """From here on what a tracker cannot write is a warning; one that cannot be started is an error still, before training."""
+    for callback in callbacks:
+        if isinstance(callback, tuple(INTEGRATION_TO_CALLBACK.values())):
+            for event in ("on_log", "on_evaluate", "on_save", "on_train_end"):
+                if event not in vars(callback):
+                    setattr(callback, event, _warning(getattr(callback, event), f"{type(callback).__name__}.{event} has failed"))
+
+
+def _warning(method: Callable[..., Any], what: str) -> Callable[..., Any]:
+    def inner(*args: Any, **kwargs: Any) -> Any:
+        with warn_if_lost(what):
+            return method(*args, **kwargs)
+
+    return inner
 
 
 @contextmanager
