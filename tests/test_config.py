@@ -46,7 +46,12 @@ def test_no_token_is_shown(tmp_path):
     args = AdjointMatchingConfig(
         str(tmp_path),
         hub_token=secret,
-        model_init_kwargs={"token": secret, "variant": "fp16", "parts": [{"use_auth_token": secret}]},
+        model_init_kwargs={
+            "token": secret,
+            "variant": "fp16",
+            "parts": [{"use_auth_token": secret}],
+            "pair": (1, {"HF_TOKEN": secret}),
+        },
         pipeline_kwargs={"height": 64},
         report_to="none",
         use_cpu=True,

@@ -223,6 +223,12 @@ def test_defaults_of_alignprop(caplog):
     assert not caplog.messages
 
 
+def test_what_a_tracker_was_to_be_given_is_not_told(caplog):
+    config_from_ddpo(DDPOConfig(tracker_kwargs={"comet_ml": {"api_key": "secret"}}), use_cpu=True)
+    (message,) = caplog.messages
+    assert message.startswith("tracker_kwargs is ignored: ") and "secret" not in message
+
+
 def test_fields_that_change_their_values(tmp_path):
     (tmp_path / "checkpoint-2").mkdir()
     (tmp_path / "checkpoint-10").mkdir()

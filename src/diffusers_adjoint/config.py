@@ -301,11 +301,11 @@ class AdjointMatchingConfig(TrainingArguments):
 
 
 def masked(value: Any) -> Any:
-    """The same with a placeholder for each token, by its key as the host does, in dicts at any depth."""
+    """The same with a placeholder for each token, by its key as the host does, in dicts, lists and tuples at any depth."""
     if isinstance(value, dict):
-        secret = {key for key in value if isinstance(key, str) and key.endswith("token") and value[key] is not None}
+        secret = {key for key in value if isinstance(key, str) and key.lower().endswith("token") and value[key] is not None}
         return {key: f"<{key.upper()}>" if key in secret else masked(item) for key, item in value.items()}
-    return [masked(item) for item in value] if isinstance(value, list) else value
+    return type(value)(map(masked, value)) if type(value) in (list, tuple) else value
 
 
 def with_learning_rate(args: AdjointMatchingConfig, *, full: bool) -> AdjointMatchingConfig:

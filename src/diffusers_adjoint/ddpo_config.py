@@ -192,7 +192,8 @@ def follows_alignprop(old: Mapping[str, Any]) -> bool:
 def _warn_of_losses(old: dict[str, Any], renamed: dict[str, str]) -> None:
     for name, reason in WITHOUT_COUNTERPART.items():
         if name not in renamed and old.get(name, DEFAULTS[name]) != DEFAULTS[name]:
-            logger.warning(f"{name}={old[name]!r} is ignored: {reason}.")
+            value = "" if isinstance(old[name], dict) else f"={old[name]!r}"  # of a tracker, it may hold keys
+            logger.warning(f"{name}{value} is ignored: {reason}.")
     for name in sorted(old.keys() - DEFAULTS.keys() - MODERN):
         logger.warning(f"{name!r} is ignored: neither the old configs nor AdjointMatchingConfig have such a field.")
     for name in sorted(old.get("project_kwargs", {}).keys() - {"project_dir", "total_limit", "automatic_checkpoint_naming"}):
