@@ -244,7 +244,8 @@ def final_weights(tmp_path):
 def test_an_interrupted_command_saves_and_says_how_to_go_on(recipe, tmp_path, capsys, number, code):
     interrupt_in(tmp_path, number, 2)  # in the second update
     handlers = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
-    secrets = ["--hub_token", "hf_secretsecret", "--model_init_kwargs", '{"token": "hf_othersecret"}']
+    secrets = ["--hub_token=secret-1", "--hub_token", "secret-2", "--model_init_kwargs", '{"token": "hf_secret3"}']
+    secrets += ["--run_name", "hf_secret" + "x" * 28]
     assert main(["train", "--config", recipe, *RUN, *secrets]) == code
     assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == handlers
     captured = capsys.readouterr().err
@@ -255,6 +256,26 @@ def test_an_interrupted_command_saves_and_says_how_to_go_on(recipe, tmp_path, ca
     assert words[0] == "diffusers-adjoint" and main(words[1:]) == 0
     assert "out/checkpoint-2" not in capsys.readouterr().err  # no warning: the run goes on as it was
     assert any(value.any() for name, value in final_weights(tmp_path).items() if "lora_B" in name)
+
+
+def test_what_looks_a_little_like_a_token_is_told(recipe, model, tmp_path, capsys):
+    """The command is to be pasted into a shell."""
+    (tmp_path / "hf_models").symlink_to(model)
+    interrupt_in(tmp_path, signal.SIGTERM, 2)
+    options = ["--model_name_or_path", "hf_models", "--output_dir", "hf_out", "--include_num_input_tokens_seen", "no"]
+    assert main(["train", "--config", recipe, *RUN, *options]) == 143
+    line = capsys.readouterr().err.strip().splitlines()[-1]
+    assert f"newest checkpoint: {Path('hf_out/checkpoint-2')}; go on with: " in line
+    assert line.endswith(" ".join([*options, "--resume_from_checkpoint", "true"]))
+
+
+def test_an_interrupted_start_of_a_run_that_goes_on_says_so(recipe, tmp_path, capsys, monkeypatch):
+    interrupt_in(tmp_path, signal.SIGINT, 10**6)
+    assert main(["train", "--config", recipe, *RUN, "--save_strategy", "steps", "--save_steps", "1"]) == 0
+    monkeypatch.setattr("diffusers_adjoint.cli._trainer", lambda arguments: signal.raise_signal(signal.SIGINT))
+    assert main(["train", "--config", recipe, *RUN, "--resume_from_checkpoint", "true"]) == 130
+    said = "diffusers-adjoint: interrupted before the first update of this start; the same command goes on."
+    assert capsys.readouterr().err.strip().splitlines()[-1] == said
 
 
 def test_without_a_checkpoint_the_line_says_so(recipe, tmp_path, capsys):

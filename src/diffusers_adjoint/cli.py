@@ -37,6 +37,8 @@ logger = logging.get_logger(__name__)
 
 PROGRAM = "diffusers-adjoint"
 LONGEST_ERROR = 1000  # characters of an error line
+# A token after its option, in JSON after its name, or what looks like one of the Hub.
+SECRET = re.compile(r"""(--\w*token[ =]["']?|\w*token"\s*:\s*")[^\s"']+|hf_[a-zA-Z0-9]{30,}""", re.IGNORECASE)
 DIGITS = Path(__file__).parents[2] / "examples" / "digits"  # of the checkout that an editable install points to
 # trl.ModelConfig is made for language models: these options would change nothing here.
 WITHOUT_EFFECT = ["attn_implementation", "load_in_8bit", "load_in_4bit", "bnb_4bit_quant_type", "use_bnb_nested_quant"]
@@ -183,7 +185,7 @@ def train(argv: Sequence[str]) -> int:
         if code not in (130, 143):
             raise
         if trainer is None or trainer.is_world_process_zero():
-            print(f"{PROGRAM}: interrupted {_how_to_go_on(trainer, argv)}", file=sys.stderr)
+            print(f"{PROGRAM}: interrupted {_how_to_go_on(trainer, arguments, argv)}", file=sys.stderr)
         return code
     return 0
 
@@ -211,15 +213,17 @@ def _finish(trainer: AdjointMatchingTrainer, arguments: Arguments) -> None:
         trainer.save_model()
 
 
-def _how_to_go_on(trainer: AdjointMatchingTrainer | None, argv: Sequence[str]) -> str:
+def _how_to_go_on(trainer: AdjointMatchingTrainer | None, arguments: Arguments, argv: Sequence[str]) -> str:
     """The end of a line about an interruption."""
-    made = trainer.state.global_step if trainer else 0
-    where = f"after update {made} of {trainer.state.max_steps}" if trainer and made else "before the first update"
+    made, resumes = trainer.state.global_step if trainer else 0, bool(arguments.resume)
+    first = f"before the first update{' of this start' if resumes else ''}"
+    where = f"after update {made} of {trainer.state.max_steps}" if trainer and made else first
     if trainer is None or (newest := trainer.newest_checkpoint()) is None:
-        return f"{where}, without a checkpoint; the same command starts anew."
+        return f"{where}{'; the same command goes on' if resumes else ', without a checkpoint; the same command starts anew'}."
     again = shlex.join([*argv, "--resume_from_checkpoint", "true"])  # the last one counts
     program = PROGRAM if trainer.args.world_size == 1 else "accelerate launch -m diffusers_adjoint.cli"
-    return re.sub(r"hf_\w+", "hf_…", f"{where}; newest checkpoint: {newest}; go on with: {program} train {again}")
+    again = SECRET.sub(lambda found: f"{found[1] or ''}…", again)
+    return f"{where}; newest checkpoint: {newest}; go on with: {program} train {again}"
 
 
 def _load_pipeline(name: str, init_kwargs: dict[str, Any]) -> Any:
