@@ -181,6 +181,14 @@ def halved(file):
     file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
 
 
+def broken_chunk(file):
+    """A PNG whose pixels end early, and with them the reader's way to the next chunk."""
+    content = bytearray(file.read_bytes())
+    start = content.index(b"IDAT")
+    content[start - 4 : start] = (int.from_bytes(content[start - 4 : start], "big") // 2).to_bytes(4, "big")
+    file.write_bytes(content)
+
+
 @pytest.mark.parametrize(
     ("name", "damage"),
     [
@@ -189,7 +197,9 @@ def halved(file):
         ("prompts/000001/measured.json", lambda file: file.write_text("")),
         ("prompts/000001/measured.json", lambda file: file.write_text("[]")),
         ("prompts/000001/measured.json", lambda file: file.write_bytes(b"\xff\xfe\x00")),
+        ("prompts/000001/measured.json", lambda file: file.write_text("[" * 100_000)),
         ("prompts/000001/ode-steps3-guidance1-base.png", halved),
+        ("prompts/000001/ode-steps3-guidance1-base.png", broken_chunk),
         ("evaluation.json", halved),
         ("evaluation.json", lambda file: file.write_text("[]")),
     ],
@@ -211,6 +221,26 @@ def test_an_output_dir_that_is_a_file(here, capsys):
     Path("evaluation").touch()
     evaluate(status=1)
     assert "error: output_dir='evaluation' is a file; pass a folder." in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["/proc/self/mine", "a\0b", "a" * 300])
+def test_an_output_dir_that_cannot_be_written(here, capsys, name):
+    evaluate(name, status=1)
+    assert f"error: output_dir={name!r} cannot be written (" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["prompts", "results.csv"])
+def test_a_result_that_cannot_be_written(here, capsys, name):
+    """Nothing that is finished is lost by it."""
+    here.joinpath("evaluation").mkdir()
+    if name == "prompts":
+        Path("evaluation", name).touch()
+    else:
+        Path("evaluation", name).mkdir()
+    evaluate(status=1)
+    line = capsys.readouterr().err.strip().splitlines()[-1]
+    assert line.startswith(f"diffusers-adjoint: error: evaluation/{name}")
+    assert line.endswith("make room for it, and the same command goes on, without overwrite_output_dir.")
 
 
 @pytest.mark.parametrize("content", [b"", b"garbage" * 100, "half", "another"])
@@ -463,13 +493,13 @@ def test_results_of_unknown_options_are_neither_used_nor_overwritten(here, capsy
     assert Path("mine/results.md").read_text() == "precious"
 
 
-def test_a_prompt_is_whole_or_absent(here, monkeypatch):
+def test_a_prompt_is_whole_or_absent(here, capsys, monkeypatch):
     def fail(self, *args):
         raise OSError("no space left")
 
     monkeypatch.setattr(Image.Image, "save", fail)
-    with pytest.raises(OSError, match="no space"):
-        evaluate()
+    evaluate(status=1)
+    assert "error: evaluation cannot be written (no space left); make room for it" in capsys.readouterr().err
     assert not list(Path("evaluation/prompts").glob("[0-9]*"))
     monkeypatch.undo()
     os.chdir(here)

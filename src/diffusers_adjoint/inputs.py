@@ -75,8 +75,9 @@ def require_writable(folder: str) -> None:
         Path(folder).mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
             pass
-    except OSError as error:
-        raise ValueError(f"output_dir={folder!r} cannot be written ({error.strerror}); pass a folder you may write to.") from None
+    except (OSError, ValueError) as error:  # ValueError: a zero byte in the name
+        reason = getattr(error, "strerror", None) or error
+        raise ValueError(f"output_dir={folder!r} cannot be written ({reason}); pass a folder you may write to.") from None
 
 
 def columns_to_check(

@@ -71,7 +71,8 @@ def evaluate(args: EvaluationArguments, reward: WeightedReward, features: dict[s
     weights = dict(zip(reward.names, reward.weights, strict=True))
     report = make_report(results, reward_scale=args.reward_scale, weights=weights)
     if state.is_main_process:
-        _write(args, store, report, rows, results)
+        with store.writing():
+            _write(args, store, report, rows, results)
     state.wait_for_everyone()
     return report
 
@@ -158,7 +159,8 @@ def _measure_all(
                     if shown and (drawn := strip(images)) is not None:
                         strips[setting, model.name] = drawn
                     bar.update(settings.samples)
-            store.write(prompt, rows[prompt], results, strips)
+            with store.writing():
+                store.write(prompt, rows[prompt], results, strips)
 
 
 def _replays(

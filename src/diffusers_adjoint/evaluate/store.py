@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,7 @@ from datasets.fingerprint import Hasher
 from PIL import Image
 
 from ..checkpoint import whole_files, whole_folder
+from ..inputs import require_writable
 from .arguments import SAMPLERS
 from .measure import Measured, Setting
 
@@ -42,10 +45,11 @@ class Store:
             overwrite: forget the evaluation that is there; other files stay.
 
         Raises:
-            ValueError: if it holds an evaluation with other options, or is no folder.
+            ValueError: if it holds an evaluation with other options, or is no folder that can be written.
         """
-        if self.folder.exists() and not self.folder.is_dir():
+        if os.path.isfile(self.folder):  # unlike Path's, it takes a name that no file can have
             raise ValueError(f"output_dir={str(self.folder)!r} is a file; pass a folder.")
+        require_writable(str(self.folder))
         before = self._options()
         if before is None and (any(self._finished()) or (self.folder / "results.md").exists()):
             raise ValueError(f"{self.folder} holds results, but no {OPTIONS} that says of what; pass another output_dir.")
@@ -79,8 +83,19 @@ class Store:
         """
         try:
             return read()
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, SyntaxError, RecursionError) as error:  # the third of a broken PNG, the last of JSON
             raise self._damaged(file, " ".join(str(error).split())) from error
+
+    @contextmanager
+    def writing(self) -> Iterator[None]:
+        """Raises ValueError within this context for a file that cannot be written."""
+        try:
+            yield
+        except OSError as error:
+            raise ValueError(
+                f"{error.filename or self.folder} cannot be written ({error.strerror or error}); make room for it, and the same "
+                f"command goes on, without overwrite_output_dir."
+            ) from error
 
     def _damaged(self, file: Path, reason: str) -> ValueError:
         return ValueError(
