@@ -402,6 +402,11 @@ CASES = {
     "checkpoint without progress": Case(
         "holds no trainer_state.json", "checkpoint folder", train={"resume_from_checkpoint": "WEIGHTS"}
     ),
+    "a number to resume": Case(
+        "resume_from_checkpoint=3 is of type int", "pass a folder", train={"resume_from_checkpoint": 3}, error=TypeError
+    ),
+    "no name to resume": Case("resume_from_checkpoint=''", "pass a checkpoint folder", train={"resume_from_checkpoint": ""}),
+    "a folder that no system can have": Case("cannot be written", "may write to", {"output_dir": "a\0b"}),
     "nothing to resume": Case("holds no checkpoint", "None to start anew", train={"resume_from_checkpoint": True}),
     "reward of something else": Case(
         "'own_parameter' does not depend on the images", "compute it from them", trainer={"reward_funcs": own_parameter}

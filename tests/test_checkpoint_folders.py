@@ -37,6 +37,13 @@ def test_the_best_and_the_newest_stay_and_count(tmp_path):
     assert names(tmp_path) == ["checkpoint-1", "checkpoint-4"]
 
 
+def test_a_name_of_no_number_is_no_checkpoint(tmp_path):
+    make_checkpoints(tmp_path, 1, 2)
+    (tmp_path / "checkpoint-²").mkdir()
+    rotate(tmp_path, 1, tmp_path / "checkpoint-2", None)
+    assert names(tmp_path) == ["checkpoint-2", "checkpoint-²"]
+
+
 @pytest.mark.parametrize("limit", [None, 0, -1])
 def test_without_a_limit_all_stay(tmp_path, limit):
     make_checkpoints(tmp_path, 1, 2, 3)

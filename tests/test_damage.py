@@ -43,7 +43,12 @@ def scribble(file):
     file.write_bytes(b"\x80garbage\x00" * 40)
 
 
-DAMAGES = [truncate, empty, flip, remove, scribble]
+def nest(file):
+    """JSON of a depth that Python's reader does not follow."""
+    file.write_bytes(b"[" * 100_000)
+
+
+DAMAGES = [truncate, empty, flip, remove, scribble, nest]
 
 
 @pytest.fixture(scope="session")

@@ -105,3 +105,29 @@ def test_what_comes_after_training_is_repeated(tmp_path):
     last = make_trainer(tmp_path, **SHORT | {"max_steps": 2, "per_device_train_batch_size": 4})
     last.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
     assert difference(weights(last), weights(again)) > 0  # the best are not the last
+
+
+@pytest.mark.parametrize("updates", [2, pytest.param(3, marks=pytest.mark.slow)])
+def test_the_best_of_a_folder_that_was_moved_is_found(tmp_path, updates):
+    """Finished or not, it is the checkpoint of its number beside the others; one of another run is not."""
+
+    def trainer(folder, scores, **changes):
+        settings = SHORT | {"max_steps": 2, "eval_strategy": "steps", "eval_steps": 1, "load_best_model_at_end": True}
+        rows = Dataset.from_dict({"prompt": PROMPTS[:1]})
+        made = make_trainer(tmp_path / folder, eval_dataset=rows, **settings | changes)
+        values = iter(scores)
+        made._measure = lambda dataset: ({"reward": torch.tensor([next(values)])}, None)
+        return made
+
+    first = trainer("run", [2.0, 1.0])
+    first.train()
+    trainer("other", [1.0], max_steps=1, seed=7).train()
+    there = trainer("other", [0.0], max_steps=updates)
+    there.train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-2"))
+    assert there.state.best_model_checkpoint == str(tmp_path / "run" / "checkpoint-1")
+    assert difference(weights(first), weights(there)) == 0.0
+    (tmp_path / "run").rename(tmp_path / "moved")
+    again = trainer("moved", [0.0], max_steps=updates)
+    again.train(resume_from_checkpoint=True)
+    assert again.state.best_model_checkpoint == str(tmp_path / "moved" / "checkpoint-1")
+    assert difference(weights(first), weights(again)) == 0.0

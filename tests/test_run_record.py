@@ -201,6 +201,16 @@ def test_other_settings_are_one_warning(old, caplog):
     assert "logging" not in line and line.count(" now ") == 6
 
 
+def test_an_optimizer_with_other_groups_cannot_go_on(tmp_path):
+    trainer = make_trainer(tmp_path, **ONE)
+    trainer.optimizer = torch.optim.AdamW([p for p in trainer.denoiser.network.parameters() if p.requires_grad], lr=1e-3)
+    trainer.train()
+    with pytest.raises(
+        ValueError, match="AdamW cannot go on from the optimizer's state in .*checkpoint-1; resume with the optim"
+    ):
+        make_trainer(tmp_path, **SHORT).train(resume_from_checkpoint=True)
+
+
 def test_the_class_of_a_given_optimizer_counts(old, caplog):
     trainer = make_trainer(old, **SHORT)
     trainer.optimizer = torch.optim.SGD([p for p in trainer.denoiser.network.parameters() if p.requires_grad], lr=1e-3)

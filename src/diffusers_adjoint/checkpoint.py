@@ -14,7 +14,8 @@ from transformers.utils import logging
 
 from .run_record import RECORD_NAME, RunRecord
 
-__all__ = ["checkpoint_to_resume", "discard_leftovers", "newest_of", "require_whole", "rotate", "whole_files", "whole_folder"]
+__all__ = ["checkpoint_to_resume", "discard_leftovers", "is_of", "newest_of", "require_whole", "rotate"]
+__all__ += ["whole_files", "whole_folder"]
 
 logger = logging.get_logger(__name__)
 
@@ -123,7 +124,7 @@ def _unfinished(run_dir: Path, ending: str) -> list[Path]:
 def _step_of(folder: Path) -> int:
     """N of a folder `checkpoint-N`, −1 of any other."""
     prefix, _, step = folder.name.rpartition("-")
-    return int(step) if prefix == PREFIX_CHECKPOINT_DIR and step.isdigit() else -1
+    return int(step) if prefix == PREFIX_CHECKPOINT_DIR and step.isdecimal() else -1
 
 
 def _checkpoints(run_dir: Path) -> list[Path]:
@@ -170,6 +171,7 @@ def checkpoint_to_resume(asked: str | Path | bool | None, run_dir: Path, needed:
         needed: files and folders that a checkpoint must hold.
 
     Raises:
+        TypeError: if `asked` is none of these.
         ValueError: if there is none, or it lacks a file, or one is not what was written.
     """
     if asked is None or asked is False:
@@ -181,6 +183,10 @@ def checkpoint_to_resume(asked: str | Path | bool | None, run_dir: Path, needed:
         return None
     if asked is True:
         return str(_newest_whole(run_dir, needed))
+    if not isinstance(asked, str | Path):
+        raise TypeError(f"resume_from_checkpoint={asked!r} is of type {type(asked).__name__}; pass a folder, True or None.")
+    if not str(asked):
+        raise ValueError("resume_from_checkpoint='' names no folder; pass a checkpoint folder, True or None.")
     if fault := _fault(Path(asked), needed):
         raise ValueError(f"{asked} {fault}; pass a checkpoint folder that a trainer with these settings wrote.")
     return str(asked)
@@ -204,8 +210,13 @@ def _newest_whole(run_dir: Path, needed: Sequence[str]) -> Path:
 
 def newest_of(run_dir: Path, run: str) -> Path | None:
     """The last checkpoint that this run has written."""
-    records = {folder: _readable_record(folder) for folder in _checkpoints(run_dir)}
-    return next((folder for folder in reversed(records) if (record := records[folder]) and record.run == run), None)
+    return next((folder for folder in reversed(_checkpoints(run_dir)) if is_of(folder, run)), None)
+
+
+def is_of(folder: Path, run: str) -> bool:
+    """Whether this is a checkpoint that the run has written."""
+    record = _readable_record(folder)
+    return record is not None and record.run == run
 
 
 def _names(folders: Sequence[Path]) -> str:

@@ -24,7 +24,16 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import logging
 
 from .callbacks import SaveOnInterrupt
-from .checkpoint import checkpoint_to_resume, discard_leftovers, newest_of, require_whole, rotate, whole_files, whole_folder
+from .checkpoint import (
+    checkpoint_to_resume,
+    discard_leftovers,
+    is_of,
+    newest_of,
+    require_whole,
+    rotate,
+    whole_files,
+    whole_folder,
+)
 from .evaluation import evaluate_rows
 from .fingerprint import base_fingerprint
 from .given_datasets import eval_datasets_of, require_columns
@@ -192,9 +201,7 @@ class PipelineTrainer(PublishingTrainer):
         self.denoiser.state.require_adapter()
         run_dir = Path(self._get_output_dir(trial=trial))
         folder = run_dir / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
-        best = run_dir / f"{PREFIX_CHECKPOINT_DIR}-{self.state.best_global_step}"
-        if best == folder or best.is_dir():
-            self.state.best_model_checkpoint = str(best)
+        self._find_best(run_dir, written=folder)
         with whole_folder(folder, self.args.should_save, self._wait) as partial:
             self._write_weights(partial)
             if not self.args.save_only_model:
@@ -210,6 +217,16 @@ class PipelineTrainer(PublishingTrainer):
             self._push_from_checkpoint(str(folder))
         if self.args.should_save:
             rotate(run_dir, self.args.save_total_limit, folder, self.state.best_model_checkpoint)
+
+    def _find_best(self, run_dir: Path, written: Path | None = None) -> None:
+        """Where this run's best checkpoint lies now: the folder may have been moved since its path was noted.
+
+        Args:
+            written: the checkpoint that is being written.
+        """
+        best = run_dir / f"{PREFIX_CHECKPOINT_DIR}-{self.state.best_global_step}"
+        if best == written or is_of(best, self._run_facts.run):
+            self.state.best_model_checkpoint = str(best)
 
     def newest_checkpoint(self) -> Path | None:
         """The last one that this run has written, before an interruption too; `None` if there is none."""
@@ -330,6 +347,11 @@ class PipelineTrainer(PublishingTrainer):
         if not (self._finished and "train_loss" in logs):
             super().log(logs, start_time)
 
+    def _load_callback_state(self) -> None:
+        """The host's, when it has read its own state, and has forgotten a best checkpoint that was moved."""
+        super()._load_callback_state()
+        self._find_best(Path(self.args.output_dir))
+
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         network, folder = self.denoiser.network, Path(resume_from_checkpoint)
         if self.denoiser.base_adapters is None:
@@ -340,13 +362,17 @@ class PipelineTrainer(PublishingTrainer):
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         groups = [set(group) for group in self.optimizer.param_groups]
-        super()._load_optimizer_and_scheduler(checkpoint)
+        kind = type(getattr(self.optimizer, "optimizer", self.optimizer)).__name__
+        other = ValueError(
+            f"{kind} cannot go on from the optimizer's state in {checkpoint}; resume with the optimizer that saved it."
+        )
+        try:
+            super()._load_optimizer_and_scheduler(checkpoint)
+        except ValueError as error:  # its parameters are grouped otherwise
+            raise other from error
         # torch loads any state, and would miss what an optimizer of another class needs only in the first update.
         if any(before - set(after) for before, after in zip(groups, self.optimizer.param_groups, strict=True)):
-            kind = type(getattr(self.optimizer, "optimizer", self.optimizer)).__name__
-            raise ValueError(
-                f"{kind} cannot go on from the optimizer's state in {checkpoint}; resume with the optimizer that saved it."
-            )
+            raise other
 
     def _load_best_model(self) -> None:
         folder = Path(self.state.best_model_checkpoint)

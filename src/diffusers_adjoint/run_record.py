@@ -74,7 +74,7 @@ class RunRecord(RunFacts):
             content = json.loads((folder / RECORD_NAME).read_bytes())
             if content.pop("checksum") == _checksum(content):
                 return cls(**content)
-        except (OSError, ValueError, TypeError, AttributeError, KeyError) as error:  # whatever reading garbage raises
+        except (OSError, ValueError, TypeError, AttributeError, KeyError, RecursionError) as error:  # reading garbage
             logger.debug(f"{folder / RECORD_NAME}: {error!r}")
         raise ValueError(f"{folder} is damaged, its {RECORD_NAME} is not what was written; pass another checkpoint.")
 

@@ -50,13 +50,13 @@ def from_first_process(action: Callable[[], Any]) -> Any:
     """What `action` returns or raises on the first process, where alone it is called, on all of them.
 
     Args:
-        action: its result, or its ValueError, is sent by pickling.
+        action: its result, or its TypeError or ValueError, is sent by pickling.
     """
     outcome: list[Any] = [None, None]
     if PartialState().is_main_process:
         try:
             outcome[0] = action()
-        except ValueError as error:  # the others would wait for a process that has ended
+        except (TypeError, ValueError) as error:  # the others would wait for a process that has ended
             outcome[1] = error
     broadcast_object_list(outcome)
     if outcome[1] is not None:
