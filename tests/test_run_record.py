@@ -4,6 +4,7 @@ import json
 import os
 import re
 import shutil
+import time
 from hashlib import sha256
 
 import pytest
@@ -251,6 +252,17 @@ def test_true_is_the_run_that_wrote_last(tmp_path, caplog):
     assert again.train(resume_from_checkpoint=True).global_step == 1
     assert difference(weights(second), weights(again)) == 0.0
     assert f"checkpoint-2, checkpoint-3 in {tmp_path} are of other runs than checkpoint-1 and are passed over." in caplog.text
+
+
+def test_a_clock_that_was_set_back_makes_no_checkpoint_old(tmp_path, monkeypatch):
+    with monkeypatch.context() as ahead:
+        ahead.setattr(time, "time", lambda now=time.time: now() + 1e6)
+        make_trainer(tmp_path, **ONE).train()
+    make_trainer(tmp_path, **SHORT | {"max_steps": 3, "save_total_limit": 2, "rows": PROMPTS * 2}).train(
+        resume_from_checkpoint=True
+    )
+    assert sorted(path.name for path in tmp_path.glob("checkpoint-*")) == ["checkpoint-2", "checkpoint-3"]
+    assert checkpoint_to_resume(True, tmp_path, ["optimizer.pt"]) == str(tmp_path / "checkpoint-3")
 
 
 def test_the_record_says_which_is_the_oldest(tmp_path):

@@ -14,7 +14,7 @@ from transformers.utils import logging
 
 from .run_record import RECORD_NAME, RunRecord
 
-__all__ = ["checkpoint_to_resume", "discard_leftovers", "is_of", "newest_of", "require_whole", "rotate"]
+__all__ = ["checkpoint_to_resume", "discard_leftovers", "is_of", "last_written", "newest_of", "require_whole", "rotate"]
 __all__ += ["whole_files", "whole_folder"]
 
 logger = logging.get_logger(__name__)
@@ -137,6 +137,11 @@ def _written(folder: Path) -> float:
     """When, in seconds since 1970: as its record says, which a copy of the folder does not change; else its own date."""
     record = _readable_record(folder)
     return record.written if record else folder.stat().st_mtime
+
+
+def last_written(run_dir: Path) -> float:
+    """When the newest checkpoint was written; 0 where there is none."""
+    return max(map(_written, _checkpoints(run_dir)), default=0.0)
 
 
 def _readable_record(folder: Path) -> RunRecord | None:

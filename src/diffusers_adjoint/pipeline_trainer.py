@@ -28,6 +28,7 @@ from .checkpoint import (
     checkpoint_to_resume,
     discard_leftovers,
     is_of,
+    last_written,
     newest_of,
     require_whole,
     rotate,
@@ -212,7 +213,7 @@ class PipelineTrainer(PublishingTrainer):
                 self._write_state(partial)
             self._wait()  # for the files of the other processes
             if self.args.should_save:
-                RunRecord.write(partial, self._run_facts)
+                RunRecord.write(partial, self._run_facts, after=last_written(run_dir))
         if self.args.push_to_hub:
             self._push_from_checkpoint(str(folder))
         if self.args.should_save:

@@ -55,11 +55,16 @@ class RunRecord(RunFacts):
     files: dict[str, str]
 
     @classmethod
-    def write(cls, folder: Path, facts: RunFacts) -> None:
-        """Into a folder in which everything else lies already, on the disk of this process."""
+    def write(cls, folder: Path, facts: RunFacts, after: float = 0.0) -> None:
+        """Into a folder in which everything else lies already, on the disk of this process.
+
+        Args:
+            after: the time that the record before this one has; clocks are set back, and differ between machines.
+        """
         paths = sorted(path for path in folder.rglob("*") if path.is_file() and path != folder / RECORD_NAME)
         files = {path.relative_to(folder).as_posix(): _sha256_of(path) for path in paths}
-        (folder / RECORD_NAME).write_bytes(cls(**asdict(facts), written=time.time(), files=files)._as_json())
+        written = max(time.time(), after + 1e-3)
+        (folder / RECORD_NAME).write_bytes(cls(**asdict(facts), written=written, files=files)._as_json())
 
     @classmethod
     def read(cls, folder: Path) -> RunRecord | None:
