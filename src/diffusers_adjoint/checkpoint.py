@@ -201,7 +201,7 @@ def _newest_whole(run_dir: Path, needed: Sequence[str]) -> Path:
     passed: list[Path] = []
     for folder in reversed(checkpoints := _checkpoints(run_dir)):
         if fault := _fault(folder, needed):
-            logger.warning(f"{folder} {fault} and is passed over.")
+            logger.warning(f"{folder} {fault}; it is passed over.")
             passed.append(folder)
             continue
         known = {other: record.run for other in checkpoints if (record := _readable_record(other))}
@@ -235,11 +235,11 @@ def _fault(folder: Path, needed: Sequence[str]) -> str | None:
     try:
         record = RunRecord.read(folder)
     except ValueError:
-        return f"is damaged, its {RECORD_NAME} is not what was written,"
+        return f"is damaged, its {RECORD_NAME} is not what was written"
     if record is None:
         logger.warning(f"{folder} holds no {RECORD_NAME}: whether its files are whole and fit this run is not checked.")
     elif name := record.damaged(folder):
-        return f"is damaged, its {name} is not what was written,"
+        return f"is damaged, its {name} is not what was written"
     return None
 
 
