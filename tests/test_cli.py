@@ -307,6 +307,22 @@ def test_an_interrupt_after_training_repeats_what_comes_then(recipe, tmp_path, c
     assert any(value.any() for name, value in final_weights(tmp_path).items() if "lora_B" in name)
 
 
+def test_an_evaluation_that_fails_does_not_take_the_weights_along(recipe, tmp_path, monkeypatch):
+    """The recipe saves no checkpoint."""
+    interrupt_in(tmp_path, signal.SIGINT, 10**6)
+
+    def failing(self, **kwargs):
+        if not self.is_in_train:
+            raise RuntimeError("in the evaluation")
+        return {}
+
+    monkeypatch.setattr("diffusers_adjoint.trainer.AdjointMatchingTrainer.evaluate", failing)
+    options = ["--eval_strategy", "steps", "--eval_steps", "100", "--dataset_test_split", "train"]
+    with pytest.raises(RuntimeError, match="in the evaluation"):
+        main(["train", "--config", recipe, *RUN, *options])
+    assert any(value.any() for name, value in final_weights(tmp_path).items() if "lora_B" in name)
+
+
 def test_another_exit_is_not_an_interruption(recipe, tmp_path):
     (tmp_path / "leaving.py").write_text("import sys\n\ndef leave(images, prompts):\n    sys.exit(3)\n")
     with pytest.raises(SystemExit) as caught:

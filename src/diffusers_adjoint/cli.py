@@ -205,6 +205,8 @@ def _trainer(arguments: Arguments) -> AdjointMatchingTrainer:
 def _finish(trainer: AdjointMatchingTrainer, arguments: Arguments) -> None:
     """What comes after training."""
     if trainer.eval_dataset is not None:
+        if trainer.newest_checkpoint() is None:  # what was trained is in memory alone, and an evaluation may fail
+            trainer.save_model(_internal_call=True)
         trainer.evaluate()
     if arguments.config.push_to_hub:
         name = arguments.script.dataset_name
