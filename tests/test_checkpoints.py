@@ -289,6 +289,21 @@ def test_an_interrupt_saves_whatever_is_best(tmp_path, strategy):
     assert checkpoints(tmp_path) == ["checkpoint-1", "checkpoint-2"]
 
 
+def test_the_end_of_training_deletes_neither_the_last_checkpoint_nor_a_folder_of_the_user_s(tmp_path):
+    """The host's own clean-up would, with a limit of one."""
+    (tmp_path / "checkpoint-7-keep").mkdir()
+    (tmp_path / "checkpoint-7-keep" / "notes").write_text("mine")
+    best = {"eval_strategy": "steps", "eval_steps": 1, "save_strategy": "steps", "save_steps": 1, "load_best_model_at_end": True}
+    rows = Dataset.from_dict({"prompt": PROMPTS[:1]})
+    trainer = make_trainer(tmp_path, eval_dataset=rows, save_total_limit=1, max_steps=3, **best)
+    scores = iter([0.0, 1.0, 0.0])  # the second is the best
+    trainer._measure = lambda dataset: ({"reward": torch.tensor([next(scores)])}, None)
+    trainer.train()
+    assert checkpoints(tmp_path) == ["checkpoint-2", "checkpoint-3", "checkpoint-7-keep"]
+    assert (tmp_path / "checkpoint-7-keep" / "notes").read_text() == "mine"
+    assert trainer.args.save_total_limit == 1
+
+
 def test_a_signal_after_the_last_update_lets_the_script_go_on(tmp_path):
     class Late(TrainerCallback):
         def on_train_end(self, args, state, control, **kwargs):

@@ -339,6 +339,18 @@ class PipelineTrainer(PublishingTrainer):
         else:
             super()._run_epoch(**kwargs)
 
+    def _finalize_training(self, *args: Any, **kwargs: Any) -> Any:
+        """The host's, without its clean-up beside the best checkpoint.
+
+        With `save_total_limit=1` it would delete the last one, from which a finished run is known to be finished, and every
+        folder whose name begins like one, such as a "checkpoint-7-keep" of the user's.
+        """
+        limit, self.args.save_total_limit = self.args.save_total_limit, None
+        try:
+            return super()._finalize_training(*args, **kwargs)
+        finally:
+            self.args.save_total_limit = limit
+
     def _evaluate(self, *args: Any, **kwargs: Any) -> Any:
         """The host's, of training; the one that `eval_on_start` asks for is not repeated when training is over."""
         return {} if self._finished else super()._evaluate(*args, **kwargs)
