@@ -14,6 +14,7 @@ from torch.utils.data import IterableDataset as TorchIterableDataset
 from diffusers_adjoint import AdjointMatchingTrainer
 from diffusers_adjoint.given_datasets import require_columns
 from diffusers_adjoint.inputs import collate_columns
+from diffusers_adjoint.probe import first_rows
 
 TWO = PROMPTS[:2]
 
@@ -90,6 +91,27 @@ def test_lists_of_several_evaluations(tmp_path):
 
 def splits():
     return DatasetDict(train=Dataset.from_dict({"prompt": TWO}), test=Dataset.from_dict({"prompt": TWO}))
+
+
+class ByKey(TorchDataset):
+    """Rows in a dict: past its end there is no IndexError, and torch asks for none."""
+
+    def __init__(self, rows):
+        self.rows = dict(enumerate(rows))
+
+    def __len__(self):
+        return len(self.rows)
+
+    def __getitem__(self, index):
+        return self.rows[index]
+
+
+def test_no_row_past_the_end_is_asked_for(tmp_path):
+    rows = ByKey([{"prompt": prompt} for prompt in PROMPTS])
+    trainer_of(tmp_path, rows, eval_dataset=rows, probe_base=True).train()
+    assert first_rows(rows) == {"prompt": PROMPTS}
+    with pytest.raises(ValueError, match="the train_dataset has no row; pass at least one prompt"):
+        trainer_of(tmp_path, ByKey([]))
 
 
 def stream(rows):

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import itertools
 import reprlib
 from collections.abc import Collection, Mapping, Sequence, Sized
 from typing import Any
 
 from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict
 from torch.utils.data import Dataset as TorchDataset
+from transformers.trainer_utils import has_length
 
 from .prompts import require_prompt_strings
 
-__all__ = ["PROMPTS", "dataset_of", "eval_datasets_of", "require_columns", "require_row"]
+__all__ = ["PROMPTS", "dataset_of", "eval_datasets_of", "first_items", "require_columns", "require_row"]
 
 PROMPTS = {"prompt", "prompt_embeds"}  # one of them is needed
 
@@ -35,7 +37,8 @@ def dataset_of(given: Any, name: str) -> Any:
         if isinstance(given, list | tuple):
             _require_rows(given, name)
             return given
-    if isinstance(given, Sized) and hasattr(type(given), "__getitem__") and isinstance(_first_item(given), Mapping):
+    indexed = isinstance(given, Sized) and hasattr(type(given), "__getitem__")
+    if indexed and any(isinstance(row, Mapping) for row in first_items(given, 1)):
         return given  # of a class of the user's own, as torch takes it
     raise TypeError(
         f"{name} is of type {type(given).__name__}; pass a datasets.Dataset (its from_dict, from_pandas, from_generator or "
@@ -82,8 +85,12 @@ def _shown(value: Any) -> str:
     return " ".join(reprlib.repr(value).split())
 
 
-def _first_item(given: Any) -> Any:
-    return next(iter(given), None)
+def first_items(dataset: Any, most: int) -> list[Any]:
+    """The first rows, at most so many; a stream begins anew afterwards.
+
+    None is asked for past the end: a class with a length need not raise the IndexError by which `iter` would find it.
+    """
+    return list(itertools.islice(iter(dataset), min(most, len(dataset)) if has_length(dataset) else most))
 
 
 def _require_rows(rows: Sequence[Any], name: str) -> None:

@@ -17,7 +17,7 @@ from transformers.utils import logging
 
 from .config import AdjointMatchingConfig
 from .denoiser import PipelineDenoiser
-from .given_datasets import PROMPTS, require_columns, require_row
+from .given_datasets import PROMPTS, first_items, require_columns, require_row
 from .prompts import require_prompt_strings
 from .replay import PipelineReplay
 from .replay.arguments import CallArguments
@@ -122,9 +122,10 @@ def first_row(dataset: Any, name: str, needs_prompt: bool) -> dict[str, Any]:
     """
     if dataset is None:
         raise ValueError(f"{name} is missing; pass a dataset with a row for each prompt.")
-    row = next(iter(dataset), None)
-    if row is None:
+    rows = first_items(dataset, 1)
+    if not rows:
         raise ValueError(f"the {name} has no row; pass at least one prompt.")
+    row = rows[0]
     if not isinstance(row, Mapping):
         raise TypeError(f"the rows of the {name} are of type {type(row).__name__}; pass rows that are dicts, with a 'prompt'.")
     if not row:

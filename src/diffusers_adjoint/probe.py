@@ -7,7 +7,6 @@ samples something else on the memoryless chain.
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ from diffusers import DiffusionPipeline
 from torch import Tensor
 from transformers.utils import logging
 
+from .given_datasets import first_items
 from .inputs import collate_columns, prompts_of, repeat_rows, rows_of, without_prompt
 from .metrics import Estimate, image_statistics, prompt_mean
 from .metrics.estimate import within_prompt_std
@@ -104,7 +104,7 @@ class SamplerDifference:
 
 def first_rows(dataset: Iterable[dict[str, Any]]) -> dict[str, list[Any]]:
     """The first rows of a dataset as columns, at most `PROMPTS`; of a stream too, which begins anew afterwards."""
-    return collate_columns(list(itertools.islice(iter(dataset), PROMPTS)))
+    return collate_columns(first_items(dataset, PROMPTS))
 
 
 def probe_base(
