@@ -8,6 +8,7 @@ import torch
 from datasets import Dataset, IterableDataset
 from diffusers import DDPMPipeline, DDPMScheduler, LCMScheduler, StableDiffusion3Pipeline, UNet2DModel
 from peft import AdaLoraConfig, IA3Config, LoHaConfig, LoraConfig, get_peft_model
+from test_quantised import quantised
 from tiny_pipelines import sd3, sd15
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
@@ -55,6 +56,13 @@ def prompts_only():
 def sd15_with(scheduler):
     pipeline = sd15()
     pipeline.scheduler = scheduler
+    return pipeline
+
+
+def stored_as(dtype):
+    """Computes in float32."""
+    pipeline = sd3()
+    pipeline.transformer.enable_layerwise_casting(storage_dtype=dtype, compute_dtype=torch.float32)
     return pipeline
 
 
@@ -328,6 +336,21 @@ CASES = {
     "LoRA without attention": Case(
         "no_such_layer", "target_modules", trainer={"peft_config": lora(target_modules=["no_such_layer"])}
     ),
+    "LoRA of a regex for no layer": Case(
+        "SD3Transformer2DModel cannot take this LoRA", "target_modules", trainer={"peft_config": lora(target_modules="no_such.*")}
+    ),
+    "LoRA of a norm": Case(
+        "module AdaLayerNormZero(", "linear or convolution", trainer={"peft_config": lora(target_modules=["norm1"])}
+    ),
+    "LoRA of rank 0": Case("rank 0", "1 or more", trainer={"peft_config": LoraConfig(r=0)}),
+    "LoRA of a broken rank": Case("rank 2.5", "a whole number", trainer={"peft_config": LoraConfig(r=2.5)}, error=TypeError),
+    "LoRA of a rank in text": Case(
+        "rank '4'", "a whole number", trainer={"peft_config": lora(rank_pattern={"to_q": "4"})}, error=TypeError
+    ),
+    "LoRA of no strength": Case("lora_alpha 0", "other than 0", trainer={"peft_config": lora(lora_alpha=0)}),
+    "LoRA of a strength in text": Case(
+        "lora_alpha '8'", "a number", trainer={"peft_config": lora(alpha_pattern={"to_q": "8"})}, error=TypeError
+    ),
     "no place for a state": Case("NoStart has no prepare_latents", "pass a pipeline", trainer={"model": no_start}),
     "no scheduler": Case("has no scheduler", "scheduler.step", trainer={"model": lambda: without("scheduler")}),
     "guidance without guidance": Case(
@@ -384,6 +407,19 @@ CASES = {
     "pipeline cannot save a LoRA": Case("Unsaved cannot save", "peft_config=None", trainer={"model": without_lora_saving}),
     "all weights of a bf16 network": Case(
         "torch.bfloat16", "float32", trainer={"model": lambda: sd3().to(torch.bfloat16), "peft_config": None}
+    ),
+    "all weights, stored in 16 bits": Case(
+        "torch.bfloat16", "float32", trainer={"model": lambda: stored_as(torch.bfloat16), "peft_config": None}
+    ),
+    "all weights, stored in 8 bits": Case(
+        "holds weights of torch.float8_e4m3fn",
+        "pass a peft_config",
+        trainer={"model": lambda: stored_as(torch.float8_e4m3fn), "peft_config": None},
+    ),
+    "all weights, quantised": Case(
+        "holds weights of torch.int8",
+        "pass a peft_config",
+        trainer={"model": lambda: quantised(rounds_inputs=False), "peft_config": None},
     ),
     "column named as an argument": Case(
         "'images'", "rename", trainer={"train_dataset": Dataset.from_dict({"prompt": ["a"], "images": ["b"]})}

@@ -95,6 +95,23 @@ def test_dora_and_rslora_train_and_reload(tmp_path, build, kind):
     assert (sample(fresh) - sample(trainer.pipeline)).abs().max() <= 1e-4 * (sample(fresh) - base).abs().max() + 1e-5
 
 
+@pytest.mark.parametrize("make", [sd3, with_style], ids=["plain", "with an adapter"])
+@pytest.mark.parametrize("targets", ["no_such.*", ["norm1"], ["pos_embed.proj", "norm1"]], ids=str)
+def test_a_pipeline_whose_lora_was_refused_is_as_before(tmp_path, make, targets):
+    """PEFT stops in the middle: some layers have the adapter already when it meets one that cannot."""
+    pipeline = make()
+    before = sample(pipeline)
+    with pytest.raises(ValueError, match="cannot take this LoRA"):
+        make_trainer(tmp_path, pipeline=pipeline, peft_config=LoraConfig(r=2, target_modules=targets))
+    assert torch.equal(sample(pipeline), before)
+    assert not any(f".{ADAPTER}." in name for name, _ in pipeline.transformer.named_parameters())
+    trainer = make_trainer(tmp_path, pipeline=pipeline)
+    trainer.train()
+    fresh = make_trainer(tmp_path, pipeline=make())
+    fresh.train()
+    assert difference(weights(trainer), weights(fresh)) == 0.0
+
+
 def test_the_same_pipeline_again(tmp_path):
     """A second trainer needs the first one's adapter gone, fused or not."""
     pipeline = sd3()

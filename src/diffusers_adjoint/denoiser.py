@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from .lora import adapter_off
 from .replay import Conditioning, PipelineReplay
+from .replay.quantised import quantisation_of
 from .replay.view import set_differentiable
 from .trained_state import TrainedState
 
@@ -32,7 +33,7 @@ class PipelineDenoiser(nn.Module):
         frozen: the base's network, where it exists already, in place of a frozen copy.
 
     Raises:
-        ValueError: if all weights are to be trained but the network is of 16 bits or carries adapters.
+        ValueError: if all weights are to be trained but the network is quantised or of 16 bits, or carries adapters.
     """
 
     config = None  # Trainer writes into `model.config`; a diffusers config is frozen
@@ -94,9 +95,12 @@ class PipelineDenoiser(nn.Module):
 
 
 def _require_trainable(network: ModelMixin) -> None:
-    if network.dtype in (torch.float16, torch.bfloat16):
+    if stored := quantisation_of(network):
+        raise ValueError(f"{type(network).__name__} holds {stored}, which cannot be trained; pass a peft_config.")
+    # Of the weights themselves: a network that is cast layer by layer names the dtype that it computes in.
+    if coarse := next((p.dtype for p in network.parameters() if p.dtype in (torch.float16, torch.bfloat16)), None):
         raise ValueError(
-            f"full fine-tuning of a {network.dtype} network rounds most updates away; load the pipeline in float32 and set "
+            f"full fine-tuning of a {coarse} network rounds most updates away; load the pipeline in float32 and set "
             f"bf16=True, or pass a peft_config."
         )
 

@@ -8,10 +8,13 @@ from __future__ import annotations
 import copy
 import dataclasses
 import inspect
+import math
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from numbers import Integral, Real
 from pathlib import Path
+from textwrap import shorten
 from typing import Any
 
 import torch
@@ -40,6 +43,9 @@ CARRIED |= {"target_modules", "exclude_modules", "layers_to_transform", "layers_
 UNUSED = {"task_type", "peft_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision", "inference_mode"}
 UNUSED |= {"lora_dropout", "init_lora_weights", "bias", "modules_to_save", "runtime_config"}
 WEIGHTS_OF_A_LAYER = ("lora_A.weight", "lora_B.weight", "lora_magnitude_vector")  # of one that is linear or a convolution
+_OTHER_TARGETS = (
+    "set LoraConfig(target_modules=…) to linear or convolution layers it has, or pass peft_config=None for full fine-tuning."
+)
 ATTENTION = ["to_q", "to_k", "to_v", "to_out.0"]
 
 
@@ -53,13 +59,14 @@ def add_lora(pipeline: DiffusionPipeline, component: str, peft_config: LoraConfi
         Names of the adapters that were active before; they stay active, frozen, and belong to the base.
 
     Raises:
-        TypeError: if `peft_config` is not one of a LoRA.
-        ValueError: if the network cannot take an adapter, has fused ones, has none of the target modules, or if the adapter
-            would change the base or could not be saved for `load_lora_weights`.
+        TypeError: if `peft_config` is not one of a LoRA, or its rank or strength is no number.
+        ValueError: if rank or strength would train nothing, if the network cannot take an adapter, has fused ones or none of the
+            target modules, or if the adapter would change the base or could not be saved for `load_lora_weights`.
     """
     network = getattr(pipeline, component)
     name = type(network).__name__
     _require_lora(peft_config)
+    _require_numbers(peft_config)
     if not isinstance(network, PeftAdapterMixin):
         raise ValueError(f"{name} has no add_adapter; pass peft_config=None for full fine-tuning.")
     _require_saving(type(pipeline), component)
@@ -69,18 +76,30 @@ def add_lora(pipeline: DiffusionPipeline, component: str, peft_config: LoraConfi
     config = copy.copy(peft_config)
     config.target_modules = config.target_modules or list(ATTENTION)
     if not isinstance(config.target_modules, str) and not _any_module(network, config.target_modules):
-        raise ValueError(
-            f"{name} has no module named {', '.join(sorted(config.target_modules))}; set LoraConfig(target_modules=…) to "
-            "linear or convolution layers it has, or pass peft_config=None for full fine-tuning."
-        )
+        raise ValueError(f"{name} has no module named {', '.join(sorted(config.target_modules))}; {_OTHER_TARGETS}")
     if config.lora_dropout:
         logger.warning(f"lora_dropout={config.lora_dropout} is set to 0: rollout, adjoint and loss must see one function.")
         config.lora_dropout = 0.0
     network.requires_grad_(False)
-    network.add_adapter(config, adapter_name=ADAPTER)
+    _attach(network, config, base_adapters)
     cast_training_params(network, torch.float32)
     _switch_on(network, base_adapters)
     return base_adapters
+
+
+def _attach(network: PeftAdapterMixin, config: LoraConfig, base_adapters: list[str]) -> None:
+    """`add_adapter`, which leaves the network as it was where PEFT refuses, in the middle of its layers or before."""
+    try:
+        network.add_adapter(config, adapter_name=ADAPTER)
+    except ValueError as error:
+        if not hasattr(network, "peft_config"):  # it carried no adapter
+            network.unload_lora()
+        else:
+            network.delete_adapters(ADAPTER)
+            network.set_adapter(base_adapters) if base_adapters else network.disable_adapters()
+            network.requires_grad_(False)
+        reason = shorten(str(error), 200, placeholder=" …").rstrip(".")
+        raise ValueError(f"{type(network).__name__} cannot take this LoRA ({reason}); {_OTHER_TARGETS}") from error
 
 
 def _active_adapters(network: PeftAdapterMixin) -> list[str]:
@@ -117,6 +136,20 @@ def _saved_as(component: str) -> str:
 def _require_lora(config: Any) -> None:
     if not isinstance(config, LoraConfig) or config.peft_type != PeftType.LORA:
         raise TypeError(f"peft_config is a {type(config).__name__}; pass a peft.LoraConfig, or None for full fine-tuning.")
+
+
+def _require_numbers(config: LoraConfig) -> None:
+    """PEFT would fail at some in the middle, and at strength 0 train nothing."""
+    for rank in (config.r, *(config.rank_pattern or {}).values()):
+        if not isinstance(rank, Integral):
+            raise TypeError(f"LoraConfig has the rank {rank!r}; pass a whole number of 1 or more.")
+        if rank < 1:
+            raise ValueError(f"LoraConfig has the rank {rank!r}; pass 1 or more.")
+    for alpha in (config.lora_alpha, *(config.alpha_pattern or {}).values()):
+        if not isinstance(alpha, Real):
+            raise TypeError(f"LoraConfig has the lora_alpha {alpha!r}; pass a number.")
+        if not math.isfinite(alpha) or alpha == 0:
+            raise ValueError(f"LoraConfig has the lora_alpha {alpha!r}; pass a finite number other than 0.")
 
 
 def _require_loadable(config: LoraConfig) -> None:
