@@ -1,6 +1,7 @@
 """Pipelines that cast their VAE up to decode, in float16: the right images, the right gradient, and the user's VAE untouched."""
 
 import copy
+import logging
 import types
 
 import pytest
@@ -15,6 +16,7 @@ from tiny_trainer import brightness, config, make_trainer
 
 from diffusers_adjoint import AdjointMatchingTrainer, memoryless_scheduler
 from diffusers_adjoint.replay import PipelineReplay, check_replay
+from diffusers_adjoint.replay.casting import castable
 from diffusers_adjoint.rewards import WeightedReward, reward_gradient
 
 PROMPTS = ["a cat", "two dogs"]
@@ -179,6 +181,21 @@ def test_training_and_evaluation(tmp_path, dtype):
     assert any(p.any() for name, p in trainer.denoiser.network.named_parameters() if "lora_B" in name)
     assert 0 < trainer.evaluate()["eval_reward"] < 1
     assert unchanged(pipeline.vae, before)
+
+
+def test_a_cast_tells_nothing_false(caplog):
+    """Of modules to be kept in float32, of which this VAE has none; a list that is not empty is told as before."""
+    vae, logger = sdxl().vae, logging.getLogger("diffusers.models.modeling_utils")
+    logger.addHandler(caplog.handler)
+    try:
+        with caplog.at_level(logging.WARNING, logger.name):
+            castable(vae).to(dtype=torch.float16)
+            assert "should be kept in float32" not in caplog.text
+            vae._keep_in_fp32_modules = ["decoder"]
+            castable(vae).to(dtype=torch.float16)
+    finally:
+        logger.removeHandler(caplog.handler)
+    assert "should be kept in float32: ['decoder']" in caplog.text
 
 
 def test_training_stopped_by_an_error(tmp_path):

@@ -8,6 +8,9 @@ from __future__ import annotations
 
 import copy
 import functools
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -33,9 +36,25 @@ def _castable_class(cls: type) -> type:
     def to(self: Any, *args: Any, **kwargs: Any) -> Any:
         """The class's own `to`, on a copy of everything that this stand-in holds."""
         self.__dict__.update(copy.deepcopy(self.__dict__, {id(self): self}))
-        return cls.to(self, *args, **kwargs)  # type: ignore[attr-defined]
+        with _without_false_warnings():
+            return cls.to(self, *args, **kwargs)  # type: ignore[attr-defined]
 
     return type(cls.__name__, (cls,), {"to": to, "__module__": cls.__module__})
+
+
+@contextmanager
+def _without_false_warnings() -> Iterator[None]:
+    """diffusers warns at every cast of modules to be kept in float32, though there are none; here twice for each decoding."""
+    logger = logging.getLogger("diffusers.models.modeling_utils")
+
+    def is_true(record: logging.LogRecord) -> bool:
+        return "should be kept in float32: []" not in record.getMessage()
+
+    logger.addFilter(is_true)
+    try:
+        yield
+    finally:
+        logger.removeFilter(is_true)
 
 
 def vae_dtype(pipeline: DiffusionPipeline) -> torch.dtype | None:
