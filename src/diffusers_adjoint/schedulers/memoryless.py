@@ -31,13 +31,18 @@ __all__ = ["MemorylessStep", "TransitionTable", "check_integrator", "require_unu
 
 @dataclass(frozen=True)
 class TransitionTable:
-    """x_{k+1} = state · x + output · m + std · ξ and x̂_1 = clean_state · x + clean_output · m; tensors (K,), float64, CPU."""
+    """x_{k+1} = state · x + output · m + std · ξ, x̂_1 = clean_state · x + clean_output · m and x = alpha · X_1 + beta · X_0.
+
+    Tensors (K,), float64, CPU; entry k belongs to step k, which starts at x_k.
+    """
 
     state: Tensor
     output: Tensor
     std: Tensor
     clean_state: Tensor
     clean_output: Tensor
+    alpha: Tensor
+    beta: Tensor
 
 
 def check_integrator(name: str) -> None:
@@ -94,6 +99,8 @@ def transition_table(alphas: Tensor, betas: Tensor, prediction_type: str, integr
         std=scale[1:] * std,
         clean_state=(1 + beta * p) / scale[:-1],
         clean_output=beta * q / scale[:-1],
+        alpha=alpha,
+        beta=beta,
     )
 
 
@@ -148,16 +155,72 @@ class MemorylessStep:
         Raises:
             ValueError: before `set_timesteps`, for an index off the grid, or if the shapes differ.
         """
-        table, dtype = self.table, torch.promote_types(sample.dtype, torch.float32)
-        if not 0 <= index < len(table.std):
-            raise ValueError(f"index={index} is off the grid; pass a step from 0 to {len(table.std) - 1}.")
-        if model_output.shape != sample.shape:
-            raise ValueError(
-                f"model_output has shape {tuple(model_output.shape)} but sample {tuple(sample.shape)}; they must agree, so "
-                f"split a learned variance off first."
-            )
-        mean = float(table.state[index]) * sample.to(dtype) + float(table.output[index]) * model_output.to(dtype)
+        table = self.table
+        self._check_step(index, model_output=model_output, sample=sample)
+        mean = _combined(table.state[index], sample, table.output[index], model_output)
         return Transition(mean, float(table.std[index]))
+
+    def noised(self, clean: Tensor, noise: Tensor, index: int) -> Tensor:
+        """x_k = α_k x_1 + β_k ξ: clean data at the noise level that step k starts from.
+
+        Args:
+            clean: x_1, shape (B, …).
+            noise: ξ, standard normal, same shape.
+            index: k, 0 … K − 1.
+
+        Raises:
+            ValueError: before `set_timesteps`, for an index off the grid, or if the shapes differ.
+        """
+        self._check_step(index, clean=clean, noise=noise)
+        return _combined(self.table.alpha[index], clean, self.table.beta[index], noise)
+
+    def toward(self, clean: Tensor, sample: Tensor, index: int) -> Tensor:
+        """The mean that step k has from x_k when the clean prediction is x_1; affine in both.
+
+        `toward(x̂_1, x_k, k)` with x̂_1 that of a network is the mean of `transition`.
+
+        Args:
+            clean: x_1, shape (B, …).
+            sample: x_k, same shape.
+            index: k, 0 … K − 1.
+
+        Raises:
+            ValueError: as `noised`.
+        """
+        self._check_step(index, clean=clean, sample=sample)
+        table = self.table
+        # m = (x_1 − clean_state · x)/clean_output; without noise left (β = 0) the step does nothing, whatever m.
+        pull = table.output[index] / table.clean_output[index] if table.beta[index] > 0 else torch.zeros(())
+        return _combined(table.state[index] - pull * table.clean_state[index], sample, pull, clean)
+
+    def score(self, model_output: Tensor, sample: Tensor, index: int) -> Tensor:
+        """∇ log p_k(x_k) = (α_k x̂_1 − x_k)/β_k², Tweedie's formula, for the law that the prediction m belongs to.
+
+        Args:
+            model_output: m(x_k, t_k), as for `transition`.
+            sample: x_k, same shape.
+            index: k, 0 … K − 1.
+
+        Raises:
+            ValueError: as `noised`, and for a step that starts without noise (β_k = 0).
+        """
+        self._check_step(index, model_output=model_output, sample=sample)
+        table = self.table
+        if table.beta[index] == 0:
+            raise ValueError(f"step {index} starts without noise, where the data have no score; take an earlier step.")
+        of_state = (table.alpha[index] * table.clean_state[index] - 1) / table.beta[index] ** 2
+        of_output = table.alpha[index] * table.clean_output[index] / table.beta[index] ** 2
+        return _combined(of_state, sample, of_output, model_output)
+
+    def _check_step(self, index: int, **given: Tensor) -> None:
+        if not 0 <= index < len(self.table.std):
+            raise ValueError(f"index={index} is off the grid; pass a step from 0 to {len(self.table.std) - 1}.")
+        (name, tensor), (other, reference) = given.items()
+        if tensor.shape != reference.shape:
+            raise ValueError(
+                f"{name} has shape {tuple(tensor.shape)} but {other} {tuple(reference.shape)}; they must agree"
+                + (", so split a learned variance off first." if name == "model_output" else ".")
+            )
 
     def _index_of(self, timestep: float | Tensor) -> int:
         """k of a timestep of the grid, for hosts whose timesteps are all different."""
@@ -190,6 +253,10 @@ class MemorylessStep:
 
     def _predicted_data(self, model_output: Tensor, sample: Tensor, index: int) -> Tensor:
         """x̂_1, in the sample's dtype."""
-        dtype = torch.promote_types(sample.dtype, torch.float32)
-        state, output = float(self.table.clean_state[index]), float(self.table.clean_output[index])
-        return (state * sample.to(dtype) + output * model_output.to(dtype)).to(sample.dtype)
+        return _combined(self.table.clean_state[index], sample, self.table.clean_output[index], model_output).to(sample.dtype)
+
+
+def _combined(a: Tensor, x: Tensor, b: Tensor, y: Tensor) -> Tensor:
+    """a x + b y, in the wider of float32 and x's dtype; the coefficients are 0-dimensional, float64."""
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    return float(a) * x.to(dtype) + float(b) * y.to(dtype)
