@@ -48,7 +48,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from tqdm import tqdm
 
+from diffusers_adjoint.control_cost import continuous_adjoint, discrete_adjoint
 from diffusers_adjoint.matching import step_kl
+from diffusers_adjoint.objectives import AdjointMatching, BasicAdjointMatching
 from diffusers_adjoint.soc import FLOW, ControlProblem, PathSampler, memoryless_noise, solve
 
 # The problems with known answers live with the tests that check them; a second copy here could not be trusted as much.
@@ -285,24 +287,30 @@ TASKS = (linear_quadratic, ornstein_uhlenbeck, double_well, gaussian_tilt, mixtu
 
 @dataclass(frozen=True)
 class Method:
-    """A row of the tables: a `loss_type` of `solve` or "back_propagation", and S/K."""
+    """A row of the tables: the name of an objective of `solve` or "back_propagation", and S/K."""
 
-    loss_type: str
+    name: str
     share: float = 1.0
 
     def __str__(self) -> str:
-        return f"`{self.loss_type}`" + (f", S = K/{1 / self.share:.0f}" if self.share < 1 else "")
+        return f"`{self.name}`" + (f", S = K/{1 / self.share:.0f}" if self.share < 1 else "")
 
     def update(self, task: Task, mean: Mean, optimizer: torch.optim.Optimizer, seed: int) -> None:
-        if self.loss_type == "back_propagation":
+        if self.name == "back_propagation":
             optimizer.zero_grad()
             back_propagate(task, mean, torch.Generator().manual_seed(seed))
             optimizer.step()
         else:
             steps = None if self.share == 1 else round(self.share * len(task.problem.stds))
-            solve(task.problem, mean, optimizer, task.batch, 1, loss_type=self.loss_type, num_loss_steps=steps, seed=seed)
+            solve(task.problem, mean, optimizer, task.batch, 1, objective=OBJECTIVES[self.name], num_loss_steps=steps, seed=seed)
 
 
+OBJECTIVES = {
+    "adjoint_matching": AdjointMatching(),
+    "basic_adjoint_matching": BasicAdjointMatching(),
+    "continuous_adjoint": continuous_adjoint,
+    "discrete_adjoint": discrete_adjoint,
+}
 METHODS = (Method("adjoint_matching"), Method("adjoint_matching", 0.25), Method("basic_adjoint_matching"))
 METHODS += (Method("continuous_adjoint"), Method("discrete_adjoint"), Method("back_propagation"))
 
@@ -385,9 +393,9 @@ def print_errors(task: Task, budget: float, found: dict[Method, list[list[float]
 
 def verdict(final: dict[Method, list[float]]) -> str:
     """Whether Adjoint Matching has the lower error at equal work than the best of the paper's others; open if ranges overlap."""
-    rivals = [method for method in final if method.loss_type not in ("adjoint_matching", "back_propagation")]
+    rivals = [method for method in final if method.name not in ("adjoint_matching", "back_propagation")]
     rival, found = min(rivals, key=lambda method: statistics.mean(final[method])), []
-    for method in [method for method in final if method.loss_type == "adjoint_matching"]:
+    for method in [method for method in final if method.name == "adjoint_matching"]:
         lower, higher = max(final[method]) < min(final[rival]), min(final[method]) > max(final[rival])
         found.append(f"{method}: {'reproduced' if lower else 'the reverse' if higher else 'no difference beyond the spread'}")
     return f"The paper's finding, a lower error by Adjoint Matching for equal work, against {rival}: {'; '.join(found)}."

@@ -9,7 +9,8 @@ from datasets import Dataset
 from peft import LoraConfig
 from tiny_pipelines import sd3
 
-from diffusers_adjoint import AdjointMatchingConfig, AdjointMatchingTrainer
+from diffusers_adjoint import AdjointMatchingConfig, AdjointMatchingTrainer, RewardBackpropagationTrainer
+from diffusers_adjoint.reward_trainer import RewardTrainer
 
 PROMPTS = ["a cat", "a dog", "a red car", "the sea"]
 
@@ -18,15 +19,13 @@ def brightness(images, prompts, **columns):
     return images.mean((1, 2, 3))
 
 
-def train(
-    folder: str, batch: int, accumulation: int, loss_type: str
-) -> tuple[AdjointMatchingTrainer, list[bool], dict[str, torch.Tensor]]:
+def train(folder: str, batch: int, accumulation: int, way: str) -> tuple[RewardTrainer, list[bool], dict[str, torch.Tensor]]:
     """Two updates of four images, in the dataset's order; also which forwards were set to synchronise, and the first weights."""
     args = AdjointMatchingConfig(
         output_dir=folder,
         num_inference_steps=4,
-        loss_type=loss_type,
-        num_loss_steps=None if loss_type == "discrete_adjoint" else 2,
+        loss_type="adjoint_matching" if way == "discrete_adjoint" else way,
+        num_loss_steps=None if way == "discrete_adjoint" else 2,
         reward_scale=50.0,
         max_steps=2,
         per_device_train_batch_size=batch,
@@ -41,12 +40,12 @@ def train(
         disable_tqdm=True,
         use_cpu=True,
     )
-    trainer = AdjointMatchingTrainer(
+    trainer_class = RewardBackpropagationTrainer if way == "discrete_adjoint" else AdjointMatchingTrainer
+    trainer = trainer_class(
         sd3(), brightness, args, Dataset.from_dict({"prompt": PROMPTS * 2}), peft_config=LoraConfig(r=2, lora_alpha=4)
     )
     synchronised: list[bool] = []
-    name = "_backpropagate" if loss_type == "discrete_adjoint" else "_match"
-    original = getattr(trainer, name)
+    original = trainer.training_step
 
     def spy(model, *rest):
         if isinstance(model, torch.nn.parallel.DistributedDataParallel):
@@ -56,19 +55,19 @@ def train(
             return result
         return original(model, *rest)
 
-    setattr(trainer, name, spy)
+    trainer.training_step = spy
     start = adapter(trainer)
     trainer.train()
     return trainer, synchronised, start
 
 
-def adapter(trainer: AdjointMatchingTrainer) -> dict[str, torch.Tensor]:
+def adapter(trainer: RewardTrainer) -> dict[str, torch.Tensor]:
     return {n: p.detach().clone() for n, p in trainer.denoiser.network.named_parameters() if p.requires_grad}
 
 
 if __name__ == "__main__":
-    folder, loss_type = sys.argv[1:]
-    trainer, synchronised, start = train(folder, batch=1, accumulation=2, loss_type=loss_type)
+    folder, way = sys.argv[1:]
+    trainer, synchronised, start = train(folder, batch=1, accumulation=2, way=way)
     if trainer.is_world_process_zero():
         result = {
             "world_size": torch.distributed.get_world_size(),

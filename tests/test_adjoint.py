@@ -7,6 +7,7 @@ import weakref
 
 import pytest
 import torch
+from adjoints import lean_from_end
 from torch import Tensor
 
 from diffusers_adjoint.adjoint import lean_adjoint
@@ -66,7 +67,7 @@ def carry_to_end(x: Tensor, k: int, *, noisy_end: bool) -> Tensor:
 @pytest.mark.parametrize("noisy_end", [True, False])
 def test_along_a_base_path_it_is_the_gradient_through_the_whole_chain(noisy_end):
     path = base_path()
-    lean = lean_adjoint(bent, path, terminal(path.states[-1]) if noisy_end else terminal)
+    lean = lean_adjoint(bent, path, terminal(path.states[-1])) if noisy_end else lean_from_end(bent, path, terminal)
     for k in range(STEPS + 1):
         if k == STEPS and not noisy_end:
             continue  # x_K is noisy, x̂_K is not a function of it
@@ -77,7 +78,7 @@ def test_along_a_base_path_it_is_the_gradient_through_the_whole_chain(noisy_end)
 
 def test_along_a_base_path_it_is_the_finite_difference_of_the_terminal_cost():
     path, width = base_path(), 1e-5
-    lean = lean_adjoint(bent, path, terminal)
+    lean = lean_from_end(bent, path, terminal)
     for k in range(STEPS):
         for axis in torch.eye(DIM, dtype=torch.float64):
             up, down = (carry_to_end(path.states[k] + sign * width * axis, k, noisy_end=False) for sign in (1, -1))
@@ -88,7 +89,7 @@ def test_along_a_base_path_it_is_the_finite_difference_of_the_terminal_cost():
 
 def test_along_any_other_path_it_is_the_product_of_the_base_s_jacobians_there():
     path = Trajectory(draw(STEPS, BATCH, DIM, seed=4), TIMESTEPS, STDS)  # no chain visits these states
-    lean = lean_adjoint(bent, path, terminal)
+    lean = lean_from_end(bent, path, terminal)
     expected = terminal(bent(STEPS - 1, path.states[-1]))
     for k in reversed(range(STEPS)):
         expected = torch.einsum("bi,bij->bj", expected, base_jacobians(k, path.states[k]))
@@ -105,7 +106,7 @@ def test_one_step_s_product_is_the_finite_difference_of_the_contracted_mean():
 
 
 def test_a_step_without_noise_passes_the_adjoint_through():
-    lean = lean_adjoint(bent, base_path(), terminal)
+    lean = lean_from_end(bent, base_path(), terminal)
     expected = torch.einsum("bi,bij->bj", lean.adjoints[QUIET + 1], base_jacobians(QUIET, base_path().states[QUIET]))
     torch.testing.assert_close(lean.adjoints[QUIET], expected, **EXACT)
 
@@ -118,7 +119,7 @@ def test_the_running_cost_enters_as_its_gradient_at_every_step():
         return -(k + 1) * torch.sin(x)
 
     path = base_path()
-    lean = lean_adjoint(bent, path, terminal, running_cost_grad=cost_grad)
+    lean = lean_from_end(bent, path, terminal, running_cost_grad=cost_grad)
     for k in range(STEPS):
         start = x = path.states[k].clone().requires_grad_()
         total = torch.zeros(BATCH, dtype=torch.float64)
@@ -130,7 +131,7 @@ def test_the_running_cost_enters_as_its_gradient_at_every_step():
 
 @pytest.mark.parametrize("lowest", range(STEPS + 1))
 @pytest.mark.parametrize("lowest_base_mean", [None, "lowest"])
-@pytest.mark.parametrize("kind", ["tensor", "callable"])
+@pytest.mark.parametrize("kind", ["tensor", "end point"])
 def test_it_fills_and_evaluates_exactly_what_was_asked_for(kind, lowest, lowest_base_mean):
     path, evaluated, with_graph = base_path(), [], []
 
@@ -139,16 +140,19 @@ def test_it_fills_and_evaluates_exactly_what_was_asked_for(kind, lowest, lowest_
         with_graph.append(torch.is_grad_enabled() and x.requires_grad)
         return bent(k, x)
 
-    full = lean_adjoint(bent, path, terminal)
+    full = lean_from_end(bent, path, terminal)
     last = lowest if lowest_base_mean == "lowest" else None
-    lean = lean_adjoint(mean, path, full.adjoints[-1] if kind == "tensor" else terminal, lowest, lowest_base_mean=last)
+    if kind == "tensor":
+        lean = lean_adjoint(mean, path, full.adjoints[-1], lowest, lowest_base_mean=last)
+    else:
+        lean = lean_from_end(mean, path, terminal, lowest, lowest_base_mean=last)
 
     means_from = max(lowest - 1, 0) if last is None else lowest
-    if kind == "callable":
+    if kind == "end point":
         means_from = min(means_from, STEPS - 1)  # the end point is the last step's mean
     assert evaluated == list(range(STEPS - 1, means_from - 1, -1))
-    # A step below `lowest` is needed for its mean only: no graph is built for it.
-    assert with_graph == [k >= lowest for k in evaluated]
+    # A step below `lowest` is needed for its mean only: no graph is built for it; the end point has one in any case.
+    assert with_graph == [k >= lowest or (kind == "end point" and k == STEPS - 1) for k in evaluated]
     assert torch.equal(lean.adjoints[lowest:], full.adjoints[lowest:])
     assert torch.equal(lean.base_means[means_from:], full.base_means[means_from:])
     assert lean.adjoints[:lowest].isnan().all() and lean.base_means[:means_from].isnan().all()
@@ -157,17 +161,17 @@ def test_it_fills_and_evaluates_exactly_what_was_asked_for(kind, lowest, lowest_
 def test_base_means_are_the_base_s_means_at_the_states():
     path = base_path()
     expected = torch.stack([bent(k, path.states[k]) for k in range(STEPS)])
-    assert torch.equal(lean_adjoint(bent, path, terminal).base_means, expected)
+    assert torch.equal(lean_from_end(bent, path, terminal).base_means, expected)
 
 
-def test_the_callable_terminal_gets_the_noiseless_end_point_once_and_detached():
+def test_the_end_point_is_noiseless_and_detached():
     path, seen = base_path(), []
 
     def watch(end: Tensor) -> Tensor:
         seen.append(end)
         return terminal(end)
 
-    lean = lean_adjoint(bent, path, watch)
+    lean = lean_from_end(bent, path, watch)
     assert len(seen) == 1 and not seen[0].requires_grad
     assert torch.equal(seen[0], bent(STEPS - 1, path.states[STEPS - 1]))
     assert torch.equal(lean.adjoints[-1], terminal(seen[0]))
@@ -177,13 +181,13 @@ def test_the_last_state_is_not_read():
     path = base_path()
     poisoned = Trajectory(path.states.clone().index_fill_(0, torch.tensor(STEPS), torch.nan), TIMESTEPS, STDS)
     short = Trajectory(path.states[:-1], TIMESTEPS, STDS)
-    expected = lean_adjoint(bent, path, terminal)
+    expected = lean_from_end(bent, path, terminal)
     for other in (poisoned, short):
-        lean = lean_adjoint(bent, other, terminal)
+        lean = lean_from_end(bent, other, terminal)
         assert torch.equal(lean.adjoints, expected.adjoints) and torch.equal(lean.base_means, expected.base_means)
 
 
-@pytest.mark.parametrize("kind", ["tensor", "callable"])
+@pytest.mark.parametrize("kind", ["tensor", "end point"])
 def test_one_step_s_activations_are_alive_at_a_time(kind):
     class Box:
         def __init__(self, tensor: Tensor) -> None:
@@ -207,7 +211,10 @@ def test_one_step_s_activations_are_alive_at_a_time(kind):
     gc.disable()  # reference counting alone must free a step: a cycle would keep activations until a collection
     try:
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda box: box.tensor):
-            lean_adjoint(mean, path, terminal(path.states[-1]) if kind == "tensor" else terminal)
+            if kind == "tensor":
+                lean_adjoint(mean, path, terminal(path.states[-1]))
+            else:
+                lean_from_end(mean, path, terminal)
     finally:
         gc.enable()
     assert min(stored) > 0, "the hooks saw no activation, so this test proves nothing"
@@ -217,7 +224,7 @@ def test_one_step_s_activations_are_alive_at_a_time(kind):
 def test_no_gradient_reaches_the_base_the_trajectory_or_the_reward():
     leaves = gain, taste, price = [torch.ones(1, dtype=torch.float64, requires_grad=True) for _ in range(3)]
     path = base_path()
-    lean = lean_adjoint(
+    lean = lean_from_end(
         lambda k, x: gain * bent(k, x),
         path,
         lambda end: taste * terminal(end),
@@ -230,8 +237,8 @@ def test_no_gradient_reaches_the_base_the_trajectory_or_the_reward():
 def test_it_works_under_no_grad_as_a_training_step_may_wrap_it():
     path = base_path()
     with torch.no_grad():
-        lean = lean_adjoint(bent, path, terminal)
-    assert torch.equal(lean.adjoints, lean_adjoint(bent, path, terminal).adjoints)
+        lean = lean_from_end(bent, path, terminal)
+    assert torch.equal(lean.adjoints, lean_from_end(bent, path, terminal).adjoints)
 
 
 def test_it_is_linear_in_the_terminal_adjoint():
@@ -243,19 +250,19 @@ def test_it_is_linear_in_the_terminal_adjoint():
 
 def test_it_treats_samples_independently():
     path = base_path()
-    whole = lean_adjoint(bent, path, terminal).adjoints
+    whole = lean_from_end(bent, path, terminal).adjoints
     for i in range(BATCH):
-        alone = lean_adjoint(bent, Trajectory(path.states[:, i : i + 1], TIMESTEPS, STDS), terminal).adjoints
+        alone = lean_from_end(bent, Trajectory(path.states[:, i : i + 1], TIMESTEPS, STDS), terminal).adjoints
         # A matrix product over one row may round differently from the same row in a batch.
         torch.testing.assert_close(alone[:, 0], whole[:, i], **EXACT)
 
 
 def test_states_keep_their_dtype_when_the_base_computes_in_another():
     path = Trajectory(base_path().states.float(), TIMESTEPS, STDS)
-    lean = lean_adjoint(lambda k, x: bent(k, x.double()), path, terminal)
+    lean = lean_from_end(lambda k, x: bent(k, x.double()), path, terminal)
     assert lean.adjoints.dtype == lean.base_means.dtype == torch.float32
     # float32 keeps 24 bits; six steps of rounding the state and the adjoint.
-    exact = lean_adjoint(bent, Trajectory(path.states.double(), TIMESTEPS, STDS), terminal).adjoints
+    exact = lean_from_end(bent, Trajectory(path.states.double(), TIMESTEPS, STDS), terminal).adjoints
     torch.testing.assert_close(lean.adjoints.double(), exact, atol=1e-5, rtol=1e-5)
 
 
@@ -266,13 +273,12 @@ def test_states_keep_their_dtype_when_the_base_computes_in_another():
         ({"lowest": STEPS + 1}, "lowest=7 is outside the grid"),
         ({"lowest_base_mean": -1}, "lowest_base_mean=-1 is outside the grid; pass a step from 0 to 6"),
         ({"terminal": torch.zeros(BATCH)}, r"terminal adjoint has shape \(3,\); it must be the states' shape \(3, 2\)"),
-        ({"terminal": lambda end: end.sum(-1)}, r"terminal adjoint has shape \(3,\)"),
         ({"base_mean": lambda k, x: bent(k, x.detach())}, "does not depend on x through autograd"),
         ({"base_mean": lambda k, x: TRAINED * x.detach()}, "does not depend on x through autograd"),
         ({"base_mean": lambda k, x: x[:1]}, r"base_mean returned shape \(1, 2\) for states of shape \(3, 2\)"),
     ],
 )
 def test_it_refuses_what_it_cannot_use(change, message):
-    arguments = {"base_mean": bent, "trajectory": base_path(), "terminal": terminal} | change
+    arguments = {"base_mean": bent, "trajectory": base_path(), "terminal": draw(BATCH, DIM, seed=5)} | change
     with pytest.raises(ValueError, match=message):
         lean_adjoint(**arguments)

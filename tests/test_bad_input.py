@@ -250,7 +250,14 @@ CASES = {
     "unknown integrator": Case("'heun'", "'ancestral'", {"integrator": "heun"}),
     "unknown cfg_mode": Case("cfg_mode='both'", "'rollout'", {"cfg_mode": "both"}),
     "unknown selection": Case("'random'", "'uniform'", {"loss_step_selection": "random"}),
-    "unknown pairing": Case("'previous'", "'next'", {"adjoint_pairing": "previous"}),
+    "unknown objective": Case("loss_type='reinforce'", "'adjoint_matching'", {"loss_type": "reinforce"}),
+    "unknown pairing": Case("'previous'", "'next'", {"loss_kwargs": {"pairing": "previous"}}),
+    "unknown option": Case("'paring'", "pass 'pairing'", {"loss_kwargs": {"paring": "next"}}),
+    "options that are no dict": Case("loss_kwargs is a list", "pass a dict", {"loss_kwargs": ["next"]}),
+    "an option that has moved": Case("adjoint_pairing has moved", "loss_kwargs={'pairing'", {"adjoint_pairing": "paper"}),
+    "an objective that has moved": Case(
+        "loss_type='discrete_adjoint' has moved", "RewardBackpropagationTrainer", {"loss_type": "discrete_adjoint"}
+    ),
     "unknown on_nonfinite": Case("'ignore'", "'skip'", {"on_nonfinite": "ignore"}),
     "negative scale": Case("reward_scale=-1.0", "≥ 0", {"reward_scale": -1.0}),
     "scale beyond all floats": Case("reward_scale has a whole number larger", "below 1.8e+308", {"reward_scale": 10**400}),

@@ -20,7 +20,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader
 from transformers import CLIPModel
 
-from diffusers_adjoint import AdjointMatchingConfig, AdjointMatchingTrainer
+from diffusers_adjoint import AdjointMatchingConfig
 from diffusers_adjoint.ddpo import (
     AlignPropConfig,
     AlignPropTrainer,
@@ -29,7 +29,6 @@ from diffusers_adjoint.ddpo import (
     DefaultDDPOStableDiffusionPipeline,
     aesthetic_scorer,
     config_from_ddpo,
-    trainer_from_ddpo,
 )
 
 TESTS = Path(__file__).parent
@@ -60,7 +59,7 @@ def small(folder, kind=DDPOConfig, **fields):
 
 def make_trainer(config, reward=brightness, hook=None, build=sd15, prompts=draw_prompt, **changes):
     changes = {"use_cpu": True, "disable_tqdm": True, "reward_scale": 50.0} | changes
-    return AdjointMatchingTrainer.from_ddpo(config, reward, prompts, build(), hook, **changes)
+    return DDPOTrainer(config, reward, prompts, build(), hook, **changes)
 
 
 def adapter(trainer):
@@ -186,7 +185,7 @@ def test_the_modern_script_runs(hub, tmp_path, monkeypatch):
 
 
 def test_defaults_of_ddpo_become_one_update_an_epoch(caplog):
-    config = AdjointMatchingConfig.from_ddpo_config(DDPOConfig(), use_cpu=True)
+    config = config_from_ddpo(DDPOConfig(), use_cpu=True)
     expected = {
         "seed": 0,
         "output_dir": "logs",
@@ -538,9 +537,7 @@ def test_holders_say_whether_there_is_a_lora(base, tmp_path):
 
 
 def test_any_pipeline_serves_and_reward_scale_has_our_default(tmp_path):
-    trainer = AdjointMatchingTrainer.from_ddpo(
-        small(tmp_path, num_epochs=1), brightness, draw_prompt, sd3(), use_cpu=True, disable_tqdm=True
-    )
+    trainer = DDPOTrainer(small(tmp_path, num_epochs=1), brightness, draw_prompt, sd3(), use_cpu=True, disable_tqdm=True)
     assert trainer.args.reward_scale == 1.0
     before = adapter(trainer)
     trainer.train()
@@ -548,14 +545,14 @@ def test_any_pipeline_serves_and_reward_scale_has_our_default(tmp_path):
 
 
 def test_a_subclass_stays_one(tmp_path):
-    class Counting(AdjointMatchingTrainer):
-        rollouts = 0
+    class Counting(DDPOTrainer):
+        chains = 0
 
-        def _rollout(self, batch):
-            self.rollouts += 1
-            return super()._rollout(batch)
+        def prepare_chain(self, inputs):
+            self.chains += 1
+            return super().prepare_chain(inputs)
 
-    trainer = trainer_from_ddpo(Counting, small(tmp_path), brightness, draw_prompt, sd15(), use_cpu=True, disable_tqdm=True)
+    trainer = Counting(small(tmp_path), brightness, draw_prompt, sd15(), use_cpu=True, disable_tqdm=True)
     trainer.train(epochs=1)
-    assert trainer.rollouts == 2
-    assert isinstance(trainer, DDPOTrainer) and AlignPropTrainer is DDPOTrainer
+    assert trainer.chains == 3  # of the check before training, and of two micro-batches
+    assert AlignPropTrainer is DDPOTrainer

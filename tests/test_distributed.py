@@ -13,19 +13,17 @@ HERE = Path(__file__).parent
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("loss_type", "loss_steps"), [("adjoint_matching", 2), ("basic_adjoint_matching", 2), ("discrete_adjoint", 4)]
-)
-def test_two_processes_give_the_weights_of_one(tmp_path, loss_type, loss_steps):
+@pytest.mark.parametrize(("way", "loss_steps"), [("adjoint_matching", 2), ("basic_adjoint_matching", 2), ("discrete_adjoint", 4)])
+def test_two_processes_give_the_weights_of_one(tmp_path, way, loss_steps):
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     paths = os.pathsep.join([str(HERE.parent / "src"), str(HERE)])
     environment = os.environ | {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}
-    worker = [str(HERE / "distributed_worker.py"), str(tmp_path), loss_type]
+    worker = [str(HERE / "distributed_worker.py"), str(tmp_path), way]
     subprocess.run([*command, *worker], check=True, env=environment, timeout=300)
     result = torch.load(tmp_path / "result.pt", weights_only=True)
     assert result["world_size"] == 2
 
-    single, _, start = train(str(tmp_path), batch=4, accumulation=1, loss_type=loss_type)
+    single, _, start = train(str(tmp_path), batch=4, accumulation=1, way=way)
     reference = adapter(single)
     assert all(torch.equal(start[name], result["start"][name]) for name in start)
     moved = max((reference[name] - start[name]).abs().max().item() for name in reference)

@@ -261,9 +261,9 @@ def test_a_part_that_one_micro_batch_alone_uses_is_trained(tmp_path, caplog):
     """It is judged after the last backward pass of an update: here the first one does not use the adapters of to_q."""
     trainer = make_trainer(tmp_path, per_device_train_batch_size=1, gradient_accumulation_steps=2, num_loss_steps=1, max_steps=1)
     layers = [m for name, m in trainer.denoiser.network.named_modules() if name.endswith("attn.to_q")]
-    original, batches = trainer._match, []
+    original, batches = trainer.regress, []
 
-    def match(*args):
+    def regress(*args):
         batches.append(1)
         for layer in layers:
             layer.scaling["adjoint"] = 2.0 if len(batches) == 2 else None
@@ -277,7 +277,7 @@ def test_a_part_that_one_micro_batch_alone_uses_is_trained(tmp_path, caplog):
         layer.forward = lambda x, *a, layer=layer, **k: (
             layer.base_layer(x) if layer.scaling["adjoint"] is None else forwards[layer](x, *a, **k)
         )
-    trainer._match = match
+    trainer.regress = regress
     trainer.train()
     assert len(batches) == 2
     assert "get no gradient" not in caplog.text

@@ -43,6 +43,7 @@ from diffusers_adjoint.hub import (
     write_samples,
 )
 from diffusers_adjoint.lora import WEIGHTS_NAME, add_lora, save_lora
+from diffusers_adjoint.objectives.papers import ADJOINT_MATCHING, Paper
 from diffusers_adjoint.replay import PipelineReplay
 from diffusers_adjoint.rewards import WeightedReward
 from diffusers_adjoint.schedulers import memoryless_scheduler
@@ -297,9 +298,20 @@ def plain_facts(**changes):
         "call": {"prompt": ["a cat"], "num_inference_steps": 20, "guidance_scale": 4.0, "output_type": "pt"},
         "settings": {"reward_scale": 40.0, "guidance_scale": 4.0, "cfg_mode": "rollout", "LoRA alpha": 8},
         "rewards": {"brightness": 1.0, "<lambda>": 0.5},
+        "paper": ADJOINT_MATCHING,
         "base_adapters": [],
     }
     return CardFacts(**facts | changes)
+
+
+def test_the_card_names_the_paper_of_the_objective_and_what_it_asks_of_a_reward():
+    text = str(model_card(plain_facts()))
+    assert "[Adjoint Matching](https://arxiv.org/abs/2409.08861), which tunes a model to a differentiable reward." in text
+    assert "@inproceedings{domingoenrich2025adjoint," in text
+    other = Paper("Matching by Numbers", "2601.00001", "@misc{numbers2026}")
+    text = str(model_card(plain_facts(paper=other, needs_gradient=False)))
+    assert "[Matching by Numbers](https://arxiv.org/abs/2601.00001), which tunes a model to a reward." in text
+    assert "```bibtex\n@misc{numbers2026}\n```" in text and "2409.08861" not in text
 
 
 def test_the_front_matter_is_what_the_hub_reads(tmp_path):

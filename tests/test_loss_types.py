@@ -1,38 +1,34 @@
-"""`loss_type` in the trainer: the paper's objectives on a real pipeline, and what the trainer says of leftover memory."""
+"""The paper's objectives on a real pipeline, and what the trainer says of leftover memory."""
 
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from pathlib import Path
-from typing import get_args, get_type_hints
+from typing import ClassVar
 
 import pytest
 import torch
 from diffusers import DiffusionPipeline
 from tiny_pipelines import sd3
-from tiny_trainer import PROMPTS, config, difference, make_trainer, weights
+from tiny_trainer import PROMPTS, config, difference, every_step, make_trainer, weights
 
-import diffusers_adjoint.trainer
-from diffusers_adjoint import AdjointMatchingConfig
-from diffusers_adjoint.objectives import LOSS_TYPES
+import diffusers_adjoint.reward_trainer
+from diffusers_adjoint.objectives import OBJECTIVES, Targets
+from diffusers_adjoint.objectives.papers import ADJOINT_MATCHING, Paper
 from diffusers_adjoint.sample_log import announce_memory
 from diffusers_adjoint.soc import correlation
 
 K = 4
 DIGITS = Path(__file__).parents[1] / "examples/digits/pipeline"
-SAME_GRADIENT = ["basic_adjoint_matching", "continuous_adjoint", "discrete_adjoint"]
+SAME_GRADIENT = ["basic_adjoint_matching", "discrete_adjoint"]
 
 
-def every_step(loss_type: str) -> dict[str, object]:
-    """All steps carry the loss, as they do in back-propagation."""
-    return {"loss_type": loss_type, "num_loss_steps": None if loss_type == "discrete_adjoint" else K}
-
-
-def one_update(folder, loss_type: str, lora: bool, **changes):
+def one_update(folder, way: str, lora: bool, **changes):
     """Weights before and after one plain gradient step of a model that differs from its base, in float64."""
-    settings = {"optim": "sgd", "learning_rate": 1e-3, "max_grad_norm": 0.0, "max_steps": 1} | every_step(loss_type) | changes
+    settings = {"optim": "sgd", "learning_rate": 1e-3, "max_grad_norm": 0.0, "max_steps": 1} | every_step(way, K) | changes
     trainer = make_trainer(folder, pipeline=sd3().to(torch.float64), lora=lora, **settings)
-    trainer._check_first_row = lambda: None  # seconds, and the same every time
+    trainer.check_first_row = lambda: None  # seconds, and the same every time
     generator = torch.Generator().manual_seed(7)
     for parameter in trainer.denoiser.network.parameters():
         if parameter.requires_grad:
@@ -43,9 +39,9 @@ def one_update(folder, loss_type: str, lora: bool, **changes):
 
 
 @pytest.mark.parametrize("lora", [True, False], ids=["lora", "full"])
-def test_three_objectives_make_the_same_update_and_the_lean_one_another(tmp_path, lora):
+def test_two_ways_make_the_same_update_and_the_lean_adjoint_another(tmp_path, lora):
     """Prop. 2 through pipeline, scheduler, adapter and optimizer."""
-    runs = {loss_type: one_update(tmp_path / loss_type, loss_type, lora) for loss_type in LOSS_TYPES}
+    runs = {way: one_update(tmp_path / way, way, lora) for way in ["adjoint_matching", *SAME_GRADIENT]}
     start, reference, log = runs["basic_adjoint_matching"]
     moved = difference(reference, start)
     assert moved > 0 and log["kl"] > 0
@@ -91,17 +87,13 @@ class Counter:
             "basic_adjoint_matching",
             {("model", "forward"): K - 1, ("base", "graph"): K - 1, ("base", "forward"): 1, ("model", "graph"): 2 * K - 1},
         ),
-        (
-            "continuous_adjoint",
-            {("model", "forward"): K - 1, ("base", "graph"): K - 1, ("base", "forward"): 1, ("model", "graph"): 2 * K - 1},
-        ),
         # Each step once more, for weights and states together.
         ("discrete_adjoint", {("model", "forward"): K - 1, ("base", "graph"): K, ("model", "graph"): K}),
     ],
 )
 def test_evaluations_of_one_update(tmp_path, monkeypatch, loss_type, expected):
-    trainer = make_trainer(tmp_path, max_steps=1, **every_step(loss_type))
-    monkeypatch.setattr(trainer, "_check_first_row", lambda: None)  # the start-up check has its own evaluations
+    trainer = make_trainer(tmp_path, max_steps=1, **every_step(loss_type, K))
+    monkeypatch.setattr(trainer, "check_first_row", lambda: None)  # the start-up check has its own evaluations
     counter = Counter(trainer)
     trainer.train()
     assert counter.seen == expected
@@ -132,33 +124,43 @@ def test_an_image_without_reward_teaches_nothing(tmp_path):
             "loss_type='reinforce' is unknown; pass one of 'adjoint_matching', 'basic_adjoint_matching'",
         ),
         (
-            {"loss_type": "continuous_adjoint", "loss_clip": 1.0},
-            "loss_clip=1.0 has no meaning for loss_type='continuous_adjoint'",
+            {"loss_kwargs": {"paring": "next"}},
+            "loss_kwargs has 'paring', which loss_type='adjoint_matching' does not take; pass 'pairing'",
         ),
-        (
-            {"loss_type": "discrete_adjoint", "num_loss_steps": 2},
-            "num_loss_steps=2 has no meaning for loss_type='discrete_adjoint'",
-        ),
-        (
-            {"loss_type": "discrete_adjoint", "num_loss_steps": None, "adjoint_pairing": "paper"},
-            "adjoint_pairing='paper' has no meaning",
-        ),
-        (
-            {"loss_type": "discrete_adjoint", "num_loss_steps": None, "loss_step_selection": "paper"},
-            "loss_step_selection='paper' has no meaning",
-        ),
+        ({"loss_kwargs": {"pairing": "previous"}}, "pairing='previous' is unknown; pass 'next' or 'paper'"),
+        ({"adjoint_pairing": "paper"}, r"adjoint_pairing has moved; pass loss_kwargs=\{'pairing': 'paper'\} instead"),
+        ({"loss_type": "continuous_adjoint"}, "loss_type='continuous_adjoint' has moved; .*'basic_adjoint_matching'"),
+        ({"loss_type": "discrete_adjoint"}, r"train with RewardBackpropagationTrainer\(method='discrete_adjoint'\)"),
     ],
 )
-def test_what_an_objective_does_not_have_is_refused(tmp_path, changes, message):
+def test_what_no_objective_has_is_refused(tmp_path, changes, message):
     with pytest.raises(ValueError, match=message):
         config(tmp_path, **changes)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"method": "reinforce"}, "method='reinforce' is unknown; pass one of 'discrete_adjoint'"),
+        ({"num_loss_steps": 2}, "num_loss_steps=2 has no meaning for method='discrete_adjoint'"),
+        ({"loss_clip": 1.0}, "loss_clip=1.0 has no meaning"),
+        ({"loss_type": "basic_adjoint_matching"}, "loss_type='basic_adjoint_matching' has no meaning"),
+        ({"loss_kwargs": {"pairing": "paper"}}, "loss_kwargs={'pairing': 'paper'} has no meaning"),
+        ({"loss_step_selection": "paper"}, "loss_step_selection='paper' has no meaning"),
+    ],
+)
+def test_what_back_propagation_does_not_have_is_refused(tmp_path, changes, message):
+    with pytest.raises(ValueError, match=message):
+        make_trainer(tmp_path, **{"method": "discrete_adjoint"} | changes)
 
 
 @pytest.mark.parametrize("loss_type", SAME_GRADIENT)
 def test_layers_checkpointed_across_a_switch_of_the_adapter_are_refused(tmp_path, loss_type):
     with pytest.raises(ValueError, match="switches the adapter within a step.*train without gradient checkpointing"):
-        make_trainer(tmp_path, gradient_checkpointing=True, **every_step(loss_type))
-    make_trainer(tmp_path, gradient_checkpointing=True, lora=False, **every_step(loss_type))  # two networks: nothing is switched
+        make_trainer(tmp_path, gradient_checkpointing=True, **every_step(loss_type, K))
+    make_trainer(
+        tmp_path, gradient_checkpointing=True, lora=False, **every_step(loss_type, K)
+    )  # two networks: nothing is switched
 
 
 def test_checkpointing_that_the_user_has_switched_on_is_seen(tmp_path):
@@ -168,13 +170,51 @@ def test_checkpointing_that_the_user_has_switched_on_is_seen(tmp_path):
         make_trainer(tmp_path, pipeline=pipeline, loss_type="basic_adjoint_matching")
 
 
-def test_the_command_line_knows_every_objective():
-    assert get_args(get_type_hints(AdjointMatchingConfig)["loss_type"]) == LOSS_TYPES
-
-
 def test_the_gradient_scaler_does_not_go_with_back_propagation(tmp_path):
-    with pytest.raises(ValueError, match="'discrete_adjoint' does not go with fp16=True"):
-        make_trainer(tmp_path, fp16=True, **every_step("discrete_adjoint"))
+    with pytest.raises(ValueError, match="method='discrete_adjoint' does not go with fp16=True"):
+        make_trainer(tmp_path, fp16=True, **every_step("discrete_adjoint", K))
+
+
+@dataclass(frozen=True)
+class ByNumbers:
+    """A toy of an objective that asks only for the value of a reward: every step is pushed by it."""
+
+    strength: float = 1.0
+
+    needs_gradient: ClassVar[bool] = False
+    switches_adapter: ClassVar[bool] = False
+    paper: ClassVar[Paper] = ADJOINT_MATCHING
+
+    def targets(self, chain, steps, score):
+        path, chosen = chain.rollout(), list(steps.indices)
+        scored = score(chain.end_point(path, of="model").state)
+        base_means = torch.stack([chain.base_mean(k, path.states[k]).detach() for k in chosen])
+        shifts = self.strength * scored.rewards.view(1, -1, 1, 1, 1).expand_as(base_means)
+        return Targets(path.states[chosen], steps, shifts, base_means, path.stds[chosen], scored)
+
+
+def test_an_objective_without_need_of_a_gradient_takes_any_reward(tmp_path, monkeypatch):
+    """The start check, the step and the card ask the objective."""
+    monkeypatch.setitem(OBJECTIVES, "by_numbers", ByNumbers)
+
+    def rounded(images, prompts, **columns):
+        assert not images.requires_grad
+        return (images.mean((1, 2, 3)) * 255).round()
+
+    trainer = make_trainer(tmp_path, reward=rounded, loss_type="by_numbers", loss_kwargs={"strength": 0.1})
+    start = weights(trainer)
+    trainer.train()
+    assert difference(weights(trainer), start) > 0
+    assert "adjoint_norm" not in trainer.state.log_history[0]
+    trainer.save_model()
+    assert "which tunes a model to a reward." in (tmp_path / "README.md").read_text(encoding="utf-8")
+    # And Adjoint Matching still refuses it.
+    with pytest.raises(ValueError, match="reward 'detached' is not differentiable in the images"):
+        make_trainer(tmp_path / "other", reward=detached).train()
+
+
+def detached(images, prompts, **columns):
+    return (images.mean((1, 2, 3)) * 255).round().detach()
 
 
 # ---------------------------------------------------------------------------------------------------------------- leftover memory
@@ -182,7 +222,7 @@ def test_the_gradient_scaler_does_not_go_with_back_propagation(tmp_path):
 
 def test_leftover_memory_is_announced_once_from_all_images_of_the_first_update(tmp_path, monkeypatch):
     announced = []
-    monkeypatch.setattr(diffusers_adjoint.trainer, "announce_memory", announced.append)
+    monkeypatch.setattr(diffusers_adjoint.reward_trainer, "announce_memory", announced.append)
     trainer = make_trainer(tmp_path, per_device_train_batch_size=1, gradient_accumulation_steps=4)
     trainer.train()
     assert [len(memory) for memory in announced] == [4]
@@ -193,7 +233,7 @@ def test_leftover_memory_is_announced_once_from_all_images_of_the_first_update(t
 def test_the_end_points_of_a_trained_pipeline_do_not_remember_their_noise(tmp_path, monkeypatch):
     """The digits pipeline on memoryless paths, and, for the measure itself, on its own deterministic ones."""
     announced = []
-    monkeypatch.setattr(diffusers_adjoint.trainer, "announce_memory", announced.append)
+    monkeypatch.setattr(diffusers_adjoint.reward_trainer, "announce_memory", announced.append)
     pipe = DiffusionPipeline.from_pretrained(DIGITS)
     options = {"max_steps": 1, "num_inference_steps": 10, "num_generations": 32, "per_device_train_batch_size": 1}
     trainer = make_trainer(tmp_path, pipeline=pipe, rows=["zero"], pipeline_kwargs={"max_sequence_length": 1}, **options)

@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 import contextlib
+from dataclasses import dataclass
 
 import pytest
 import torch
+from adjoints import full_from_end, lean_from_end
 from torch import Tensor
 
-from diffusers_adjoint.adjoint import full_adjoint, lean_adjoint
-from diffusers_adjoint.matching import matching_loss, step_kl
-from diffusers_adjoint.objectives import ADJOINT_OBJECTIVES, LOSS_TYPES, continuous_adjoint_loss, discrete_adjoint
+from diffusers_adjoint.adjoint import EndPoint, end_point, full_adjoint
+from diffusers_adjoint.control_cost import continuous_adjoint, continuous_adjoint_loss, discrete_adjoint
+from diffusers_adjoint.matching import LossSteps, matching_loss, regression_loss, step_kl
+from diffusers_adjoint.objectives import AdjointMatching, BasicAdjointMatching
 from diffusers_adjoint.trajectory import Trajectory, rollout
 
 STEPS, BATCH, DIM, QUIET = 6, 3, 2, 2
 TIMESTEPS = torch.linspace(1000, 100, STEPS)
 NUMBERS = torch.linspace(0.3, 0.5, STEPS, dtype=torch.float64).index_fill(0, torch.tensor([QUIET]), 0.0)
 DIAGONAL = NUMBERS[:, None] * torch.tensor([1.0, 1.7], dtype=torch.float64)  # QUIET has no noise in either component
+EVERY = [AdjointMatching(), BasicAdjointMatching(), continuous_adjoint, discrete_adjoint]
 # The same float64 Jacobians, multiplied in another order.
 EXACT = {"atol": 1e-12, "rtol": 1e-12}
 
@@ -92,8 +96,10 @@ def cost_to_go(model, x: Tensor, first: int, stds: Tensor, *, noisy_end: bool) -
 def test_the_full_adjoint_is_the_slope_of_the_cost_to_go(stds, noisy_end):
     model = Controlled()
     path = path_of(model, stds)
-    end = terminal_slope(path.states[-1]) if noisy_end else terminal_slope
-    full = full_adjoint(model, base_mean, path, end, running_cost_grad=running_slope)
+    if noisy_end:
+        full = full_adjoint(model, base_mean, path, terminal_slope(path.states[-1]), running_cost_grad=running_slope)
+    else:
+        full = full_from_end(model, base_mean, path, terminal_slope, running_cost_grad=running_slope)
     for k in range(STEPS):
         slope = slope_of(lambda x, k=k: cost_to_go(model, x, k, stds, noisy_end=noisy_end), path.states[k])
         torch.testing.assert_close(full.adjoints[k], slope, **EXACT)
@@ -102,41 +108,72 @@ def test_the_full_adjoint_is_the_slope_of_the_cost_to_go(stds, noisy_end):
 
 def test_at_the_base_the_full_adjoint_is_the_lean_one():
     path = path_of(base_mean, NUMBERS)
-    full = full_adjoint(base_mean, base_mean, path, terminal_slope)
-    assert torch.equal(full.adjoints, lean_adjoint(base_mean, path, terminal_slope).adjoints)
+    full = full_from_end(base_mean, base_mean, path, terminal_slope)
+    assert torch.equal(full.adjoints, lean_from_end(base_mean, path, terminal_slope).adjoints)
 
 
 @pytest.mark.parametrize("lowest", range(STEPS + 1))
-@pytest.mark.parametrize("kind", ["tensor", "callable"])
+@pytest.mark.parametrize("kind", ["tensor", "end point"])
 def test_the_full_adjoint_evaluates_both_networks_once_a_step(kind, lowest):
     model, evaluated = Controlled(), []
     path = path_of(model, NUMBERS)
-    end = terminal_slope if kind == "callable" else terminal_slope(model(STEPS - 1, path.states[-2]))
+    end = terminal_slope(model(STEPS - 1, path.states[-2]))
     whole = full_adjoint(model, base_mean, path, end)
     watch = lambda name, f: lambda k, x: evaluated.append((name, k)) or f(k, x)  # noqa: E731
-    full = full_adjoint(watch("model", model), watch("base", base_mean), path, end, lowest)
+    watched = watch("model", model), watch("base", base_mean)
+    if kind == "tensor":
+        full = full_adjoint(*watched, path, end, lowest)
+    else:
+        full = full_from_end(*watched, path, terminal_slope, lowest)
     means_from = min(max(lowest - 1, 0), STEPS - 1)
     assert [k for name, k in evaluated if name == "base"] == list(range(STEPS - 1, means_from - 1, -1))
-    # The mean of the last step is where a callable is asked.
+    # The mean of the last step is where the reward is asked.
     assert [k for name, k in evaluated if name == "model"] == list(range(STEPS - 1, min(lowest, STEPS - 1) - 1, -1))
     assert torch.equal(full.adjoints[lowest:], whole.adjoints[lowest:]) and full.adjoints[:lowest].isnan().all()
     assert torch.equal(full.base_means[means_from:], whole.base_means[means_from:])
 
 
-def gradient_of(loss_type: str, model: Controlled, path: Trajectory, *, noisy_end: bool) -> list[Tensor]:
+class OnePath:
+    """The chain of a model on one given path, as objectives see it."""
+
+    running_cost_grad = staticmethod(running_slope)
+
+    def __init__(self, model: Controlled, path: Trajectory, noisy_end: bool) -> None:
+        self.mean, self.base_mean, self.path, self.noisy_end = model, base_mean, path, noisy_end
+
+    def base(self):
+        return contextlib.nullcontext()
+
+    def rollout(self) -> Trajectory:
+        return self.path
+
+    def end_point(self, path: Trajectory, of: str) -> EndPoint:
+        if self.noisy_end:
+            return EndPoint(path.states[-1])
+        return end_point(path, self.base_mean, self.mean if of == "model" else None)
+
+
+@dataclass(frozen=True)
+class Scored:
+    tilt: Tensor
+
+
+def gradient_of(objective, model: Controlled, path: Trajectory, *, noisy_end: bool) -> list[Tensor]:
     """Of the sum over all steps and the batch."""
-    end = terminal_slope(path.states[-1]) if noisy_end else terminal_slope
-    if loss_type == "discrete_adjoint":
+    if objective is discrete_adjoint:
+        end = terminal_slope(path.states[-1]) if noisy_end else terminal_slope
         discrete_adjoint(model, base_mean, path, end, running_cost=running_cost, weigh=torch.sum)
-        return model.gradients()
-    objective = ADJOINT_OBJECTIVES[loss_type]
-    if objective.full:
-        solved = full_adjoint(model, base_mean, path, end, running_cost_grad=running_slope)
+    elif objective is continuous_adjoint:
+        end = terminal_slope(path.states[-1] if noisy_end else model(STEPS - 1, path.states[STEPS - 1]).detach())
+        continuous_adjoint(model, base_mean, path, end, running_cost=running_cost)
+        return [BATCH * grad for grad in model.gradients()]  # of a mean
     else:
-        solved = lean_adjoint(base_mean, path, end, running_cost_grad=running_slope)
-    for k in set(range(STEPS)) - {QUIET}:
-        mean = model(k, path.states[k])
-        objective.loss(mean, solved.base_means[k], path.stds[k], solved.adjoints[k + 1]).sum().backward()
+        steps = [k for k in range(STEPS) if k != QUIET]
+        chain, all_of_them = OnePath(model, path, noisy_end), LossSteps(tuple(steps), (1.0,) * len(steps))
+        targets = objective.targets(chain, all_of_them, lambda x: Scored(-terminal_slope(x)))
+        points = zip(steps, targets.states, targets.base_means, targets.shifts, targets.scales, strict=True)
+        for k, x, base, shift, scale in points:
+            regression_loss(model(k, x), base, shift, scale).sum().backward()
     return model.gradients()
 
 
@@ -147,10 +184,10 @@ def test_three_objectives_have_the_gradient_of_the_chain_s_cost(stds, noisy_end)
     model = Controlled()
     cost_to_go(model, START, 0, stds, noisy_end=noisy_end).sum().backward()
     expected, path = model.gradients(), path_of(model, stds)
-    for loss_type in LOSS_TYPES:
-        for grad, plain in zip(gradient_of(loss_type, model, path, noisy_end=noisy_end), expected, strict=True):
+    for objective in EVERY:
+        for grad, plain in zip(gradient_of(objective, model, path, noisy_end=noisy_end), expected, strict=True):
             assert plain.abs().max() > 0.1
-            if loss_type == "adjoint_matching":  # lean: another gradient, away from the optimum and from the base
+            if objective == AdjointMatching():  # lean: another gradient, away from the optimum and from the base
                 assert (grad - plain).abs().max() > 0.01
             else:
                 torch.testing.assert_close(grad, plain, **EXACT)
@@ -161,7 +198,7 @@ def test_at_the_base_all_four_gradients_are_one():
     model = Controlled()
     torch.nn.init.zeros_(model.outer)
     path = path_of(model, NUMBERS)
-    first, *others = (gradient_of(loss_type, model, path, noisy_end=True) for loss_type in LOSS_TYPES)
+    first, *others = (gradient_of(objective, model, path, noisy_end=True) for objective in EVERY)
     assert first[1].abs().max() > 0.1
     for gradients in others:
         torch.testing.assert_close(gradients, first, **EXACT)
@@ -188,7 +225,9 @@ def test_a_step_without_noise_teaches_nothing_and_carries_the_state():
 
     model = Everywhere()
     path = path_of(model, NUMBERS)
-    basic, discrete = (gradient_of(loss_type, model, path, noisy_end=True) for loss_type in LOSS_TYPES[1::2])
+    basic, discrete = (
+        gradient_of(objective, model, path, noisy_end=True) for objective in (BasicAdjointMatching(), discrete_adjoint)
+    )
     for grad, expected in zip(discrete, basic, strict=True):
         assert torch.equal(grad[QUIET], torch.zeros_like(grad[QUIET]))
         torch.testing.assert_close(grad, expected, **EXACT)
@@ -198,7 +237,7 @@ def test_a_step_without_noise_teaches_nothing_and_carries_the_state():
 def test_back_propagation_ends_at_the_first_step_with_a_control(first):
     model, evaluated = Controlled(), []
     path = path_of(model, NUMBERS)
-    whole = gradient_of("discrete_adjoint", model, path, noisy_end=True)
+    whole = gradient_of(discrete_adjoint, model, path, noisy_end=True)
     watch = lambda k, x: evaluated.append((k, x.requires_grad)) or model(k, x)  # noqa: E731
     steps = [k for k in range(first, STEPS) if k != QUIET]
     discrete_adjoint(
@@ -226,7 +265,7 @@ def test_back_propagation_reports_the_cost_it_differentiates():
 def test_back_propagation_evaluates_each_step_once_and_hands_its_passes_to_the_caller():
     model, seen = Controlled(), []
     path = path_of(model, NUMBERS)
-    expected = gradient_of("discrete_adjoint", model, path, noisy_end=False)
+    expected = gradient_of(discrete_adjoint, model, path, noisy_end=False)
     keep = torch.tensor([True, False, True])
 
     @contextlib.contextmanager
@@ -258,7 +297,7 @@ def test_back_propagation_evaluates_each_step_once_and_hands_its_passes_to_the_c
     assert seen == sum(each, [])
     kept = Trajectory(path.states[:, keep], path.timesteps, path.stds)
     for partial, of_kept, whole in zip(
-        model.gradients(), gradient_of("discrete_adjoint", model, kept, noisy_end=False), expected, strict=True
+        model.gradients(), gradient_of(discrete_adjoint, model, kept, noisy_end=False), expected, strict=True
     ):
         torch.testing.assert_close(partial, of_kept, **EXACT)
         assert (partial - whole).abs().max() > 0.01
@@ -276,6 +315,7 @@ def test_back_propagation_evaluates_each_step_once_and_hands_its_passes_to_the_c
 )
 def test_the_full_adjoint_refuses_what_it_cannot_use(change, message):
     model = Controlled()
-    arguments = {"mean": model, "base_mean": base_mean, "trajectory": path_of(model, NUMBERS), "terminal": terminal_slope}
+    path, end = path_of(model, NUMBERS), draw(BATCH, DIM, seed=5)
+    arguments = {"mean": model, "base_mean": base_mean, "trajectory": path, "terminal": end}
     with pytest.raises(ValueError, match=message):
         full_adjoint(**arguments | change)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from adjoints import lean_from_end
 from problems import gaussian
 from samplers import BIMODAL, CASES, EXACT, LINEAR, NORMAL, QUADRATIC, Sampler, draw
 from torch import Tensor
@@ -22,7 +23,7 @@ def test_linear_reward_adjoint_is_minus_the_carried_slope(prediction, integrator
     sampler = Sampler.of(prediction, integrator, 12)
     mean = sampler.mean(NORMAL)
     path = sampler.path(mean, draw(4, 2, seed=1), seed=2)
-    lean = lean_adjoint(mean, path, lambda end: -LINEAR.grad(end))
+    lean = lean_from_end(mean, path, lambda end: -LINEAR.grad(end))
     expected = -torch.einsum("kij,i->kj", sampler.chain(NORMAL).carry(), LINEAR.slope)
     torch.testing.assert_close(lean.adjoints, expected[:, None].expand_as(lean.adjoints), **EXACT)
 
@@ -33,12 +34,11 @@ def test_quadratic_reward_adjoint_carries_the_end_point_s_slope(prediction, inte
     mean = sampler.mean(NORMAL)
     path = sampler.path(mean, draw(4, 2, seed=1), seed=2)
     carry = sampler.chain(NORMAL).carry()
-    for terminal, end in [
-        (-QUADRATIC.grad(path.states[-1]), path.states[-1]),
-        (lambda x: -QUADRATIC.grad(x), mean(11, path.states[-2])),
-    ]:
+    noisy_end = lean_adjoint(mean, path, -QUADRATIC.grad(path.states[-1]))
+    noiseless_end = lean_from_end(mean, path, lambda x: -QUADRATIC.grad(x))
+    for lean, end in [(noisy_end, path.states[-1]), (noiseless_end, mean(11, path.states[-2]))]:
         expected = torch.einsum("kij,bi->kbj", carry, -QUADRATIC.grad(end))
-        torch.testing.assert_close(lean_adjoint(mean, path, terminal).adjoints, expected, **EXACT)
+        torch.testing.assert_close(lean.adjoints, expected, **EXACT)
 
 
 @pytest.mark.parametrize(("prediction", "integrator"), CASES)
@@ -47,7 +47,7 @@ def test_steering_by_the_adjoint_shifts_the_mean_by_slope_times_variance(predict
     sampler = Sampler.of(prediction, integrator, 12)
     mean, chain, start = sampler.mean(NORMAL), sampler.chain(NORMAL), draw(3, 2, seed=1)
     plain = sampler.path(mean, start, seed=None)
-    lean = lean_adjoint(mean, plain, lambda end: -LINEAR.grad(end))
+    lean = lean_from_end(mean, plain, lambda end: -LINEAR.grad(end))
 
     def steered(pairing: int) -> Tensor:  # a linear reward's adjoint is the same on every path
         push = lambda k, x: mean(k, x) - sampler.stds[k] ** 2 * lean.adjoints[k + pairing]  # noqa: E731
@@ -76,7 +76,7 @@ def test_the_loss_is_zero_at_the_optimum_of_a_linear_reward(prediction, integrat
         return sampler.transition(output + change, x, k).mean
 
     path = sampler.path(optimal, draw(5, 2, seed=1), seed=2)
-    lean = lean_adjoint(base, path, lambda end: -LINEAR.grad(end))
+    lean = lean_from_end(base, path, lambda end: -LINEAR.grad(end))
     spent = torch.zeros(5, dtype=torch.float64)
     for k in sampler.noisy_steps():
         mean, std = optimal(k, path.states[k]), sampler.stds[k]

@@ -9,6 +9,7 @@ import math
 
 import pytest
 import torch
+from adjoints import lean_from_end
 from problems import AffineChain, GaussianMixture, QuadraticReward, gaussian, mixture_1d
 from samplers import (
     BIMODAL,
@@ -45,7 +46,7 @@ def continuous_errors(prediction: str, integrator: str, steps: int) -> dict[str,
     sampler = Sampler.of(prediction, integrator, steps)
     base, chain, x = sampler.mean(NORMAL), sampler.chain(NORMAL), draw(8, 2, seed=3)
     path = sampler.path(base, x, seed=4)
-    lean = lean_adjoint(base, path, lambda end: -LINEAR.grad(end))
+    lean = lean_from_end(base, path, lambda end: -LINEAR.grad(end))
     linear, quadratic = NORMAL.tilt(LINEAR)[0], NORMAL.tilt(QUADRATIC)[0]
     riccati, tilted = chain.controlled(*chain.optimal_control(QUADRATIC)).mean, sampler.mean(quadratic)
     loss = gap = tensor(0.0)
@@ -92,7 +93,7 @@ def test_integrators_with_the_exact_mean_carry_the_adjoint_exactly(prediction, i
     """T1 without a step-size error: E[X_{k+1} | x_k] composes, so ã_k = −Φ(t_k) c on the coarsest grid."""
     sampler = Sampler.of(prediction, integrator, 4)
     mean = sampler.mean(NORMAL)
-    lean = lean_adjoint(mean, sampler.path(mean, draw(1, 2, seed=1), seed=2), lambda end: -LINEAR.grad(end))
+    lean = lean_from_end(mean, sampler.path(mean, draw(1, 2, seed=1), seed=2), lambda end: -LINEAR.grad(end))
     carried = carried_slope(NORMAL, sampler)
     # The closed form starts from X_1 itself; a β-schedule ends at α_K = 1, up to its float32 table.
     torch.testing.assert_close(lean.adjoints[:, 0], -carried @ LINEAR.slope, atol=1e-6, rtol=0)
@@ -178,7 +179,7 @@ def test_constant_noise_falls_short_of_the_tilt_by_its_memory(sigma):
     sampler, law = constant_noise(sigma, steps), mixture_1d([1.0], [0.7], [spread**2])
     mean, slope = sampler.mean(law), QuadraticReward.linear(tensor([1.3]))
     plain = sampler.path(mean, torch.zeros(1, 1, dtype=torch.float64), seed=None)
-    lean = lean_adjoint(mean, plain, lambda end: -slope.grad(end))
+    lean = lean_from_end(mean, plain, lambda end: -slope.grad(end))
 
     def push(k: int, x: Tensor) -> Tensor:
         return mean(k, x) - sampler.stds[k] ** 2 * lean.adjoints[k + 1]

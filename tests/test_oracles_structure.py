@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from adjoints import lean_from_end
 from problems import GaussianMixture, QuadraticReward
 from samplers import BIMODAL, CASES, EXACT, FAMILIES, LINEAR, NORMAL, Sampler, draw, tensor
 from torch import Tensor
@@ -45,7 +46,7 @@ def setting(prediction: str, integrator: str, *, zero: bool = False) -> tuple[Sa
 
 
 def total_loss(sampler: Sampler, base: Corrected, trained: Corrected, path: Trajectory, reward: QuadraticReward) -> Tensor:
-    lean = lean_adjoint(base, path, lambda end: -reward.grad(end))
+    lean = lean_from_end(base, path, lambda end: -reward.grad(end))
     terms = [
         matching_loss(trained(k, path.states[k]), lean.base_means[k], sampler.stds[k], lean.adjoints[k + 1])
         for k in sampler.noisy_steps()
@@ -94,15 +95,15 @@ def test_the_gradient_reaches_the_trained_network_and_nothing_else(prediction):
 @pytest.mark.parametrize("prediction", FAMILIES)
 def test_the_adjoint_does_not_know_the_trained_network(prediction):
     _, base, trained, path = setting(prediction, "compensated")
-    before = lean_adjoint(base, path, lambda end: -BENT.grad(end)).adjoints
+    before = lean_from_end(base, path, lambda end: -BENT.grad(end)).adjoints
     torch.nn.init.normal_(trained.net[0].weight)
-    assert torch.equal(lean_adjoint(base, path, lambda end: -BENT.grad(end)).adjoints, before)
+    assert torch.equal(lean_from_end(base, path, lambda end: -BENT.grad(end)).adjoints, before)
 
 
 @pytest.mark.parametrize("prediction", FAMILIES)
 def test_scaling_the_reward_scales_adjoint_and_optimal_control(prediction):
     sampler, base, _, path = setting(prediction, "compensated")
-    one, three = (lean_adjoint(base, path, lambda end, r=r: -r.grad(end)).adjoints for r in (BENT, BENT.scaled(3)))
+    one, three = (lean_from_end(base, path, lambda end, r=r: -r.grad(end)).adjoints for r in (BENT, BENT.scaled(3)))
     torch.testing.assert_close(three, 3 * one, **EXACT)
     chain = sampler.chain(NORMAL)
     one, three = (torch.cat([x.flatten() for x in chain.optimal_control(r)]) for r in (LINEAR, LINEAR.scaled(3)))
@@ -112,7 +113,7 @@ def test_scaling_the_reward_scales_adjoint_and_optimal_control(prediction):
 @pytest.mark.parametrize("prediction", FAMILIES)
 def test_at_the_base_the_loss_is_half_the_scaled_adjoint_squared(prediction):
     sampler, base, trained, path = setting(prediction, "compensated", zero=True)
-    lean = lean_adjoint(base, path, lambda end: -BENT.grad(end))
+    lean = lean_from_end(base, path, lambda end: -BENT.grad(end))
     expected = 0.5 * (sampler.stds[:, None] * lean.adjoints[1:, :, 0]).square().sum(0)
     torch.testing.assert_close(total_loss(sampler, base, trained, path, BENT), expected, **EXACT)
 
@@ -131,7 +132,7 @@ def test_the_gradient_does_not_depend_on_how_batch_and_steps_are_split(predictio
     whole = gradients(trained)
     for rows in (slice(0, 1), slice(1, 6)):
         part = Trajectory(path.states[:, rows], path.timesteps, path.stds)
-        lean = lean_adjoint(base, part, lambda end: -BENT.grad(end))
+        lean = lean_from_end(base, part, lambda end: -BENT.grad(end))
         for k in sampler.noisy_steps():  # one backward a step and a part of the batch
             mean = trained(k, part.states[k])
             matching_loss(mean, lean.base_means[k], sampler.stds[k], lean.adjoints[k + 1]).sum().backward()

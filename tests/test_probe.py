@@ -226,7 +226,7 @@ def test_it_costs_sixteen_images_of_each_kind(tmp_path, monkeypatch, build, scal
     """Both kinds are guided where training's rollouts are."""
     options = {"guidance_scale": scale, "cfg_mode": mode, "num_inference_steps": 5}
     trainer = make_trainer(tmp_path, build, rows=PROMPTS[:2], probe_base=True, max_steps=1, **options)
-    monkeypatch.setattr(trainer, "_check_first_row", lambda: None)  # counted elsewhere
+    monkeypatch.setattr(trainer, "check_first_row", lambda: None)  # counted elsewhere
     monkeypatch.setattr(trainer, "training_step", lambda *_: torch.zeros((), requires_grad=True))
     counter = Rows(getattr(trainer.pipeline, trainer.replay.component))
     trainer.train()
@@ -238,7 +238,7 @@ def test_it_costs_sixteen_images_of_each_kind(tmp_path, monkeypatch, build, scal
 
 def test_before_the_batch_size_is_found_one_image_is_drawn_at_a_time(tmp_path, monkeypatch):
     trainer = make_trainer(tmp_path, probe_base=True, auto_find_batch_size=True, max_steps=1, num_inference_steps=2)
-    monkeypatch.setattr(trainer, "_check_first_row", lambda: None)
+    monkeypatch.setattr(trainer, "check_first_row", lambda: None)
     monkeypatch.setattr(trainer, "training_step", lambda *_: torch.zeros((), requires_grad=True))
     counter = Rows(trainer.pipeline.transformer)
     trainer.train()

@@ -74,7 +74,8 @@ def test_the_score_is_the_slope_of_the_log_density(kind, law):
         at_k = GaussianMixture(law.weights, alpha * law.means, alpha**2 * law.covariances + beta**2)  # of numbers, d = 1
         slope = torch.autograd.grad(at_k.log_prob(leaf).sum(), leaf)[0]
         output = model_output(law, x, alpha, beta, prediction_type)
-        torch.testing.assert_close(scheduler.score(output, x, k), slope, **EXACT)
+        clean = scheduler.clean(scheduler.transition(output, x, k).mean, x, k)
+        torch.testing.assert_close(scheduler.score(clean, x, k), slope, **EXACT)
 
 
 @pytest.mark.parametrize("integrator", INTEGRATORS)
@@ -84,7 +85,22 @@ def test_toward_a_network_s_own_prediction_is_its_transition(kind, integrator):
     for k, (alpha, beta) in enumerate(zip(*levels(scheduler), strict=True)):
         clean = LAWS["mixture"].denoise(x, alpha, beta)[0]
         output = model_output(LAWS["mixture"], x, alpha, beta, prediction_type)
-        torch.testing.assert_close(scheduler.toward(clean, x, k), scheduler.transition(output, x, k).mean, **EXACT)
+        mean = scheduler.transition(output, x, k).mean
+        torch.testing.assert_close(scheduler.toward(clean, x, k), mean, **EXACT)
+        torch.testing.assert_close(scheduler.clean(mean, x, k), clean, **EXACT)
+
+
+def test_a_gain_is_what_a_change_of_the_score_moves_the_mean_by(kind):
+    """Another law's score at the same state: the means differ by the gain times the difference of the scores."""
+    ready, prediction_type = kind
+    scheduler, x = ready(), batch(16, 1, dtype=torch.float64)
+    for k, (alpha, beta) in enumerate(zip(*levels(scheduler), strict=True)):
+        means = [scheduler.transition(model_output(law, x, alpha, beta, prediction_type), x, k).mean for law in LAWS.values()]
+        first, second = (scheduler.score(law.denoise(x, alpha, beta)[0], x, k) for law in LAWS.values())
+        if alpha == 0:
+            assert scheduler.gains[k].isinf()
+        else:
+            torch.testing.assert_close(means[0] - means[1], scheduler.gains[k] * (first - second), **EXACT)
 
 
 def test_toward_a_point_is_the_mean_of_the_bridge_to_it(kind):
@@ -102,7 +118,7 @@ def test_toward_a_point_is_the_mean_of_the_bridge_to_it(kind):
 
 def test_toward_and_score_are_affine_and_differentiable(kind):
     scheduler, x, y = kind[0](), batch(2, 3, dtype=torch.float64), batch(2, 3, dtype=torch.float64, seed=1)
-    for f in (scheduler.toward, scheduler.score, scheduler.noised):
+    for f in (scheduler.toward, scheduler.clean, scheduler.score, scheduler.noised):
         inputs = (x.clone().requires_grad_(), y.clone().requires_grad_())
         assert torch.autograd.gradcheck(lambda a, b, f=f: f(a, b, 2), inputs)
 
@@ -122,9 +138,11 @@ def test_a_step_that_starts_without_noise_stays_and_has_no_score():
     assert torch.equal(scheduler.toward(x + 1, x, 2), x)
     with pytest.raises(ValueError, match="step 2 starts without noise, where the data have no score"):
         scheduler.score(x, x, 2)
+    with pytest.raises(ValueError, match="step 2 does not move its state"):
+        scheduler.clean(x, x, 2)
 
 
-@pytest.mark.parametrize("name", ["noised", "toward", "score"])
+@pytest.mark.parametrize("name", ["noised", "toward", "clean", "score"])
 def test_bad_input(name):
     scheduler = MemorylessFlowMatchEulerDiscreteScheduler()
     with pytest.raises(ValueError, match="has no grid yet"):

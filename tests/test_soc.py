@@ -11,8 +11,9 @@ from samplers import draw, tensor
 from torch import Tensor
 
 from diffusers_adjoint.adjoint import lean_adjoint
+from diffusers_adjoint.control_cost import continuous_adjoint, discrete_adjoint
 from diffusers_adjoint.matching import LossSteps, matching_loss, path_kl
-from diffusers_adjoint.objectives import LOSS_TYPES
+from diffusers_adjoint.objectives import AdjointMatching, BasicAdjointMatching
 from diffusers_adjoint.schedulers.integrators import posterior
 from diffusers_adjoint.soc import (
     COSINE,
@@ -30,6 +31,8 @@ from diffusers_adjoint.trajectory import rollout
 
 EXACT = {"atol": 1e-11, "rtol": 1e-11}
 PATHS = {"flow": FLOW, "cosine": COSINE}
+REGRESSIONS = {"adjoint_matching": AdjointMatching(), "basic_adjoint_matching": BasicAdjointMatching()}
+OBJECTIVES = {**REGRESSIONS, "continuous_adjoint": continuous_adjoint, "discrete_adjoint": discrete_adjoint}
 LQ = LinearQuadratic(
     matrix=tensor([[-0.4, 0.3], [0.1, 0.2]]),
     running=tensor([[0.8, 0.2], [0.2, 0.5]]),
@@ -71,8 +74,8 @@ def test_a_control_enters_with_the_root_of_the_step():
     torch.testing.assert_close(moved, x * 3 / 12 * LQ.sigma / 12, **EXACT)  # h σ u
 
 
-@pytest.mark.parametrize("loss_type", LOSS_TYPES)
-def test_at_the_riccati_optimum_every_objective_is_stationary(loss_type):
+@pytest.mark.parametrize("objective", OBJECTIVES.values(), ids=OBJECTIVES)
+def test_at_the_riccati_optimum_every_objective_is_stationary(objective):
     """Along noiseless paths of the affine chain expectation and value are one; lean adjoints are stationary there as well."""
     times = grid(8)
     problem, chain = euler(LQ, 8), LQ.chain(times)
@@ -82,12 +85,12 @@ def test_at_the_riccati_optimum_every_objective_is_stationary(loss_type):
         return problem.base_mean(k, x) + problem.stds[k] * (x @ gains[k].T + offsets[k])
 
     path = rollout(mean, 2 * draw(6, 2, seed=1), times[:-1], problem.stds, lambda k: torch.zeros(6, 2), keep_last=True)
-    accumulate_gradient(problem, mean, path, LossSteps(tuple(range(8)), (1.0,) * 8), loss_type)
+    accumulate_gradient(problem, mean, path, LossSteps(tuple(range(8)), (1.0,) * 8), objective)
     for parameter in (gains, offsets):
         torch.testing.assert_close(parameter.grad, torch.zeros_like(parameter), **EXACT)
     with torch.no_grad():
         gains *= 0.9
-    accumulate_gradient(problem, mean, path, LossSteps(tuple(range(8)), (1.0,) * 8), loss_type)
+    accumulate_gradient(problem, mean, path, LossSteps(tuple(range(8)), (1.0,) * 8), objective)
     assert gains.grad.abs().max() > 0.01  # beside it, it is not
 
 
@@ -107,8 +110,8 @@ def test_the_lean_loss_is_zero_at_the_optimum_of_a_linear_cost():
         torch.testing.assert_close(lean.adjoints[k + 1, 0], closed_form, atol=0.03, rtol=0)  # Euler, h = 1/10
 
 
-@pytest.mark.parametrize("loss_type", sorted(set(LOSS_TYPES) - {"discrete_adjoint"}))
-def test_the_gradient_of_a_few_steps_is_that_of_all_on_the_average(loss_type):
+@pytest.mark.parametrize("objective", REGRESSIONS.values(), ids=REGRESSIONS)
+def test_the_gradient_of_a_few_steps_is_that_of_all_on_the_average(objective):
     """Each of four steps alone, chosen with probability ¼: the four gradients average to the whole one."""
     problem, control = euler(LQ, 4), Net(dim=2).double()
     torch.nn.init.normal_(control.net[-1].weight)
@@ -119,7 +122,7 @@ def test_the_gradient_of_a_few_steps_is_that_of_all_on_the_average(loss_type):
 
     def gradient(steps: LossSteps) -> Tensor:
         control.zero_grad()
-        accumulate_gradient(problem, problem.mean(control), path, steps, loss_type)
+        accumulate_gradient(problem, problem.mean(control), path, steps, objective)
         return torch.cat([parameter.grad.flatten() for parameter in control.parameters()])
 
     whole = gradient(LossSteps((0, 1, 2, 3), (1.0,) * 4))
@@ -154,15 +157,15 @@ class AffineControl(torch.nn.Module):
         return x @ self.gains[k].T + self.offsets[k]
 
 
-@pytest.mark.parametrize("loss_type", LOSS_TYPES)
-def test_solving_reaches_the_riccati_control(loss_type):
+@pytest.mark.parametrize("objective", OBJECTIVES.values(), ids=OBJECTIVES)
+def test_solving_reaches_the_riccati_control(objective):
     steps, times = 8, grid(8)
     problem, control = euler(LQ, steps), AffineControl(steps, 2)
     optimizer = torch.optim.Adam(control.parameters(), lr=0.05)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 120)
     start = lambda generator: torch.randn(128, 2, generator=generator).double()  # noqa: E731
     losses = solve(
-        problem, problem.mean(control), optimizer, start, 120, loss_type=loss_type, on_update=lambda *_: schedule.step()
+        problem, problem.mean(control), optimizer, start, 120, objective=objective, on_update=lambda *_: schedule.step()
     )
     assert losses.shape == (120,)
     gains, offsets = LQ.chain(times).optimal_control(*LQ.chain_costs(times))
@@ -465,11 +468,11 @@ def test_the_sound_problem_is_solved():
             r"the std of step 0 = \[1.0, 0.0\]; pass a finite σ",
         ),
         (
-            lambda: run(make(), loss_type="reinforce"),
-            ValueError,
-            "loss_type='reinforce' is unknown; pass one of 'adjoint_matching', ",
+            lambda: run(make(), objective=AdjointMatching),
+            TypeError,
+            "is no objective; pass an object, such as AdjointMatching()",
         ),
-        (lambda: run(make(), loss_type="discrete_adjoint", num_loss_steps=2), ValueError, "leave num_loss_steps out"),
+        (lambda: run(make(), objective=discrete_adjoint, num_loss_steps=2), ValueError, "leave num_loss_steps out"),
         (lambda: run(make(), num_loss_steps=5), ValueError, "num_loss_steps=5 does not fit a grid with 4 noisy steps"),
         (lambda: PathSampler(FLOW, lambda t: 1.0, grid(4) * 2), ValueError, r"a path is defined on \[0, 1\]"),
         (lambda: PathSampler(FLOW, lambda t: 1.0, grid(4).flip(0)), ValueError, "times must increase"),
@@ -500,7 +503,7 @@ def test_bad_input_is_refused_in_one_sentence(build, error, message):
         build()
 
 
-@pytest.mark.parametrize("loss_type", LOSS_TYPES)
+@pytest.mark.parametrize("objective", OBJECTIVES.values(), ids=OBJECTIVES)
 @pytest.mark.parametrize(
     ("running_cost", "message"),
     [
@@ -509,9 +512,9 @@ def test_bad_input_is_refused_in_one_sentence(build, error, message):
         (lambda x, t: x.square().sum(1, keepdim=True), r"running_cost returned shape \(3, 1\) for 3 states"),
     ],
 )
-def test_every_objective_refuses_a_running_cost_it_cannot_use(loss_type, running_cost, message):
+def test_every_objective_refuses_a_running_cost_it_cannot_use(objective, running_cost, message):
     with pytest.raises(ValueError, match=message):
-        run(make(running_cost=running_cost), loss_type=loss_type)
+        run(make(running_cost=running_cost), objective=objective)
 
 
 def test_solving_draws_one_batch_an_update():

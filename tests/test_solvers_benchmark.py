@@ -26,13 +26,13 @@ def tasks():
     return {name: make(20 if name == "double_well" else STEPS) for name, make in MAKERS.items()}
 
 
-def formulas(loss_type, tilt, steps, chosen, earliest):
+def formulas(name, tilt, steps, chosen, earliest):
     """The docstring's table: (trained network, base or drift), each (forward, + VJP, + backward)."""
-    if loss_type == "adjoint_matching":
+    if name == "adjoint_matching":
         return (steps, 0, chosen), (1 if tilt else steps + chosen + 1, steps - 1 - earliest, 0)
-    if loss_type == "discrete_adjoint":
+    if name == "discrete_adjoint":
         return (steps, 0, steps), (1, steps - 1, 0) if tilt else (steps + 2, 2 * steps - 2, 0)
-    if loss_type == "back_propagation":
+    if name == "back_propagation":
         return (0, 0, steps), (1, steps - 1, 0) if tilt else (2, 2 * steps - 2, 0)
     return (steps, steps - 1, steps), (1, steps - 1, 0) if tilt else (2 * steps + 1, 2 * steps - 2, 0)
 
@@ -55,7 +55,7 @@ def test_an_update_costs_what_the_table_says(name, method, tasks, monkeypatch):
         assert [len(steps.indices) for steps in drawn] == [STEPS // 4] * 3
         assert len(set(earliest)) > 1  # or the formula's j would not be tested
     chosen, first = round(method.share * STEPS), sum(earliest) / 3
-    expected = formulas(method.loss_type, task.sampler is not None, STEPS, chosen, first)
+    expected = formulas(method.name, task.sampler is not None, STEPS, chosen, first)
     assert tuple(network) == expected[0]
     assert tuple(base) == pytest.approx(expected[1], abs=1e-12)  # a mean of three
 
@@ -103,12 +103,12 @@ def peak(method, steps):
 def test_memory_grows_by_states_and_not_by_activations(method):
     state = bench.BATCH * 4 * 8
     growth = (peak(method, 16) - peak(method, 8)) / 8
-    if method.loss_type == "back_propagation":
+    if method.name == "back_propagation":
         assert growth > 4 * bench.BATCH * bench.WIDTH * 8  # input and output of two SiLUs
-    elif method.loss_type == "discrete_adjoint":
+    elif method.name == "discrete_adjoint":
         assert growth <= 1.01 * state  # 1 %: the tables of times and stds
     else:
-        assert growth <= 3.03 * state  # adjoints and base means, too
+        assert growth <= 4.05 * state  # adjoints, base means and shifts, too
 
 
 @pytest.mark.parametrize("name", MAKERS)

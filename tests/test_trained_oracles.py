@@ -10,12 +10,12 @@ import math
 
 import pytest
 import torch
+from adjoints import lean_from_end
 from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler
 from problems import GaussianMixture, QuadraticReward, mixture_1d, sliced_w2
 from samplers import Sampler, constant_noise, memoryless, parent_of
 from torch import Tensor
 
-from diffusers_adjoint.adjoint import lean_adjoint
 from diffusers_adjoint.matching import choose_loss_steps, matching_loss
 from diffusers_adjoint.schedulers.integrators import DEFAULT_INTEGRATOR
 from diffusers_adjoint.trajectory import MeanFunction, rollout
@@ -91,7 +91,7 @@ def fine_tune(sampler: Sampler, law: GaussianMixture, reward: QuadraticReward, s
     for _ in range(UPDATES):
         steps = choose_loss_steps(sampler.stds, LOSS_STEPS, selection, generator)
         path = rollout(trained, noise(0), sampler.timesteps, sampler.stds, noise)
-        lean = lean_adjoint(base, path, lambda end: -reward.grad(end), lowest=steps.indices[0] + 1)
+        lean = lean_from_end(base, path, lambda end: -reward.grad(end), lowest=steps.indices[0] + 1)
         optimizer.zero_grad()
         for k in steps.indices:
             mean = trained(k, path.states[k])

@@ -1,6 +1,8 @@
 """The trainer on tiny pipelines of the real classes: what it evaluates, what it moves, and what must not depend on what."""
 
 import copy
+from contextlib import nullcontext
+from dataclasses import replace
 
 import pytest
 import torch
@@ -9,15 +11,18 @@ from peft import LoraConfig
 from tiny_conditioned import picture, wan22_from_image
 from tiny_images import flux
 from tiny_pipelines import sd3, sd15
-from tiny_trainer import PROMPTS, brightness, config, difference, make_trainer, weights
+from tiny_trainer import PROMPTS, brightness, config, difference, make_trainer, watch_chains, watch_targets, weights
 from transformers import TrainerCallback, TrainingArguments
 
+import diffusers_adjoint.regress
+import diffusers_adjoint.reward_trainer
 import diffusers_adjoint.trainer
-from diffusers_adjoint import AdjointMatchingTrainer, LossSteps, choose_loss_steps, clip_loss
+from diffusers_adjoint import AdjointMatchingTrainer, LossSteps, Trajectory, choose_loss_steps, clip_loss, lean_adjoint
+from diffusers_adjoint.chain import PipelineChain
 from diffusers_adjoint.matching import path_kl
+from diffusers_adjoint.regress import regress
 from diffusers_adjoint.rewards import WeightedReward
 from diffusers_adjoint.rollout import Stream, seeded_generator, stacked_noise
-from diffusers_adjoint.trainer import RolloutBatch
 
 
 def sample(pipeline, prompt="a cat", **kwargs):
@@ -116,12 +121,14 @@ class Counter:
 @pytest.mark.parametrize("pairing", ["next", "paper"])
 def test_denoiser_evaluations_of_one_update(tmp_path, build, pairing, monkeypatch):
     steps = 6
-    trainer = make_trainer(tmp_path, build, max_steps=1, num_inference_steps=steps, num_loss_steps=2, adjoint_pairing=pairing)
-    monkeypatch.setattr(trainer, "_check_first_row", lambda: None)  # the start-up check has its own evaluations
+    trainer = make_trainer(
+        tmp_path, build, max_steps=1, num_inference_steps=steps, num_loss_steps=2, loss_kwargs={"pairing": pairing}
+    )
+    monkeypatch.setattr(trainer, "check_first_row", lambda: None)  # the start-up check has its own evaluations
     counter = Counter(trainer.denoiser.network)
     chosen = {}
-    original = trainer._choose_steps
-    monkeypatch.setattr(trainer, "_choose_steps", lambda: chosen.setdefault("steps", original()))
+    original = trainer.choose_steps
+    monkeypatch.setattr(trainer, "choose_steps", lambda: chosen.setdefault("steps", original()))
     trainer.train()
     earliest = chosen["steps"].indices[0]
     base_with_graph = steps - earliest if pairing == "paper" else steps - 1 - earliest
@@ -132,18 +139,18 @@ def test_denoiser_evaluations_of_one_update(tmp_path, build, pairing, monkeypatc
 
 
 def test_with_only_the_last_step_chosen_the_base_is_evaluated_once(tmp_path, monkeypatch):
-    """Only the last step chosen: one base evaluation, and it needs no graph."""
+    """The one that gives the end point."""
     trainer = make_trainer(tmp_path, max_steps=1, num_inference_steps=5, num_loss_steps=1)
-    monkeypatch.setattr(trainer, "_check_first_row", lambda: None)
-    monkeypatch.setattr(trainer, "_choose_steps", lambda: LossSteps((4,), (0.2,)))
+    monkeypatch.setattr(trainer, "check_first_row", lambda: None)
+    monkeypatch.setattr(trainer, "choose_steps", lambda: LossSteps((4,), (0.2,)))
     counter = Counter(trainer.denoiser.network)
     trainer.train()
-    assert (counter.rollout, counter.adjoint, counter.loss) == (4 + 1, 0, 1)
+    assert (counter.rollout, counter.adjoint, counter.loss) == (4, 1, 1)
 
 
 def test_text_is_encoded_once_a_rollout(tmp_path, monkeypatch):
     trainer = make_trainer(tmp_path, max_steps=3)
-    monkeypatch.setattr(trainer, "_check_first_row", lambda: None)
+    monkeypatch.setattr(trainer, "check_first_row", lambda: None)
     calls = []
     trainer.pipeline.text_encoder.register_forward_hook(lambda *a: calls.append(1))
     trainer.train()
@@ -282,16 +289,9 @@ def test_the_pipeline_keeps_its_own_scheduler(tmp_path, build):
 def test_bf16_network_keeps_fp32_states_and_adapters(tmp_path, monkeypatch):
     trainer = make_trainer(tmp_path, pipeline=sd3().to(torch.bfloat16), max_steps=1)
     seen = {}
-    original = trainer._adjoint
-
-    def spy(batch, trajectory, steps):
-        path, reward = original(batch, trajectory, steps)
-        seen.update(states=trajectory.states.dtype, adjoints=path.adjoints.dtype)
-        return path, reward
-
-    monkeypatch.setattr(trainer, "_adjoint", spy)
+    watch_targets(trainer, lambda chain, targets: seen.update(states=targets.states.dtype, shifts=targets.shifts.dtype))
     trainer.train()
-    assert seen == {"states": torch.float32, "adjoints": torch.float32}
+    assert seen == {"states": torch.float32, "shifts": torch.float32}
     assert {p.dtype for p in weights(trainer).values()} == {torch.float32}
     frozen = [p.dtype for p in trainer.denoiser.network.parameters() if not p.requires_grad]
     assert set(frozen) == {torch.bfloat16}
@@ -328,10 +328,12 @@ def test_small_gradients_survive_a_16_bit_network(tmp_path, dtype):
         trainer = make_trainer(tmp_path, pipeline=pipeline, reward=tiny, reward_scale=1.0)
         start, conditioning = trainer.replay.prepare({"prompt": PROMPTS[:2]}, [torch.Generator().manual_seed(i) for i in (0, 1)])
         start = torch.randn(start.shape, generator=torch.Generator().manual_seed(0))  # older torch draws others in 16 bits
-        batch = RolloutBatch(
-            start, conditioning, [torch.Generator().manual_seed(i) for i in (2, 3)], {"prompt": PROMPTS[:2]}, 1.0
-        )
-        return trainer._adjoint(batch, trainer._rollout(batch), LossSteps((0,), (1.0,)))[0].adjoints[1:]
+        noise = [torch.Generator().manual_seed(i) for i in (2, 3)]
+        chain = PipelineChain(trainer.denoiser, trainer.guidance, start, conditioning, noise, {"prompt": PROMPTS[:2]})
+        path = chain.rollout()
+        with chain.base():
+            end = chain.end_point(path, of="base")
+            return lean_adjoint(chain.base_mean, path, -trainer.score(chain)(end.state).tilt, 1, end=end).adjoints[1:]
 
     exact, rounded = adjoint(sd3()), adjoint(sd3().to(dtype))
     error = (rounded - exact).flatten(1).norm(dim=1) / exact.flatten(1).norm(dim=1)
@@ -359,17 +361,19 @@ def test_logged_metrics(tmp_path):
 
 def test_first_loss_is_the_norm_of_the_scaled_adjoint(tmp_path, monkeypatch):
     """At θ = base the control is zero, so the loss is Σ ½‖s_k ã_{k+1}‖², averaged over the batch (T10)."""
-    trainer = make_trainer(tmp_path, max_steps=1)
+    trainer = make_trainer(tmp_path, max_steps=1, num_loss_steps=4)  # all steps: the targets have the whole path
     seen = {}
-    original = trainer._adjoint
 
-    def spy(batch, trajectory, steps):
-        path, reward = original(batch, trajectory, steps)
-        terms = [0.5 * (trajectory.stds[k] * path.adjoints[k + 1]).flatten(1).square().sum(1).mean() for k in steps.indices]
+    def see(chain, targets):
+        path = Trajectory(targets.states, trainer.replay.timesteps, trainer.replay.stds)
+        with chain.base():
+            end = chain.end_point(path, of="base")
+            adjoints = lean_adjoint(chain.base_mean, path, -targets.scored.tilt, end=end).adjoints
+        steps = targets.steps.indices
+        terms = [0.5 * (path.stds[k] * adjoints[k + 1]).flatten(1).square().sum(1).mean() for k in steps]
         seen["expected"] = sum(terms).item()
-        return path, reward
 
-    monkeypatch.setattr(trainer, "_adjoint", spy)
+    watch_targets(trainer, see)
     trainer.train()
     assert trainer.state.log_history[0]["loss"] == pytest.approx(seen["expected"], rel=1e-4)  # the log rounds nothing but floats
 
@@ -501,47 +505,39 @@ def test_a_gradient_scaler_skips_an_update_by_itself(tmp_path):
     assert difference(weights(trainer), start) == 0.0
 
 
-def path_kl_of(trainer, batch, trajectory):
-    """KL(path of the model ‖ path of the base) at all steps, (B,)."""
-
-    def base_mean(k, x):
-        with trainer.denoiser.base():
-            return trainer.denoiser(x, k, batch.conditioning)
-
-    return path_kl(lambda k, x: trainer.denoiser(x, k, batch.conditioning), base_mean, trajectory)
-
-
-def test_logged_kl_is_the_path_kl_of_the_rollouts(tmp_path, monkeypatch):
+def test_logged_kl_is_the_path_kl_of_the_rollouts(tmp_path):
     trainer = make_trainer(tmp_path, reward_scale=1000.0, num_loss_steps=4, learning_rate=0.05)  # all steps: no estimate
-    expected, batches = [], []
-    original = trainer._match
+    expected, seen = [], []
 
-    def spy(model, batch, trajectory, *rest):
-        batches.append((batch, trajectory))
-        expected.append(path_kl_of(trainer, batch, trajectory).mean().item())
-        return original(model, batch, trajectory, *rest)
+    def see(chain, targets):
+        path = Trajectory(targets.states, trainer.replay.timesteps, trainer.replay.stds)
+        seen.append((chain, targets))
+        expected.append(path_kl(chain.mean, chain.base_mean, path).mean().item())
 
-    monkeypatch.setattr(trainer, "_match", spy)
+    watch_targets(trainer, see)
     trainer.train()
     logged = [line["kl"] for line in trainer.state.log_history if "kl" in line]
     assert expected[-1] > 0
     assert logged == pytest.approx(expected, rel=1e-5)  # float32 sums of the same terms
 
     # One step in four, each over its inclusion probability: the four estimates average to the whole.
-    batch, trajectory = batches[-1]
-    estimates = []
+    chain, targets = seen[-1]
+    options = {"share": 1.0, "loss_clip": None, "require": lambda keep: keep, "backward": lambda loss: None}
+    options |= {"synchronised": lambda last: nullcontext()}
+    everything, estimates = targets.scored.usable, []
     for k in range(4):
-        steps = LossSteps((k,), (0.25,))
-        path, reward = trainer._adjoint(batch, trajectory, steps)
-        original(trainer.denoiser, batch, trajectory, path, reward, steps)
-        estimates.append(trainer._samples.drain()["kl"])
-    mean = torch.stack(estimates).mean(0)
-    torch.testing.assert_close(mean, path_kl_of(trainer, batch, trajectory), rtol=1e-4, atol=0)
+        one = {name: getattr(targets, name)[k : k + 1] for name in ("states", "shifts", "base_means", "scales")}
+        part = replace(targets, steps=LossSteps((k,), (0.25,)), **one)
+        estimates.append(regress(chain.mean, part, everything, **options).kl)
+    whole = regress(chain.mean, targets, everything, **options).kl
+    torch.testing.assert_close(torch.stack(estimates).mean(0), whole, rtol=1e-4, atol=0)
 
 
 def test_the_tilt_is_announced_once_from_all_images_of_the_first_update(tmp_path, monkeypatch):
     announced = []
-    monkeypatch.setattr(diffusers_adjoint.trainer, "announce_tilt", lambda scale, rewards: announced.append((scale, rewards)))
+    monkeypatch.setattr(
+        diffusers_adjoint.reward_trainer, "announce_tilt", lambda scale, rewards: announced.append((scale, rewards))
+    )
     options = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 4, "num_generations": 2}
     make_trainer(tmp_path, rows=PROMPTS * 2, **options).train()
     assert [(scale, rewards.shape) for scale, rewards in announced] == [(50.0, (4, 2))]
@@ -564,7 +560,7 @@ def test_options_reach_what_they_steer(tmp_path, monkeypatch):
         seen.update(num_loss_steps=count, loss_step_selection=selection)
         return choose_loss_steps(stds, count, selection, generator)
 
-    monkeypatch.setattr(diffusers_adjoint.trainer, "clip_loss", clip)
+    monkeypatch.setattr(diffusers_adjoint.regress, "clip_loss", clip)
     monkeypatch.setattr(diffusers_adjoint.trainer, "choose_loss_steps", choose)
     options = {"loss_clip": 7.0, "num_loss_steps": 3, "loss_step_selection": "paper"}
     trainer = make_trainer(tmp_path, integrator="euler", pipeline_kwargs={"height": 32, "width": 32}, **options)
@@ -594,16 +590,14 @@ def test_random_numbers_belong_to_seed_update_sample_and_stream():
 
 def test_updates_start_from_different_noise(tmp_path, monkeypatch):
     trainer = make_trainer(tmp_path, rows=PROMPTS[:1] * 2, per_device_train_batch_size=1)
-    monkeypatch.setattr(trainer, "_check_first_row", lambda: None)
+    monkeypatch.setattr(trainer, "check_first_row", lambda: None)
     starts, noises = [], []
-    original = trainer._rollout
 
-    def spy(batch):
-        starts.append(batch.start)
-        noises.append(stacked_noise(batch.start, [generator.clone_state() for generator in batch.noise]))
-        return original(batch)
+    def see(chain):
+        starts.append(chain.start)
+        noises.append(stacked_noise(chain.start, [generator.clone_state() for generator in chain.noise]))
 
-    monkeypatch.setattr(trainer, "_rollout", spy)
+    watch_chains(trainer, see)
     trainer.train()
     drawn = starts + noises  # x_0 and first step noise of two updates of one prompt
     assert not any(torch.equal(a, b) for i, a in enumerate(drawn) for b in drawn[:i])
@@ -615,19 +609,15 @@ def test_an_adjoint_or_path_that_overflows_is_left_out(tmp_path, monkeypatch, wh
     expected = []
 
     def overflowing(trainer):
-        original = trainer._adjoint
-
-        def spy(batch, trajectory, steps):
-            path, reward = original(batch, trajectory, steps)
-            path.adjoints[:-1, 0] = torch.inf
-            other = [0.5 * (trajectory.stds[k] * path.adjoints[k + 1, 1]).square().sum() for k in steps.indices]
+        def spoil(chain, targets):
+            targets.shifts[:, 0] = torch.inf
+            other = [0.5 * (shift[1] / scale).square().sum() for shift, scale in zip(targets.shifts, targets.scales, strict=True)]
             expected.append(sum(other).item() / 2)  # at θ = base, the mean over two images of which one counts nothing
             if where == "state":
-                trajectory.states[1:, 0] = torch.nan
-                path.base_means[:, 0] = torch.nan
-            return path, reward
+                targets.states[:, 0] = torch.nan
+                targets.base_means[:, 0] = torch.nan
 
-        monkeypatch.setattr(trainer, "_adjoint", spy)
+        watch_targets(trainer, spoil)
         return trainer
 
     last_excluded = {"num_loss_steps": 3, "max_steps": 1}  # the last step's own adjoint is the reward's, and finite
@@ -650,7 +640,7 @@ def test_an_adjoint_or_path_that_overflows_is_left_out(tmp_path, monkeypatch, wh
 )
 def test_guidance_acts_where_cfg_mode_says(tmp_path, build, mode, rollout_rows, loss_rows, monkeypatch):
     trainer = make_trainer(tmp_path, build, max_steps=1, guidance_scale=4.0, cfg_mode=mode)
-    monkeypatch.setattr(trainer, "_check_first_row", lambda: None)
+    monkeypatch.setattr(trainer, "check_first_row", lambda: None)
     rows = {True: set(), False: set()}
 
     def count(network, args, kwargs):

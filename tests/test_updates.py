@@ -11,14 +11,15 @@ import pytest
 import torch
 from datasets import IterableDataset
 from safetensors.torch import load_file
-from tiny_trainer import PROMPTS, brightness, difference, make_trainer, weights
+from tiny_trainer import PROMPTS, brightness, difference, every_step, make_trainer, watch_targets, weights
 from transformers import TrainerCallback
 
+from diffusers_adjoint.chain import PipelineChain
 from diffusers_adjoint.matching import bounded
 from diffusers_adjoint.updates import UpdateCount
 
 HERE = Path(__file__).parent
-LOSS_TYPES = ["adjoint_matching", "basic_adjoint_matching", "continuous_adjoint", "discrete_adjoint"]
+WAYS = ["adjoint_matching", "basic_adjoint_matching", "discrete_adjoint"]
 
 
 class Scaled(torch.autograd.Function):
@@ -43,18 +44,17 @@ def logged(trainer, name):
     return [line[name] for line in trainer.state.log_history if name in line]
 
 
-def settings(loss_type, **changes):
-    steps = {} if loss_type == "discrete_adjoint" else {"num_loss_steps": 4}
+def settings(way, **changes):
     # Plain steps, so that the weights are the sum of the gradients.
     plain = {"optim": "sgd", "learning_rate": 0.1, "max_grad_norm": 0.0, "max_steps": 1}
-    return {"loss_type": loss_type, "num_loss_steps": None, **steps, **plain, **changes}
+    return {**every_step(way, 4), **plain, **changes}
 
 
 @dataclass
 class Alone:
     """One update in which the first image has nothing to teach: no reward gradient, and no control at the start."""
 
-    loss_type: str
+    way: str
     start: dict[str, torch.Tensor]
     weights: dict[str, torch.Tensor]
 
@@ -68,7 +68,7 @@ class Alone:
         assert difference(weights(trainer), self.weights) <= 1e-4 * moved
 
 
-@pytest.fixture(scope="module", params=LOSS_TYPES)
+@pytest.fixture(scope="module", params=WAYS)
 def alone(request, tmp_path_factory):
     trainer = make_trainer(tmp_path_factory.mktemp("alone"), reward=first_image(0.0), **settings(request.param))
     start = weights(trainer)
@@ -80,14 +80,14 @@ def alone(request, tmp_path_factory):
 @pytest.mark.parametrize("factor", [1e24, pytest.param(1e19, marks=pytest.mark.slow)])
 def test_an_image_with_a_huge_gradient_costs_itself_alone(tmp_path, alone, factor):
     """The square of the adjoint overflows, or the square of that."""
-    trainer = make_trainer(tmp_path, reward=first_image(factor), **settings(alone.loss_type))
+    trainer = make_trainer(tmp_path, reward=first_image(factor), **settings(alone.way))
     alone.assert_trained(trainer)
     assert all(torch.isfinite(torch.tensor(logged(trainer, name))).all() for name in ("loss", "adjoint_norm", "kl", "grad_norm"))
 
 
 @pytest.mark.parametrize("alone", ["adjoint_matching", "discrete_adjoint"], indirect=True)
 def test_an_image_with_a_huge_gradient_stops_training_if_asked_so(tmp_path, alone):
-    trainer = make_trainer(tmp_path, reward=first_image(1e24), **settings(alone.loss_type, on_nonfinite="raise"))
+    trainer = make_trainer(tmp_path, reward=first_image(1e24), **settings(alone.way, on_nonfinite="raise"))
     with pytest.raises(ValueError, match="1 rewards, reward gradients, losses or adjoints are .*mend the reward function"):
         trainer.train()
 
@@ -95,7 +95,7 @@ def test_an_image_with_a_huge_gradient_stops_training_if_asked_so(tmp_path, alon
 @pytest.mark.parametrize("alone", ["adjoint_matching", "discrete_adjoint"], indirect=True)
 def test_an_image_whose_control_overflows_costs_itself_alone(tmp_path, alone, monkeypatch):
     """The model's mean of one step is huge, and so is the loss, of one image."""
-    trainer = make_trainer(tmp_path, reward=first_image(0.0), **settings(alone.loss_type))
+    trainer = make_trainer(tmp_path, reward=first_image(0.0), **settings(alone.way))
     denoiser, forward = trainer.denoiser, trainer.denoiser.forward
 
     def huge(x, index, *rest):
@@ -110,30 +110,27 @@ def test_an_image_whose_control_overflows_costs_itself_alone(tmp_path, alone, mo
 
 @pytest.mark.parametrize("alone", ["adjoint_matching", "discrete_adjoint"], indirect=True)
 def test_an_image_whose_states_are_no_numbers_costs_itself_alone(tmp_path, alone, monkeypatch):
-    trainer = make_trainer(tmp_path, **settings(alone.loss_type))
-    rollout = trainer._rollout
+    trainer = make_trainer(tmp_path, **settings(alone.way))
+    rollout = PipelineChain.rollout
 
-    def spoilt(batch):
-        trajectory = rollout(batch)
-        trajectory.states[2:, 0] = torch.nan
-        return trajectory
+    def spoilt(chain):
+        path = rollout(chain)
+        path.states[2:, 0] = torch.nan
+        return path
 
-    monkeypatch.setattr(trainer, "_rollout", spoilt)
+    monkeypatch.setattr(PipelineChain, "rollout", spoilt)
     alone.assert_trained(trainer)
 
 
 @pytest.mark.parametrize("alone", ["adjoint_matching"], indirect=True)
-def test_an_image_whose_base_is_no_number_where_the_adjoint_ends_costs_itself_alone(tmp_path, alone, monkeypatch):
+def test_an_image_whose_base_is_no_number_where_the_adjoint_ends_costs_itself_alone(tmp_path, alone):
     """The earliest step needs the base's mean, but no adjoint from there."""
     trainer = make_trainer(tmp_path, reward=first_image(0.0), **settings("adjoint_matching"))
-    original = trainer._adjoint
 
-    def spoilt(*args):
-        path, reward = original(*args)
-        path.base_means[0, 0] = torch.inf
-        return path, reward
+    def spoil(chain, targets):
+        targets.base_means[0, 0] = torch.inf
 
-    monkeypatch.setattr(trainer, "_adjoint", spoilt)
+    watch_targets(trainer, spoil)
     alone.assert_trained(trainer)
 
 

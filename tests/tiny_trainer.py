@@ -1,10 +1,12 @@
 """A trainer of a tiny pipeline, as most tests want it."""
 
+from types import SimpleNamespace
+
 from datasets import Dataset
 from peft import LoraConfig
 from tiny_pipelines import sd3
 
-from diffusers_adjoint import AdjointMatchingConfig, AdjointMatchingTrainer
+from diffusers_adjoint import AdjointMatchingConfig, AdjointMatchingTrainer, RewardBackpropagationTrainer
 
 PROMPTS = ["a cat", "a dog", "a red car", "the sea"]
 
@@ -34,16 +36,54 @@ def config(folder, **changes):
 
 
 def make_trainer(
-    folder, build=sd3, reward=brightness, lora=True, rows=PROMPTS, pipeline=None, peft_config=None, eval_dataset=None, **changes
+    folder,
+    build=sd3,
+    reward=brightness,
+    lora=True,
+    rows=PROMPTS,
+    pipeline=None,
+    peft_config=None,
+    eval_dataset=None,
+    method=None,
+    **changes,
 ):
-    return AdjointMatchingTrainer(
-        model=build() if pipeline is None else pipeline,
-        reward_funcs=reward,
-        args=config(folder, **changes),
-        train_dataset=Dataset.from_dict({"prompt": rows}) if isinstance(rows, list) else rows,
-        eval_dataset=eval_dataset,
-        peft_config=(peft_config or LoraConfig(r=2, lora_alpha=4)) if lora else None,
-    )
+    """An `AdjointMatchingTrainer`, or with `method` a `RewardBackpropagationTrainer`."""
+    parts = {
+        "model": build() if pipeline is None else pipeline,
+        "reward_funcs": reward,
+        "args": config(folder, **({} if method is None else {"num_loss_steps": None}) | changes),
+        "train_dataset": Dataset.from_dict({"prompt": rows}) if isinstance(rows, list) else rows,
+        "eval_dataset": eval_dataset,
+        "peft_config": (peft_config or LoraConfig(r=2, lora_alpha=4)) if lora else None,
+    }
+    return AdjointMatchingTrainer(**parts) if method is None else RewardBackpropagationTrainer(**parts, method=method)
+
+
+def every_step(way, steps):
+    """Arguments of `make_trainer` by which all steps carry the loss, of a `loss_type` or of a method of back-propagation."""
+    return {"method": way} if way == "discrete_adjoint" else {"loss_type": way, "num_loss_steps": steps}
+
+
+def watch_targets(trainer, see):
+    """`see(chain, targets)` at each micro-batch; what it returns, if anything, takes the targets' place."""
+    objective = trainer.objective
+
+    def targets(chain, steps, score):
+        found = objective.targets(chain, steps, score)
+        return see(chain, found) or found
+
+    trainer.objective = SimpleNamespace(targets=targets)
+
+
+def watch_chains(trainer, see):
+    """`see(chain)` for each micro-batch, before it is drawn; what it returns, if anything, takes the chain's place."""
+    prepare = trainer.prepare_chain
+
+    def prepared(inputs):
+        chain = prepare(inputs)
+        return see(chain) or chain
+
+    trainer.prepare_chain = prepared
 
 
 def weights(trainer):

@@ -116,7 +116,7 @@ def fine_tune(
         num_inference_steps=STEPS["memoryless"],
         num_loss_steps=5,
         num_generations=task.images,
-        adjoint_pairing=pairing,
+        loss_kwargs={"pairing": pairing},
         pipeline_kwargs={"max_sequence_length": 1},
         per_device_train_batch_size=1,
         max_steps=task.updates,

@@ -1,9 +1,10 @@
 """Reward fine-tuning of diffusers pipelines with Adjoint Matching (arXiv 2409.08861), in the shape of a TRL trainer."""
 
 from .adjoint import AdjointPath, full_adjoint, lean_adjoint
+from .backpropagation import RewardBackpropagationTrainer
 from .config import AdjointMatchingConfig
-from .matching import LossSteps, choose_loss_steps, clip_loss, control, matching_loss, path_kl, step_kl
-from .objectives import ChainLoss, continuous_adjoint_loss, discrete_adjoint
+from .control_cost import ChainLoss, continuous_adjoint, continuous_adjoint_loss, discrete_adjoint
+from .matching import LossSteps, choose_loss_steps, clip_loss, control, matching_loss, path_kl, regression_loss, step_kl
 from .schedulers import (
     MemorylessDDIMScheduler,
     MemorylessEDMEulerScheduler,
@@ -25,10 +26,12 @@ __all__ = [
     "MemorylessDDIMScheduler",
     "MemorylessEDMEulerScheduler",
     "MemorylessFlowMatchEulerDiscreteScheduler",
+    "RewardBackpropagationTrainer",
     "Trajectory",
     "Transition",
     "choose_loss_steps",
     "clip_loss",
+    "continuous_adjoint",
     "continuous_adjoint_loss",
     "control",
     "discrete_adjoint",
@@ -37,6 +40,7 @@ __all__ = [
     "matching_loss",
     "memoryless_scheduler",
     "path_kl",
+    "regression_loss",
     "rollout",
     "step_kl",
 ]

@@ -12,8 +12,9 @@ step mean is μ_k):
 
 The lean one is what is left of it where E[a] is optimal: it needs one network instead of two, and no derivative of the control.
 
-The terminal cost is differentiated at the noiseless end point x̂_K, the mean of step K − 1 (paper, app. G.1); that mean's graph
-also serves the first vector–Jacobian product, so no step is evaluated twice. One step's activations are alive at a time.
+The terminal cost is differentiated at the noiseless end point x̂_K, the mean of step K − 1 (paper, app. G.1). `end_point`
+keeps the graph of that mean for the first vector–Jacobian product, so no step is evaluated twice. One step's activations are
+alive at a time.
 """
 
 from __future__ import annotations
@@ -26,7 +27,8 @@ from torch import Tensor
 
 from .trajectory import MeanFunction, Trajectory
 
-__all__ = ["AdjointPath", "full_adjoint", "lean_adjoint", "vector_jacobian"]
+__all__ = ["AdjointPath", "EndPoint", "StepGraph", "end_point", "full_adjoint", "lean_adjoint", "pulled_back"]
+__all__ += ["vector_jacobian"]
 
 
 @dataclass(frozen=True)
@@ -43,12 +45,60 @@ class AdjointPath:
     base_means: Tensor
 
 
+@dataclass(frozen=True)
+class StepGraph:
+    """One evaluation of a step, with graph.
+
+    Args:
+        x: x_k, shape (B, …), a leaf.
+        mean: μ_k of the process that carries the adjoint.
+        base_mean: μ_k^base; the same tensor for the lean adjoint.
+    """
+
+    x: Tensor
+    mean: Tensor
+    base_mean: Tensor
+
+
+@dataclass(frozen=True)
+class EndPoint:
+    """Where a path's reward is taken.
+
+    Args:
+        state: shape (B, …), detached: x̂_K, or x_K.
+        last: the evaluation of step K − 1 that x̂_K came from, for the adjoint to go on with; `None` for x_K.
+    """
+
+    state: Tensor
+    last: StepGraph | None = None
+
+
+def end_point(trajectory: Trajectory, base_mean: MeanFunction, mean: MeanFunction | None = None) -> EndPoint:
+    """The noiseless end point x̂_K, which is the mean of step K − 1 (2409.08861, app. G.1); evaluates that step.
+
+    Args:
+        trajectory: paths x_0 … x_{K−1}; x_K is not read.
+        base_mean: (k, x) → μ_k^base(x), differentiable in x.
+        mean: (k, x) → μ_k^θ(x), for the end point of the controlled process and the full adjoint; `None` for the base's.
+
+    Raises:
+        ValueError: if a mean has another shape than the states.
+    """
+    k, states = len(trajectory) - 1, trajectory.states
+    x = states[k].detach().requires_grad_()
+    with torch.enable_grad():
+        base = _checked(base_mean(k, x), x, "base_mean")
+        carrier = base if mean is None else _checked(mean(k, x), x, "mean")
+    return EndPoint(carrier.detach().to(states.dtype), StepGraph(x, carrier, base))
+
+
 def lean_adjoint(
     base_mean: MeanFunction,
     trajectory: Trajectory,
-    terminal: Tensor | Callable[[Tensor], Tensor],
+    terminal: Tensor,
     lowest: int = 0,
     *,
+    end: EndPoint | None = None,
     lowest_base_mean: int | None = None,
     running_cost_grad: Callable[[int, Tensor], Tensor] | None = None,
 ) -> AdjointPath:
@@ -58,10 +108,10 @@ def lean_adjoint(
         base_mean: (k, x) → μ_k^base(x), differentiable in x; evaluated once for each step from K − 1 down, and no
             other.
         trajectory: paths x_0 … x_{K−1}; x_K is not read.
-        terminal: the tensor ã_K, shape (B, …), or a callable x̂_K → ã_K = −λ∇r(x̂_K) that receives step K − 1's base
-            mean, detached.
+        terminal: ã_K = −λ∇r at the end point, shape (B, …).
         lowest: adjoints are filled for k ≥ lowest; with the loss on step k paired with ã_{k+1}, pass (earliest chosen
             step) + 1.
+        end: of `end_point`, whose evaluation of step K − 1 is used here, once; `None` evaluates that step.
         lowest_base_mean: base means are filled for k ≥ this; `None` means lowest − 1 (that one costs a forward only).
             Pass `lowest` when the loss pairs step k with ã_k, as the paper does: no evaluation is spent on step
             lowest − 1.
@@ -80,16 +130,17 @@ def lean_adjoint(
         found = _checked(base_mean(k, x), x, "base_mean")
         return found, found
 
-    return _solve(base, trajectory, terminal, lowest, lowest_base_mean, running_cost_grad)
+    return _solve(base, trajectory, terminal, lowest, end, lowest_base_mean, running_cost_grad)
 
 
 def full_adjoint(
     mean: MeanFunction,
     base_mean: MeanFunction,
     trajectory: Trajectory,
-    terminal: Tensor | Callable[[Tensor], Tensor],
+    terminal: Tensor,
     lowest: int = 0,
     *,
+    end: EndPoint | None = None,
     lowest_base_mean: int | None = None,
     running_cost_grad: Callable[[int, Tensor], Tensor] | None = None,
 ) -> AdjointPath:
@@ -99,7 +150,8 @@ def full_adjoint(
         mean: (k, x) → μ_k^θ(x) of the model whose paths these are, differentiable in x; evaluated once for each step from K − 1
             down to `lowest`.
         base_mean: (k, x) → μ_k^base(x); evaluated once a step, too.
-        terminal: the tensor a_K, or a callable x̂_K → a_K = ∇g(x̂_K) that receives step K − 1's *controlled* mean, detached.
+        terminal: a_K = ∇g at the end point, shape (B, …).
+        end: of `end_point` with the controlled mean.
         trajectory, lowest, lowest_base_mean, running_cost_grad: as for `lean_adjoint`.
 
     Raises:
@@ -111,14 +163,15 @@ def full_adjoint(
         carries = k >= lowest or k == len(trajectory) - 1  # below, the base's mean alone is asked for
         return _checked(mean(k, x), x, "mean") if carries else base, base
 
-    return _solve(both, trajectory, terminal, lowest, lowest_base_mean, running_cost_grad)
+    return _solve(both, trajectory, terminal, lowest, end, lowest_base_mean, running_cost_grad)
 
 
 def _solve(
     means: Callable[[int, Tensor], tuple[Tensor, Tensor]],
     trajectory: Trajectory,
-    terminal: Tensor | Callable[[Tensor], Tensor],
+    terminal: Tensor,
     lowest: int,
+    end: EndPoint | None,
     lowest_base_mean: int | None,
     running_cost_grad: Callable[[int, Tensor], Tensor] | None,
 ) -> AdjointPath:
@@ -130,34 +183,35 @@ def _solve(
             raise ValueError(f"{name}={step} is outside the grid; pass a step from 0 to {steps}.")
     adjoints = states.new_full((steps + 1, *states.shape[1:]), torch.nan)
     base_means = states.new_full((steps, *states.shape[1:]), torch.nan)
-    if isinstance(terminal, Tensor):
-        adjoints[steps] = _checked_terminal(terminal, states[0])
-    else:
-        last_mean = min(last_mean, steps - 1)  # the end point x̂_K is step K − 1's mean
-
+    adjoints[steps] = _checked_terminal(terminal, states[0])
+    last = None if end is None else end.last
+    if last is not None:
+        last_mean = min(last_mean, steps - 1)  # it is there already
     for k in range(steps - 1, min(lowest, last_mean) - 1, -1):
         with_graph = k >= lowest
-        # A fresh leaf: the vector–Jacobian product of this step must not reach any other step.
-        x = states[k].detach().requires_grad_(with_graph)
-        with torch.set_grad_enabled(with_graph):
-            mean, base = means(k, x)
-        base_means[k] = base.detach()
-        if k == steps - 1 and not isinstance(terminal, Tensor):
-            adjoints[steps] = _checked_terminal(terminal(mean.detach().to(states.dtype)), states[0])
+        if k == steps - 1 and last is not None:
+            found = last
+        else:
+            # A fresh leaf: the vector–Jacobian product of this step must not reach any other step.
+            x = states[k].detach().requires_grad_(with_graph)
+            with torch.set_grad_enabled(with_graph):
+                found = StepGraph(x, *means(k, x))
+        base_means[k] = found.base_mean.detach()
         if with_graph:
-            adjoints[k] = _carry(mean, base, x, trajectory.stds[k], adjoints[k + 1])
+            adjoints[k] = _carry(found, trajectory.stds[k], adjoints[k + 1])
             if running_cost_grad is not None:
-                adjoints[k] += running_cost_grad(k, x.detach()).detach()
-        del mean, base  # the next step must not be evaluated beside this one's activations
+                adjoints[k] += running_cost_grad(k, found.x.detach()).detach()
+        del found  # the next step must not be evaluated beside this one's activations
     return AdjointPath(adjoints, base_means)
 
 
-def _carry(mean: Tensor, base: Tensor, x: Tensor, std: Tensor, adjoint: Tensor) -> Tensor:
+def _carry(step: StepGraph, std: Tensor, adjoint: Tensor) -> Tensor:
     """(∂μ/∂x)ᵀ adjoint, with the slope of the control's cost where there is a control."""
+    mean, base, x = step.mean, step.base_mean, step.x
     if mean is base or not std.any():
-        return _vector_jacobian(mean, x, adjoint)
+        return pulled_back(mean, x, adjoint)
     push = ((mean - base) / std**2).detach()
-    return _vector_jacobian(mean, x, adjoint + push) - _vector_jacobian(base, x, push)
+    return pulled_back(mean, x, adjoint + push) - pulled_back(base, x, push)
 
 
 def _checked(mean: Tensor, state: Tensor, name: str) -> Tensor:
@@ -176,8 +230,12 @@ def _checked_terminal(adjoint: Tensor, state: Tensor) -> Tensor:
     return adjoint.detach()
 
 
-def _vector_jacobian(mean: Tensor, x: Tensor, cotangent: Tensor) -> Tensor:
-    """(∂mean/∂x)ᵀ cotangent; frees the graph of `mean`."""
+def pulled_back(mean: Tensor, x: Tensor, cotangent: Tensor) -> Tensor:
+    """(∂mean/∂x)ᵀ cotangent, shape of x; frees the graph of `mean`.
+
+    Raises:
+        ValueError: if `mean` does not depend on x.
+    """
     product = vector_jacobian(mean, x, cotangent) if mean.requires_grad else None
     if product is None:
         raise ValueError(

@@ -20,6 +20,7 @@ from transformers.utils import logging
 from trl import ModelConfig, ScriptArguments, TrlParser, get_peft_config
 
 from . import prompts
+from .backpropagation import METHODS, RewardBackpropagationTrainer
 from .by_name import is_ours, load_features, load_rewards
 from .callbacks import exit_on_sigterm
 from .config import AdjointMatchingConfig
@@ -27,6 +28,7 @@ from .evaluate import EvaluationArguments, process_state
 from .evaluate import evaluate as run_evaluation
 from .evaluate.arguments import DTYPES
 from .inputs import load_pipeline
+from .reward_trainer import RewardTrainer
 from .rewards import WeightedReward
 from .trainer import AdjointMatchingTrainer
 
@@ -57,7 +59,17 @@ class TrainArguments(ScriptArguments):
         },
     )
 
+    method: str = field(
+        default="adjoint_matching",
+        metadata={
+            "help": "adjoint_matching, with the objective that loss_type names, or discrete_adjoint: back-propagation through "
+            "the sampler, for comparison."
+        },
+    )
+
     def __post_init__(self) -> None:
+        if self.method not in ("adjoint_matching", *METHODS):
+            raise ValueError(f"method={self.method!r} is unknown; pass adjoint_matching or {' or '.join(METHODS)}.")
         if isinstance(self.reward_funcs, str):  # a YAML file may name a single one
             self.reward_funcs = [self.reward_funcs]
 
@@ -190,19 +202,20 @@ def train(argv: Sequence[str]) -> int:
     return 0
 
 
-def _trainer(arguments: Arguments) -> AdjointMatchingTrainer:
+def _trainer(arguments: Arguments) -> RewardTrainer:
     script, config, model = arguments.script, arguments.config, arguments.model
     # What is cheap to get wrong comes before the weights are loaded.
     reward_funcs = load_rewards(script.reward_funcs)
     train_dataset = load_prompts(script, script.dataset_train_split)
     eval_dataset = load_prompts(script, script.dataset_test_split) if config.eval_strategy != "no" else None
     pipeline = _load_pipeline(model.model_name_or_path, cast("dict[str, Any]", config.model_init_kwargs))
-    return AdjointMatchingTrainer(
-        pipeline, reward_funcs, config, train_dataset, eval_dataset=eval_dataset, peft_config=lora_config(model)
-    )
+    given = (pipeline, reward_funcs, config, train_dataset, eval_dataset)
+    if script.method in METHODS:
+        return RewardBackpropagationTrainer(*given, peft_config=lora_config(model), method=script.method)
+    return AdjointMatchingTrainer(*given, peft_config=lora_config(model))
 
 
-def _finish(trainer: AdjointMatchingTrainer, arguments: Arguments) -> None:
+def _finish(trainer: RewardTrainer, arguments: Arguments) -> None:
     """What comes after training."""
     if trainer.eval_dataset is not None:
         if trainer.newest_checkpoint() is None:  # what was trained is in memory alone, and an evaluation may fail
@@ -215,7 +228,7 @@ def _finish(trainer: AdjointMatchingTrainer, arguments: Arguments) -> None:
         trainer.save_model()
 
 
-def _how_to_go_on(trainer: AdjointMatchingTrainer | None, arguments: Arguments, argv: Sequence[str]) -> str:
+def _how_to_go_on(trainer: RewardTrainer | None, arguments: Arguments, argv: Sequence[str]) -> str:
     """The end of a line about an interruption."""
     made, resumes = trainer.state.global_step if trainer else 0, bool(arguments.resume)
     first = f"before the first update{' of this start' if resumes else ''}"

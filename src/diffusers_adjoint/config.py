@@ -6,24 +6,27 @@ import copy
 import math
 import os
 from dataclasses import dataclass, field, fields
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 from transformers import TrainingArguments
 
 from .field_types import require_types
-from .objectives import LOSS_TYPES
+from .guidance import GUIDANCE
+from .objectives import OBJECTIVES, Objective, objective_of
 from .schedulers.integrators import INTEGRATORS
 from .schedulers.memoryless import check_integrator
 
 __all__ = ["AdjointMatchingConfig", "with_learning_rate"]
 
+MOVED = {
+    "continuous_adjoint": "its gradient is that of 'basic_adjoint_matching', which a trainer takes instead",
+    "discrete_adjoint": "train with RewardBackpropagationTrainer(method='discrete_adjoint')",
+}
 LORA_LEARNING_RATE, FULL_LEARNING_RATE = 1e-4, 2e-5  # the second is the paper's (2409.08861)
 
 CHOICES: dict[str, tuple[str, ...]] = {
-    "cfg_mode": ("rollout", "none", "full"),
-    "loss_type": LOSS_TYPES,
+    "cfg_mode": tuple(GUIDANCE),
     "loss_step_selection": ("uniform", "paper"),
-    "adjoint_pairing": ("next", "paper"),
     "on_nonfinite": ("skip", "raise"),
 }
 
@@ -74,17 +77,18 @@ class AdjointMatchingConfig(TrainingArguments):
 
     Args:
         loss_type (`str`, defaults to `"adjoint_matching"`):
-            `"adjoint_matching"`, or one of the paper's other objectives, for comparison: `"basic_adjoint_matching"` and
-            `"continuous_adjoint"` (the full adjoint: two networks a step instead of one), `"discrete_adjoint"` (back-propagation
-            through all steps). The loss of the last two is no distance and may be negative.
+            `"adjoint_matching"`, or another objective of `diffusers_adjoint.objectives`: `"basic_adjoint_matching"` (the full
+            adjoint: two networks a step instead of one), for comparison.
+        loss_kwargs (`dict`, *optional*):
+            Options of that objective, such as `{"pairing": "paper"}` of `"adjoint_matching"`: the fields of its dataclass.
         num_loss_steps (`int`, *optional*):
             S, steps of each trajectory that carry the loss; half of them when not given.
         loss_step_selection (`str`, defaults to `"uniform"`):
             `"uniform"`, or `"paper"`: the last quarter always, the rest at random.
         loss_clip (`float`, *optional*):
             The paper's LCT, on the un-halved squared norm per sample and step; a term above it has no gradient. Off by default.
-        adjoint_pairing (`str`, defaults to `"next"`):
-            `"next"` pairs step k with ã_{k+1} (exact on the grid); `"paper"` with ã_k, for comparison only.
+        adjoint_pairing (`str`, *optional*):
+            Moved: an error that says where to.
         on_nonfinite (`str`, defaults to `"skip"`):
             What a NaN or Inf in an image's reward, its gradient, the states, the adjoint or the loss does, or a number whose
             square is none: `"skip"` leaves the image out and counts it, `"raise"` stops. After 20 updates in a row without an
@@ -118,7 +122,7 @@ class AdjointMatchingConfig(TrainingArguments):
         model_init_kwargs (`dict`, *optional*): for `DiffusionPipeline.from_pretrained`, when the model is given by name.
     """
 
-    _VALID_DICT_FIELDS = TrainingArguments._VALID_DICT_FIELDS + ["pipeline_kwargs", "model_init_kwargs"]
+    _VALID_DICT_FIELDS = TrainingArguments._VALID_DICT_FIELDS + ["pipeline_kwargs", "model_init_kwargs", "loss_kwargs"]
 
     logging_steps: float = field(default=10, metadata={"help": "Updates between two lines of the log."})
     save_steps: float = field(default=50, metadata={"help": "Updates between two checkpoints."})
@@ -163,9 +167,9 @@ class AdjointMatchingConfig(TrainingArguments):
     probe_base: bool = field(
         default=True, metadata={"help": "Draw images of the base before the first update, to see where training starts."}
     )
-    loss_type: Literal["adjoint_matching", "basic_adjoint_matching", "continuous_adjoint", "discrete_adjoint"] = field(
-        default="adjoint_matching",
-        metadata={"help": f"The objective: {', '.join(LOSS_TYPES)}; all but the first are for comparison."},
+    loss_type: str = field(default="adjoint_matching", metadata={"help": f"The objective: {', '.join(OBJECTIVES)}."})
+    loss_kwargs: dict[str, Any] | str | None = field(
+        default=None, metadata={"help": 'Options of the objective, such as {"pairing": "paper"}.'}
     )
     num_loss_steps: int | None = field(
         default=None, metadata={"help": "S, steps of each trajectory that carry the loss; None for half of them."}
@@ -177,9 +181,7 @@ class AdjointMatchingConfig(TrainingArguments):
         default=None,
         metadata={"help": "The paper's LCT on the un-halved squared norm, per sample and step; None is off."},
     )
-    adjoint_pairing: Literal["next", "paper"] = field(
-        default="next", metadata={"help": "Pair step k with the adjoint k+1 ('next', exact) or k ('paper')."}
-    )
+    adjoint_pairing: str | None = field(default=None, metadata={"help": "Moved to loss_kwargs."})
     on_nonfinite: Literal["skip", "raise"] = field(
         default="skip",
         metadata={"help": "Leave images with a non-finite reward, gradient, adjoint or loss out ('skip') or stop ('raise')."},
@@ -194,13 +196,6 @@ class AdjointMatchingConfig(TrainingArguments):
     save_on_interrupt: bool = field(
         default=False, metadata={"help": "On Ctrl-C or SIGTERM finish the update, write a checkpoint, and end."}
     )
-
-    @classmethod
-    def from_ddpo_config(cls, config: Any, **changes: Any) -> AdjointMatchingConfig:
-        """The counterpart of a config of TRL's removed DDPOTrainer or AlignPropTrainer, see [`ddpo.config_from_ddpo`]."""
-        from .ddpo_config import config_from_ddpo  # it needs this class
-
-        return config_from_ddpo(config, **changes)
 
     def __post_init__(self) -> None:
         require_types(self, AdjointMatchingConfig, unchecked=self._VALID_DICT_FIELDS)  # these may be text yet, see below
@@ -257,7 +252,7 @@ class AdjointMatchingConfig(TrainingArguments):
                 raise ValueError(f"{name}={getattr(self, name)!r} is unknown; pass one of {', '.join(map(repr, allowed))}.")
         if self.integrator is not None:
             check_integrator(self.integrator)
-        for name in ("pipeline_kwargs", "model_init_kwargs"):
+        for name in ("pipeline_kwargs", "model_init_kwargs", "loss_kwargs"):
             if not isinstance(value := getattr(self, name), dict | None):
                 raise TypeError(f"{name} is a {type(value).__name__}; pass a dict of arguments, or JSON on the command line.")
 
@@ -284,20 +279,17 @@ class AdjointMatchingConfig(TrainingArguments):
         if self.loss_clip is not None and not self.loss_clip > 0:
             raise ValueError(f"loss_clip={self.loss_clip} would silence every term; pass a positive number or None.")
 
+    @property
+    def objective(self) -> Objective:
+        """The one that `loss_type` and `loss_kwargs` name."""
+        return objective_of(self.loss_type, cast("dict[str, Any] | None", self.loss_kwargs))
+
     def _check_objective(self) -> None:
-        """What an objective does not have must not be asked of it."""
-        meaningless: dict[str, dict[str, Any]] = {
-            "continuous_adjoint": {"loss_clip": None},
-            "discrete_adjoint": {
-                "loss_clip": None,
-                "num_loss_steps": None,
-                "loss_step_selection": "uniform",
-                "adjoint_pairing": "next",
-            },
-        }
-        for name, default in meaningless.get(self.loss_type, {}).items():
-            if (value := getattr(self, name)) != default:
-                raise ValueError(f"{name}={value!r} has no meaning for loss_type={self.loss_type!r}; leave it out.")
+        if self.adjoint_pairing is not None:
+            raise ValueError(f"adjoint_pairing has moved; pass loss_kwargs={{'pairing': {self.adjoint_pairing!r}}} instead.")
+        if self.loss_type in MOVED:
+            raise ValueError(f"loss_type={self.loss_type!r} has moved; {MOVED[self.loss_type]}.")
+        objective_of(self.loss_type, cast("dict[str, Any] | None", self.loss_kwargs))
 
 
 def masked(value: Any) -> Any:

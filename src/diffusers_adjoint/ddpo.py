@@ -26,7 +26,7 @@ from .sample_images import to_trackers
 from .trainer import AdjointMatchingTrainer
 
 __all__ = ["AlignPropConfig", "AlignPropTrainer", "DDPOConfig", "DDPOTrainer", "DefaultDDPOStableDiffusionPipeline"]
-__all__ += ["aesthetic_scorer", "config_from_ddpo", "trainer_from_ddpo"]
+__all__ += ["aesthetic_scorer", "config_from_ddpo"]
 
 logger = logging.get_logger(__name__)
 
@@ -114,13 +114,6 @@ class DDPOTrainer(AdjointMatchingTrainer):
 
 
 AlignPropTrainer = DDPOTrainer  # its arguments are the same, and the config tells which hook is meant
-
-
-def trainer_from_ddpo(trainer_class: type[AdjointMatchingTrainer], *args: Any, **kwargs: Any) -> DDPOTrainer:
-    """A `DDPOTrainer` that is a `trainer_class` too; the other arguments are those of `DDPOTrainer`."""
-    if issubclass(trainer_class, DDPOTrainer):
-        return trainer_class(*args, **kwargs)
-    return type(trainer_class.__name__, (DDPOTrainer, trainer_class), {})(*args, **kwargs)
 
 
 def _lora() -> LoraConfig:

@@ -67,7 +67,10 @@ class PipelineDenoiser(nn.Module):
 
     @contextmanager
     def base(self) -> Iterator[None]:
-        """Within this context `forward` is the frozen base."""
+        """Within this context `forward` is the frozen base; it may be entered again within itself."""
+        if self._base_active:
+            yield
+            return
         self._base_active = True
         try:
             with contextlib.nullcontext() if self.base_adapters is None else adapter_off(self.network, self.base_adapters):

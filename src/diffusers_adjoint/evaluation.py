@@ -10,8 +10,10 @@ from torch import Tensor
 
 from .config import AdjointMatchingConfig
 from .denoiser import PipelineDenoiser
+from .guidance import Guidance
 from .inputs import prompts_of, rows_of, without_prompt
 from .metrics import pairwise_diversity, saturated_share
+from .replay import PipelineReplay
 from .rewards import WeightedReward
 from .rollout import Stream, sampled_path_kl, seeded_generators
 from .sample_log import summarise
@@ -20,7 +22,12 @@ __all__ = ["evaluate_rows", "kl_name", "require_known_metric"]
 
 
 def evaluate_rows(
-    denoiser: PipelineDenoiser, reward: WeightedReward, args: AdjointMatchingConfig, columns: dict[str, list[Any]], first_row: int
+    denoiser: PipelineDenoiser,
+    guidance: Guidance,
+    reward: WeightedReward,
+    args: AdjointMatchingConfig,
+    columns: dict[str, list[Any]],
+    first_row: int,
 ) -> tuple[dict[str, Tensor], Tensor]:
     """Sample `num_generations_eval` images of each row and measure them; nothing is differentiated.
 
@@ -38,11 +45,13 @@ def evaluate_rows(
     times, rows = args.num_generations_eval, rows_of(columns)
     generators = seeded_generators(args.seed, 0, range(first_row * times, (first_row + rows) * times), Stream.EVALUATION)
     with torch.no_grad():
-        kl = _path_kl(denoiser, args, columns, first_row)  # first: FSDP wants the wrapped module called before the network in it
+        kl = _path_kl(
+            denoiser, guidance, args.seed, columns, first_row
+        )  # first: FSDP wants the wrapped module called before the network in it
         # One call for each image of a row: no more samples are in memory than the evaluation batch has rows.
         calls = [_sample(denoiser, reward, columns, generators[i::times]) for i in range(times)]
     result = {name: torch.stack([measured[name] for _, measured in calls], 1) for name in calls[0][1]}
-    result[kl_name(denoiser, args)] = kl.view(rows, 1)
+    result[kl_name(denoiser.replay, guidance)] = kl.view(rows, 1)
     images = torch.stack([shown for shown, _ in calls], 1)
     if times > 1:
         result["diversity"] = _diversity(images.flatten(2)).to(images.device)
@@ -62,17 +71,19 @@ def _sample(
     return images, measured
 
 
-def kl_name(denoiser: PipelineDenoiser, args: AdjointMatchingConfig) -> str:
+def kl_name(replay: PipelineReplay, guidance: Guidance) -> str:
     """Guided trajectories are not those of the model whose KL the unguided loss measures."""
-    return "kl_unguided" if denoiser.replay.arguments.guides and args.cfg_mode == "rollout" else "kl"
+    return "kl_unguided" if replay.arguments.guides and guidance.unlike else "kl"
 
 
-def require_known_metric(denoiser: PipelineDenoiser, reward: WeightedReward, args: AdjointMatchingConfig, dataset: Any) -> None:
+def require_known_metric(
+    replay: PipelineReplay, guidance: Guidance, reward: WeightedReward, args: AdjointMatchingConfig, dataset: Any
+) -> None:
     """Raises ValueError if `metric_for_best_model` is no metric of an evaluation, which would miss it only then."""
     wanted = args.metric_for_best_model
     if wanted is None or dataset is None:
         return
-    measured = ["reward", *(f"rewards/{name}" for name in reward.names), "saturated", "diversity", kl_name(denoiser, args)]
+    measured = ["reward", *(f"rewards/{name}" for name in reward.names), "saturated", "diversity", kl_name(replay, guidance)]
     prefixes = [f"eval_{name}_" for name in dataset] if isinstance(dataset, dict) else ["eval_"]
     names = [prefix + name for prefix in prefixes for name in summarise({name: torch.zeros(2) for name in measured})]
     if wanted not in names and f"eval_{wanted}" not in names:
@@ -83,18 +94,17 @@ def require_known_metric(denoiser: PipelineDenoiser, reward: WeightedReward, arg
         )
 
 
-def _path_kl(denoiser: PipelineDenoiser, args: AdjointMatchingConfig, columns: dict[str, list[Any]], first_row: int) -> Tensor:
+def _path_kl(denoiser: PipelineDenoiser, guidance: Guidance, seed: int, columns: dict[str, list[Any]], first_row: int) -> Tensor:
     """Nats spent, along one memoryless path a row."""
     rows = range(first_row, first_row + rows_of(columns))
-    guided_loss = args.cfg_mode == "full"
     start, conditioning = denoiser.replay.prepare(
         columns,
-        seeded_generators(args.seed, 0, rows, Stream.EVALUATION_START),
-        guided=args.cfg_mode != "none",
-        unguided=not guided_loss,
+        seeded_generators(seed, 0, rows, Stream.EVALUATION_START),
+        guided=guidance.rollout,
+        unguided=not guidance.loss,
     )
-    noise = seeded_generators(args.seed, 0, rows, Stream.EVALUATION_NOISE)
-    return sampled_path_kl(denoiser, start, conditioning, noise, guided_rollout=args.cfg_mode != "none", guided_loss=guided_loss)
+    noise = seeded_generators(seed, 0, rows, Stream.EVALUATION_NOISE)
+    return sampled_path_kl(denoiser, start, conditioning, noise, guided_rollout=guidance.rollout, guided_loss=guidance.loss)
 
 
 def _diversity(images: Tensor) -> Tensor:

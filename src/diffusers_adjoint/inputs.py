@@ -18,6 +18,7 @@ from transformers.utils import logging
 from .config import AdjointMatchingConfig
 from .denoiser import PipelineDenoiser
 from .given_datasets import PROMPTS, first_items, require_columns, require_row
+from .guidance import Guidance
 from .prompts import require_prompt_strings
 from .replay import PipelineReplay
 from .replay.arguments import CallArguments
@@ -30,7 +31,7 @@ __all__ += [
     "repeat_rows",
     "require_config",
     "require_prompts",
-    "require_single_pass",
+    "require_unswitched_layers",
     "require_writable",
     "rows_of",
 ]
@@ -158,9 +159,9 @@ def _plain(value: Any) -> Any:
     return str.__str__(value) if isinstance(value, str) else value
 
 
-def warn_of_guidance(replay: PipelineReplay, guidance_scale: float, cfg_mode: str) -> None:
+def warn_of_guidance(replay: PipelineReplay, guidance_scale: float, guidance: Guidance) -> None:
     """Say what guidance makes of the target, where that may surprise."""
-    if replay.arguments.guides and cfg_mode == "rollout":
+    if replay.arguments.guides and guidance.unlike:
         logger.warning(
             "cfg_mode='rollout' guides the trajectories but not the loss: the result is not the tilted distribution; 'none' and "
             "guidance_scale=1 are exact for the unguided model."
@@ -241,18 +242,14 @@ def parsed(kwargs: dict[str, Any] | str | None) -> dict[str, Any] | None:
     return cast("dict[str, Any] | None", kwargs)
 
 
-def require_single_pass(args: AdjointMatchingConfig, denoiser: PipelineDenoiser) -> None:
-    """Raises ValueError if an objective with two networks a step is asked for what only one network can do."""
-    if args.loss_type == "adjoint_matching":
-        return
+def require_unswitched_layers(args: AdjointMatchingConfig, denoiser: PipelineDenoiser) -> None:
+    """Raises ValueError where layers would be evaluated again after the adapter that they had is switched."""
     checkpointed = args.gradient_checkpointing or denoiser.network.is_gradient_checkpointing
     if checkpointed and denoiser.base_adapters is not None:  # both passes are over when a layer is evaluated again
         raise ValueError(
-            f"loss_type={args.loss_type!r} switches the adapter within a step, and checkpointed layers would be evaluated again "
-            f"without it; train without gradient checkpointing, and do not enable it on the network."
+            "what is trained here switches the adapter within a step, and checkpointed layers would be evaluated again without "
+            "it; train without gradient checkpointing, and do not enable it on the network."
         )
-    if args.loss_type == "discrete_adjoint" and args.fp16:  # the gradient scaler would scale what one step hands to the next
-        raise ValueError("loss_type='discrete_adjoint' does not go with fp16=True; pass bf16=True or another loss_type.")
 
 
 def place(pipeline: DiffusionPipeline, device: torch.device, offload_text_encoders: bool) -> None:

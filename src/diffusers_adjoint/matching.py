@@ -19,7 +19,7 @@ from torch import Tensor
 from .trajectory import MeanFunction, Trajectory
 
 __all__ = ["LossSteps", "bounded", "choose_loss_steps", "clip_loss", "control", "half_square", "matching_loss", "noisy_steps"]
-__all__ += ["path_kl", "step_kl"]
+__all__ += ["path_kl", "regression_loss", "step_kl"]
 
 
 def control(mean: Tensor, base_mean: Tensor, std: float | Tensor) -> Tensor:
@@ -40,6 +40,29 @@ def control(mean: Tensor, base_mean: Tensor, std: float | Tensor) -> Tensor:
     return (mean - base_mean) / std
 
 
+def regression_loss(mean: Tensor, base_mean: Tensor, shift: Tensor, scale: float | Tensor) -> Tensor:
+    """½‖((μ^θ − μ^base) − δ)/scale‖²: what every objective that wishes for a shift δ of the mean regresses on.
+
+    The shift is given, never μ^base + δ: in float32 that sum would swallow a small δ.
+
+    Args:
+        mean: μ_k^θ(x), shape (B, …), with gradient to the trained parameters.
+        base_mean: μ_k^base(x), same shape.
+        shift: δ, the wished μ_k − μ_k^base, same shape.
+        scale: > 0, state units; with s_k, step k's noise, the loss is one of nats.
+
+    Returns:
+        Loss per sample, shape (B,), summed over all other dimensions. Gradient reaches `mean` only.
+
+    Raises:
+        ValueError: if shapes differ (they would broadcast silently) or the scale is not positive.
+    """
+    if mean.shape != shift.shape:
+        raise ValueError(f"mean has shape {tuple(mean.shape)} but shift {tuple(shift.shape)}; they must agree.")
+    # Detached on purpose: base and shift are targets, a gradient through them would change the fixed point.
+    return half_square(control(mean, base_mean.detach(), scale) - shift.detach() / scale)
+
+
 def matching_loss(mean: Tensor, base_mean: Tensor, std: float | Tensor, adjoint: Tensor) -> Tensor:
     """Adjoint Matching loss of one step, ½‖(μ^θ − μ^base)/s + s ã_{k+1}‖² (2409.08861, eq. 37).
 
@@ -57,8 +80,7 @@ def matching_loss(mean: Tensor, base_mean: Tensor, std: float | Tensor, adjoint:
     """
     if mean.shape != adjoint.shape:
         raise ValueError(f"mean has shape {tuple(mean.shape)} but adjoint {tuple(adjoint.shape)}; they must agree.")
-    # Detached on purpose: base and adjoint are targets, a gradient through them would change the fixed point.
-    return half_square(control(mean, base_mean.detach(), std) + std * adjoint.detach())
+    return regression_loss(mean, base_mean, -(std**2) * adjoint, std)
 
 
 def clip_loss(loss: Tensor, loss_clip: float | None) -> Tensor:

@@ -38,6 +38,7 @@ from .checkpoint import (
 from .evaluation import evaluate_rows
 from .fingerprint import base_fingerprint
 from .given_datasets import eval_datasets_of, require_columns
+from .guidance import Guidance
 from .hub import save_pipeline
 from .inputs import one_row, repeat_rows, require_prompts, rows_of, text_encoders_on
 from .lock import only_trainer
@@ -58,6 +59,7 @@ class PipelineTrainer(PublishingTrainer):
     """A `Trainer` of a pipeline's denoiser that knows no loss: the habits of the host, kept for another kind of model."""
 
     control: TrainerControl
+    guidance: Guidance
     _clock: tuple[float, int] = (0.0, 0)  # seconds and evaluations at the last log; set at the start of training
     _updates: UpdateCount  # of this call of `train`
     _dropped = False  # the update under way
@@ -143,7 +145,7 @@ class PipelineTrainer(PublishingTrainer):
         for i, columns in enumerate(repeated):
             first = sum(sizes[:i]) * self.args.world_size + self.args.process_index * sizes[i]
             last = i == len(repeated) - 1
-            inputs.append({"columns": columns, "first_image": first, "share": sizes[i] / sum(sizes), "last": last})
+            inputs.append({"columns": columns, "first_image": first, "share": sizes[i] / sum(sizes), "ends_update": last})
         return inputs, items
 
     def _set_signature_columns_if_needed(self) -> None:
@@ -319,7 +321,7 @@ class PipelineTrainer(PublishingTrainer):
             self._constant = base, type(self.optimizer).__name__ if self.optimizer is not None else None
         base, optimizer = self._constant
         adapter = None if base_adapters is None else adapter_facts(network.peft_config[ADAPTER].to_dict())
-        settings = settings_of(self.args, optimizer, self.reward.names)
+        settings = settings_of(self.args, type(self).__name__, optimizer, self.reward.names)
         return RunFacts(uuid.uuid4().hex, settings, adapter, base, versions())
 
     def _has_all_updates(self, checkpoint: Path) -> bool:
@@ -457,7 +459,7 @@ class PipelineTrainer(PublishingTrainer):
             rows = rows_of(columns)
             offset = first * self.args.world_size + self.args.process_index * rows
             with self._text_encoders():
-                measured, images = evaluate_rows(self.denoiser, self.reward, self.args, columns, offset)
+                measured, images = evaluate_rows(self.denoiser, self.guidance, self.reward, self.args, columns, offset)
             if pictures is None:
                 repeated = repeat_rows(columns, self.args.num_generations_eval)
                 pictures = SampleImages.first(self.args.num_images_to_log, images, repeated, measured["reward"].flatten())

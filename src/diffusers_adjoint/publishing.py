@@ -19,6 +19,7 @@ from .denoiser import PipelineDenoiser
 from .hub import CARD_FILES, CardFacts, card_facts, pipeline_files, public_json, write_card
 from .inputs import collate_columns, first_row
 from .lora import WEIGHTS_NAME
+from .objectives import Method
 from .replay import PipelineReplay
 from .rewards import WeightedReward
 from .run_record import RECORD_NAME, rehashed
@@ -35,6 +36,7 @@ class PublishingTrainer(Trainer):
     replay: PipelineReplay
     denoiser: PipelineDenoiser
     reward: WeightedReward
+    method: Method
     push_in_progress: Any = None
     _pictures: SampleImages | None = None  # of the last rollout
     _evaluated: SampleImages | None = None  # of the last evaluation
@@ -66,6 +68,7 @@ class PublishingTrainer(Trainer):
             self.args,
             self.state,
             row,
+            self.method,
             repo_id=model_name or self.hub_model_id or Path(self.args.output_dir).resolve().name,
             base_adapters=self.denoiser.base_adapters,
             dataset_name=dataset_name,

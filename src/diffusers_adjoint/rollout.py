@@ -21,7 +21,7 @@ from .replay import Conditioning
 from .trajectory import Trajectory, rollout
 
 __all__ = ["Stream", "random_numbers_kept", "sample_trajectory", "sampled_path_kl", "seeded_generator", "seeded_generators"]
-__all__ += ["stacked_noise", "zero_unless"]
+__all__ += ["stacked_noise"]
 
 
 class Stream(IntEnum):
@@ -89,11 +89,6 @@ def sample_trajectory(
         replay.stds,
         lambda k: stacked_noise(start, generators),
     )
-
-
-def zero_unless(keep: Tensor, values: Tensor) -> Tensor:
-    """`values` of shape (S, B, …) with zeros for the images not in `keep`, (B,): a NaN times a zero gradient would be a NaN."""
-    return torch.where(keep.view(1, -1, *[1] * (values.ndim - 2)), values, 0.0)
 
 
 def sampled_path_kl(

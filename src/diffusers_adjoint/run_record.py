@@ -27,7 +27,7 @@ RECORD_NAME = "run.json"
 # Fields of ours that change nothing of what is trained.
 WITHOUT_EFFECT = {"logging_steps", "save_steps", "per_device_eval_batch_size", "remove_unused_columns", "metric_for_best_model"}
 WITHOUT_EFFECT |= {"model_init_kwargs", "offload_text_encoders", "num_generations_eval", "log_images", "num_images_to_log"}
-WITHOUT_EFFECT |= {"save_on_interrupt", "per_device_train_batch_size", "probe_base"}
+WITHOUT_EFFECT |= {"save_on_interrupt", "per_device_train_batch_size", "probe_base", "adjoint_pairing"}
 # Fields of the host that do.
 OF_THE_HOST = ["seed", "data_seed", "optim", "optim_args", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon"]
 OF_THE_HOST += ["max_grad_norm", "lr_scheduler_kwargs", "warmup_steps", "bf16", "fp16", "train_sampling_strategy"]
@@ -121,10 +121,11 @@ def rehashed(record: bytes, contents: Mapping[str, bytes]) -> bytes:
     return RunRecord(**values | {"files": values["files"] | changed})._as_json()
 
 
-def settings_of(args: AdjointMatchingConfig, optimizer: str | None, rewards: Iterable[str]) -> dict[str, Any]:
+def settings_of(args: AdjointMatchingConfig, trainer: str, optimizer: str | None, rewards: Iterable[str]) -> dict[str, Any]:
     """Name → value of what decides the result.
 
     Args:
+        trainer: name of its class.
         optimizer: class of the one that the user made; `None` where `optim` says which.
         rewards: names of the reward functions.
     """
@@ -132,7 +133,7 @@ def settings_of(args: AdjointMatchingConfig, optimizer: str | None, rewards: Ite
     settings = {name: _harmless(getattr(args, name)) for name in [*own, *OF_THE_HOST]}
     settings |= {"optim": optimizer} if optimizer else {}  # which then has no effect
     batch = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
-    return settings | {"prompts per update": batch, "rewards": list(rewards)}
+    return settings | {"trainer": trainer, "prompts per update": batch, "rewards": list(rewards)}
 
 
 def _harmless(value: Any) -> Any:

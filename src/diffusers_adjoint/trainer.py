@@ -1,82 +1,29 @@
-"""The Adjoint Matching trainer: a diffusers pipeline and a reward in, the same pipeline sampling p_base·exp(λr) out."""
+"""The Adjoint Matching trainer: a diffusers pipeline and a reward in, the same pipeline sampling p_base·exp(λr) out.
+
+chain   = prepare(prompts)                     x_0 and conditioning
+steps   = choose()                             which steps of the chain carry the loss
+targets = objective.targets(chain, steps, score)   states, and the shift of the mean that is wished for at each
+loss    = regress(model, chain, targets)       ½‖((μ^θ − μ^base) − δ)/s‖², one forward and one backward pass a point
+"""
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
-from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-import torch
-from diffusers import DiffusionPipeline
-from peft import LoraConfig
 from torch import Tensor, nn
-from tqdm.auto import tqdm
-from transformers import set_seed
-from transformers.utils import logging
 
-from .adjoint import AdjointPath, full_adjoint, lean_adjoint
-from .config import AdjointMatchingConfig, with_learning_rate
-from .denoiser import PipelineDenoiser
-from .evaluation import kl_name, require_known_metric
-from .given_datasets import dataset_of, eval_datasets_of
-from .gradients import require_checkpointing, require_gradients, warn_of_unused
-from .inputs import (
-    collate_columns,
-    columns_to_check,
-    load_pipeline,
-    parsed,
-    place,
-    prompts_of,
-    require_config,
-    require_prompts,
-    require_single_pass,
-    require_writable,
-    rows_of,
-    warn_of_flat_rewards,
-    warn_of_given_start,
-    warn_of_guidance,
-    without_prompt,
-)
-from .lora import add_lora
-from .matching import LossSteps, bounded, choose_loss_steps, clip_loss, half_square, noisy_steps, step_kl
-from .objectives import ADJOINT_OBJECTIVES, discrete_adjoint
-from .pipeline_trainer import PipelineTrainer
-from .probe import first_rows, probe_base, sampler_differences, warn_of_differences, warn_of_distillation
-from .progress import progress
-from .replay import Conditioning, PipelineReplay
-from .replay.selfcheck import check_replay
-from .rewards import RewardGradient, WeightedReward, reward_gradient
-from .rewards.quantised import warn_of_quantised_rewards
-from .rollout import Stream, random_numbers_kept, sample_trajectory, seeded_generator, seeded_generators, zero_unless
-from .sample_images import SampleImages
-from .sample_log import SampleLog, announce_memory, announce_tilt, exceeds_target, per_prompt, summarise
-from .schedulers import memoryless_scheduler
-from .soc import correlation
-from .trajectory import MeanFunction, Trajectory
-from .updates import AfterOptimizerStep, require_asked_for
-
-if TYPE_CHECKING:
-    from .ddpo import DDPOTrainer
+from .chain import PipelineChain
+from .config import AdjointMatchingConfig
+from .matching import LossSteps, choose_loss_steps
+from .objectives import Objective, Targets
+from .regress import regress
+from .reward_trainer import RewardTrainer
+from .rollout import Stream, seeded_generator
 
 __all__ = ["AdjointMatchingTrainer"]
 
-logger = logging.get_logger(__name__)
 
-
-@dataclass(frozen=True)
-class RolloutBatch:
-    """One micro-batch of images: what starts its rollout and what its rewards see."""
-
-    start: Tensor  # x_0, (B, …)
-    conditioning: Conditioning
-    noise: list[torch.Generator]  # step noise, one for each image
-    columns: dict[str, list[Any]]  # dataset columns, "prompt" among them, one entry for each image
-    share: float  # of the update's images on this process
-
-
-class AdjointMatchingTrainer(PipelineTrainer):
+class AdjointMatchingTrainer(RewardTrainer):
     """Fine-tune a diffusers pipeline on a differentiable reward with Adjoint Matching (arXiv 2409.08861).
 
     ```python
@@ -105,423 +52,47 @@ class AdjointMatchingTrainer(PipelineTrainer):
         TypeError, ValueError: for bad input, before any training, in one sentence.
     """
 
-    def __init__(
-        self,
-        model: str | DiffusionPipeline,
-        reward_funcs: Callable[..., Tensor] | list[Callable[..., Tensor]],
-        args: AdjointMatchingConfig | None = None,
-        train_dataset: Any = None,
-        eval_dataset: Any = None,
-        processing_class: Any = None,
-        callbacks: list[Any] | None = None,
-        optimizers: tuple[Any, Any] = (None, None),
-        peft_config: LoraConfig | None = None,
-    ) -> None:
-        require_config(args)
-        train_dataset = None if train_dataset is None else dataset_of(train_dataset, "train_dataset")
-        eval_dataset = None if eval_dataset is None else eval_datasets_of(eval_dataset)
-        pipeline = load_pipeline(model, parsed(args.model_init_kwargs) if args else None)
-        args = args or AdjointMatchingConfig(f"{type(pipeline).__name__}-AdjointMatching")
-        args = with_learning_rate(args, full=peft_config is None)
-        require_writable(args.output_dir)
-        self.reward = WeightedReward(reward_funcs, args.reward_weights)
-        _suit_the_host(args)
-        set_seed(args.seed)  # before LoRA draws its weights
+    objective: Objective  # makes the targets of each update
 
-        self.pipeline = pipeline
-        self.replay = _replay_of(pipeline, args, args.integrator)
-        if self.replay.arguments.takes_prompt:
-            require_prompts(train_dataset, "train_dataset")
-            require_prompts(eval_dataset, "eval_dataset")
-        warn_of_guidance(self.replay, args.guidance_scale, args.cfg_mode)
-        warn_of_distillation(pipeline)
-        for component in pipeline.components.values():
-            if isinstance(component, nn.Module):
-                component.requires_grad_(False).eval()
-        base_adapters = None if peft_config is None else add_lora(pipeline, self.replay.component, peft_config)
-        self.denoiser = PipelineDenoiser(self.replay, base_adapters)
-        require_single_pass(args, self.denoiser)
-
-        super().__init__(
-            model=self.denoiser,
-            args=args,
-            data_collator=collate_columns,
-            train_dataset=train_dataset,
-            eval_dataset=eval_dataset,
-            callbacks=callbacks,
-            optimizers=optimizers,
-        )
-        place(pipeline, args.device, args.offload_text_encoders)
-        self.reward.to(args.device)
-        self._start_records()
-        self.add_callback(AfterOptimizerStep(self._judge_update))
-
-    def _start_records(self) -> None:
-        """What is remembered of the run; what an update or a call of `train` counts is in `_start_counts`."""
-        self._idle_steps: list[int] = []  # of the trained network; found at the start of training
-        self._probed: dict[str, float] = {}  # what the probe measured, until it is logged
-        self._target_kl: float | None = None  # as it was announced, nats
-        self._left_target = False  # and was told so
-        self._start_counts()
-
-    def _start_counts(self) -> None:
-        """For a call of `train`: forgets what one has left that an error has ended."""
-        self._samples = SampleLog()  # since the last log line
-        self._kept = torch.zeros((), device=self.args.device)  # images of this update, on this process, that train
-        self._dropped = False  # the update under way
-        self._gradients_checked = False
-
-    @classmethod
-    def from_ddpo(
-        cls,
-        config: Any,
-        reward_function: Callable[..., Any],
-        prompt_function: Callable[[], tuple[str, Any]],
-        sd_pipeline: Any,
-        image_samples_hook: Callable[..., Any] | None = None,
-        *,
-        reward_scale: float | None = None,
-        **changes: Any,
-    ) -> DDPOTrainer:
-        """The constructor of TRL's removed DDPOTrainer and AlignPropTrainer, see [`ddpo.DDPOTrainer`]."""
-        from .ddpo import trainer_from_ddpo  # it needs this class
-
-        old = (config, reward_function, prompt_function, sd_pipeline, image_samples_hook)
-        return trainer_from_ddpo(cls, *old, reward_scale=reward_scale, **changes)
-
-    # ------------------------------------------------------------------------------------------------ one training step
+    def method_of(self, args: AdjointMatchingConfig) -> Objective:
+        """The objective of `loss_type` and `loss_kwargs`."""
+        self.objective = args.objective
+        return self.objective
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None = None) -> Tensor:
-        """Rollout → reward gradient → adjoint → loss and backward; returns the micro-batch's share of the loss.
+        """Rollout → reward → targets → regression; returns the micro-batch's share of the loss.
 
         Raises:
             ValueError: if the network is not as it was prepared, which a callback may have changed; and see `train`.
         """
-        self.denoiser.state.require_adapter()
-        if self._probed:
-            self.log(self._probed)
-            self._probed = {}
-        batch = self._prepare_batch(inputs)
-        steps = self._choose_steps()
-        trajectory = self._rollout(batch)
-        if self.args.loss_type == "discrete_adjoint":
-            loss, reward = self._backpropagate(model, batch, trajectory, steps)
-        else:
-            path, reward = self._adjoint(batch, trajectory, steps)
-            loss = self._match(model, batch, trajectory, path, reward, steps)
-        if inputs["last"]:
-            self._check_gradients()
-            self._skip_empty_update(model)
-            if self.is_world_process_zero():
-                self._pictures = SampleImages.first(self.args.num_images_to_log, reward.images, batch.columns, reward.rewards)
-            if self.state.global_step == 0:  # an evaluation shows the base, and only now are the rewards the base's
-                self._evaluated = None
-                self._announce()
+        self._begin_micro_batch()
+        chain = self.prepare_chain(inputs)
+        steps = self.choose_steps()
+        with self._progress("paths and targets", 2 * len(self.replay.stds)):
+            targets = self.objective.targets(chain, steps, self.score(chain))
+        with self._progress("loss", len(steps.indices)):
+            loss = self.regress(model, chain, targets)
+        self._end_micro_batch(model, chain, targets.scored)
         return loss
 
-    def _prepare_batch(self, inputs: dict[str, Any]) -> RolloutBatch:
-        """prompts → x_0, conditioning; every random number belongs to (seed, update, global image index)."""
-        columns, first = inputs["columns"], inputs["first_image"]
-        images = range(first, first + rows_of(columns))
-        with self._text_encoders():
-            start, conditioning = self.replay.prepare(
-                columns,
-                self._generators(images, Stream.START),
-                guided=self.args.cfg_mode != "none",
-                unguided=self.args.cfg_mode != "full",
-            )
-        return RolloutBatch(start, conditioning, self._generators(images, Stream.STEP_NOISE), columns, inputs["share"])
-
-    def _generators(self, images: Sequence[int], stream: Stream) -> list[torch.Generator]:
-        return seeded_generators(self.args.seed, self.state.global_step, images, stream)
-
-    def _choose_steps(self) -> LossSteps:
+    def choose_steps(self) -> LossSteps:
         """The same steps for every image of an update, so that neither micro-batches nor ranks change them."""
         generator = seeded_generator(self.args.seed, self.state.global_step, 0, Stream.LOSS_STEPS)
-        stds = self.replay.stds.clone()
-        stds[self._idle_steps] = 0.0  # no control to match there
+        stds = self._trainable_stds()
         half = max((len(stds) - len(self._idle_steps)) // 2, 1)
-        count = len(noisy_steps(stds)) if self.args.loss_type == "discrete_adjoint" else self.args.num_loss_steps or half
-        return choose_loss_steps(stds, count, self.args.loss_step_selection, generator)
+        return choose_loss_steps(stds, self.args.num_loss_steps or half, self.args.loss_step_selection, generator)
 
-    def _rollout(self, batch: RolloutBatch) -> Trajectory:
-        with self._progress("rollout", len(self.replay.stds) - 1):
-            guided = self.args.cfg_mode != "none"
-            return sample_trajectory(self.denoiser, batch.start, batch.conditioning, batch.noise, guided=guided)
-
-    def _adjoint(self, batch: RolloutBatch, trajectory: Trajectory, steps: LossSteps) -> tuple[AdjointPath, RewardGradient]:
-        """Reward gradient at the noiseless end point, then the adjoint down to the earliest chosen step."""
-        found: list[RewardGradient] = []
-        terminal = self._terminal(batch, found)
-        earliest, paper = steps.indices[0], self.args.adjoint_pairing == "paper"
-        lowest = earliest if paper else earliest + 1
-        mean, base_mean = self._means(self.denoiser, batch)
-        with self._progress("adjoint", len(trajectory) - earliest):
-            if ADJOINT_OBJECTIVES[self.args.loss_type].full:
-                path = full_adjoint(mean, base_mean, trajectory, terminal, lowest, lowest_base_mean=earliest)
-            else:
-                with self.denoiser.base():  # where checkpointed layers are evaluated again, too
-                    path = lean_adjoint(mean, trajectory, terminal, lowest, lowest_base_mean=earliest)
-        return path, found[0]
-
-    def _means(self, model: nn.Module, batch: RolloutBatch) -> tuple[MeanFunction, MeanFunction]:
-        """Step means of the model and of the base."""
-
-        def base_mean(k: int, x: Tensor) -> Tensor:
-            with self.denoiser.base():
-                return self.denoiser(x, k, batch.conditioning, self._guided_loss)
-
-        return lambda k, x: model(x, k, batch.conditioning, self._guided_loss), base_mean
-
-    def _terminal(self, batch: RolloutBatch, found: list[RewardGradient]) -> Callable[[Tensor], Tensor]:
-        """x̂_K → ã_K = −λ∇r(x̂_K); what it finds is appended to `found`."""
-
-        def terminal(end_point: Tensor) -> Tensor:
-            found.append(self._reward_gradient(end_point, batch))
-            if self.state.global_step == 0:
-                memory = [correlation(start, end) for start, end in zip(batch.start, end_point, strict=True)]
-                self._samples.add("memory", batch.start.new_tensor(memory))
-            return -self._teaching(found[0])
-
-        return terminal
-
-    def _reward_gradient(self, end_point: Tensor, batch: RolloutBatch) -> RewardGradient:
-        return reward_gradient(
-            end_point,
-            lambda x: self.replay.decode(x, batch.conditioning),
-            self.reward,
-            prompts_of(batch.columns),
-            without_prompt(batch.columns),
+    def regress(self, model: nn.Module, chain: PipelineChain, targets: Targets) -> Tensor:
+        """Backward through the loss of each point; what it found goes into the log."""
+        fit = regress(
+            chain.mean_of(model),
+            targets,
+            targets.scored.usable,
+            share=chain.share,
+            loss_clip=self.args.loss_clip,
+            require=self.require_images,
+            backward=self._backward,
+            synchronised=self._synchronised(model),
         )
-
-    def _match(
-        self,
-        model: nn.Module,
-        batch: RolloutBatch,
-        trajectory: Trajectory,
-        path: AdjointPath,
-        reward: RewardGradient,
-        steps: LossSteps,
-    ) -> Tensor:
-        """Backward through the matching loss of each chosen step; gradients are synchronised with the last one only."""
-        chosen = list(steps.indices)
-        adjoints = path.adjoints[chosen if self.args.adjoint_pairing == "paper" else [k + 1 for k in chosen]]
-        states, base_means = trajectory.states[chosen], path.base_means[chosen]
-        keep = self._require_images(self._has_reward(reward) & _bounded_paths(states, base_means, adjoints))
-        states, base_means, adjoints = (zero_unless(keep, v) for v in (states, base_means, adjoints))
-        total, kl = batch.start.new_zeros(()), batch.start.new_zeros(len(keep))
-        loss_of = ADJOINT_OBJECTIVES[self.args.loss_type].loss
-        synchronised = self._synchronised(model)
-        with self._progress("loss", len(chosen)):
-            for i, k in enumerate(chosen):
-                with synchronised(i == len(chosen) - 1):
-                    mean = model(states[i], k, batch.conditioning, self._guided_loss)
-                    losses = clip_loss(loss_of(mean, base_means[i], trajectory.stds[k], adjoints[i]), self.args.loss_clip)
-                    keep = self._require_images(keep & bounded(losses.detach()))  # one left out stays out
-                    loss = torch.where(keep, losses, 0.0).mean() * batch.share
-                    self._backward(loss)
-                total += loss.detach()
-                kl += step_kl(mean.detach(), base_means[i], trajectory.stds[k]) / steps.inclusion[i]
-        self._record(reward, kl, keep)
-        return total
-
-    def _backpropagate(
-        self, model: nn.Module, batch: RolloutBatch, trajectory: Trajectory, steps: LossSteps
-    ) -> tuple[Tensor, RewardGradient]:
-        """The discrete adjoint: through all steps of the chain, from the reward at its end."""
-        found: list[RewardGradient] = []
-        synchronised, first = self._synchronised(model), steps.indices[0]
-        keep = _bounded_paths(trajectory.states)
-        trajectory = replace(trajectory, states=zero_unless(keep, trajectory.states))
-
-        def weigh(costs: Tensor) -> Tensor:
-            nonlocal keep
-            keep = self._require_images(keep & self._has_reward(found[0]) & bounded(costs.detach()))  # one left out stays out
-            return torch.where(keep, costs, 0.0).mean() * batch.share
-
-        with self._progress("chain", 2 * len(trajectory)):
-            chain = discrete_adjoint(
-                *self._means(model, batch),
-                trajectory,
-                self._terminal(batch, found),
-                steps=steps.indices,
-                weigh=weigh,
-                backward=self._backward,
-                around=lambda k: synchronised(k == first),
-            )
-        self._record(found[0], chain.kl, keep)
-        return chain.loss, found[0]
-
-    def _check_gradients(self) -> None:
-        """After the backward passes of the first update: name what would never learn, before the optimizer moves the rest."""
-        if self._gradients_checked or self.is_deepspeed_enabled:  # DeepSpeed keeps the gradients elsewhere
-            return
-        self._gradients_checked = True
-        trained = {name: p for name, p in self.denoiser.network.named_parameters() if p.requires_grad}
-        reached = torch.tensor([p.grad is not None for p in trained.values()], dtype=torch.float, device=self.args.device)
-        reached = self.accelerator.reduce(reached, reduction="sum")  # so that all processes say the same
-        without = [name for name, count in zip(trained, reached.tolist(), strict=True) if not count]
-        require_gradients(trained, without, lora=self.denoiser.base_adapters is not None)
-        if self.is_world_process_zero():
-            warn_of_unused(trained, without)
-
-    def _skip_empty_update(self, model: nn.Module) -> None:
-        """Without one image to learn from, an optimizer would still move, by its momentum and weight decay."""
-        self._note_scale()
-        kept = self.accelerator.reduce(self._kept, reduction="sum")
-        if kept == 0 or not self._gradient_is_finite(model):
-            if self.args.on_nonfinite == "raise":
-                raise ValueError("the gradient of the loss is NaN or infinite; mend the inputs, or pass on_nonfinite='skip'.")
-            self._drop_gradients(model)
-
-    def _judge_update(self) -> None:
-        """When the optimizer has moved, or not: count the update, and stop before weights that are no numbers are saved."""
-        self._require_finite_weights()
-        dropped = self._dropped or self._step_was_skipped()
-        self._samples.add("skipped", self._kept if dropped else torch.zeros_like(self._kept))  # the others are counted already
-        self._kept, self._dropped = torch.zeros_like(self._kept), False
-        self._updates.add(dropped)
-
-    def _progress(self, what: str, steps: int) -> contextlib.AbstractContextManager[None]:
-        return progress(self.denoiser, f"update {self.state.global_step + 1}, {what}", steps, self._shows_progress)
-
-    @property
-    def _guided_loss(self) -> bool:
-        return self.args.cfg_mode == "full"
-
-    def _teaching(self, reward: RewardGradient) -> Tensor:
-        """λ∇r, shape (B, …); 0 for the images that have no reward to learn from."""
-        gradient = self.args.reward_scale * reward.gradient
-        return zero_unless(self._has_reward(reward), gradient[None])[0]
-
-    def _has_reward(self, reward: RewardGradient) -> Tensor:
-        """Which images have a finite reward and a bounded ½‖λ∇r‖², (B,) bool."""
-        return reward.rewards.isfinite() & bounded(half_square(self.args.reward_scale * reward.gradient))
-
-    def _require_images(self, keep: Tensor) -> Tensor:
-        """`keep` itself; ValueError if an image is left out and the settings do not allow it."""
-        if self.args.on_nonfinite == "raise" and not keep.all():
-            raise ValueError(
-                f"{int((~keep).sum())} rewards, reward gradients, losses or adjoints are NaN or infinite, or too large to be "
-                f"squared; mend the reward function, lower reward_scale, or pass on_nonfinite='skip'."
-            )
-        return keep
-
-    # ---------------------------------------------------------------------------------------------- checks before training
-
-    def _check_before_training(self) -> None:
-        """Pipeline, grid and rewards on one row, before any rollout."""
-        require_known_metric(self.denoiser, self.reward, self.args, self.eval_dataset)
-        require_asked_for(self.args, self.train_dataset)
-        # Trainer switches it on too, but later: the check must not need more memory than training.
-        if self.args.gradient_checkpointing:
-            self.denoiser.gradient_checkpointing_enable()
-        self._check_first_row()
-        self._start_counts()
-        warn_of_given_start(self.replay)
-
-    def _check_first_row(self) -> None:
-        columns = columns_to_check(self.train_dataset, self.eval_dataset, self.args, self.replay.arguments, self.reward)
-        self._columns = columns.keys()
-        generators = self._generators(range(rows_of(columns)), Stream.START)
-        with self._text_encoders():
-            check_replay(self.replay, columns, generators, check_unguided=self.args.cfg_mode != "full")
-        batch = self._prepare_batch({"columns": columns, "first_image": 0, "share": 1.0})
-        self._idle_steps = self.replay.idle_steps(batch.start, batch.conditioning, guided=self._guided_loss)
-        step = next(k for k in range(len(self.replay.stds)) if k not in self._idle_steps)
-        require_checkpointing(self.denoiser, batch.start, step, batch.conditioning, guided=self._guided_loss)
-        self._choose_steps()
-        reward = self._reward_gradient(batch.start, batch)
-        warn_of_flat_rewards(reward.gradient)
-        warn_of_quantised_rewards(self.reward, reward.images, prompts_of(columns), without_prompt(columns))
-
-    def _probe_before_training(self) -> None:
-        """Images of the base: how far λ asks it to move, and whether training starts from what its users see.
-
-        Every process draws the same ones, so that nothing is to be gathered.
-        """
-        if not self.args.probe_base:
-            return
-        replay = _replay_of(self.pipeline, self.args, "posterior")  # whichever trains: of all it is nearest to the base
-        together = self.args.per_device_train_batch_size * self.args.num_generations
-        with self.denoiser.base(), self._text_encoders(), random_numbers_kept(self.args.device):
-            probe = probe_base(
-                replay,
-                self.reward,
-                first_rows(self.train_dataset),
-                batch_size=1 if self.args.auto_find_batch_size else together,
-                guided=self.args.cfg_mode != "none",
-                seed=self.args.seed,
-                watched=partial(tqdm, desc="samples of the base", leave=False, disable=not self._shows_progress),
-            )
-        self._probed = probe.summary()
-        if self.is_world_process_zero():
-            self._target_kl = announce_tilt(self.args.reward_scale, probe.rewards)
-            self._probed |= self._announced_target()  # for a run that is interrupted before a line of training
-            warn_of_differences(sampler_differences(probe), self.args.num_inference_steps)
-
-    # ------------------------------------------------------------------------------------------------ logging, evaluation
-
-    def _record(self, reward: RewardGradient, kl: Tensor, keep: Tensor) -> None:
-        self._kept += keep.sum()
-        self._samples.add("reward", reward.rewards)
-        for name, values in reward.values.items():
-            self._samples.add(f"rewards/{name}", values)
-        # An image left out has no control; the mean skips NaN.
-        self._samples.add(kl_name(self.denoiser, self.args), torch.where(keep, kl, torch.nan))
-        norms = (self.args.reward_scale * reward.gradient).flatten(1).norm(dim=1)  # of ã_K
-        self._samples.add("adjoint_norm", torch.where(keep, norms, torch.nan))
-        self._samples.add("skipped", (~keep).float())
-
-    def _announce(self) -> None:
-        """After the first update, from all its images: what the end points remember and, without a probe, what λ asks for."""
-        rewards, memory = (self._samples.gathered(name, self.accelerator.gather) for name in ("reward", "memory"))
-        self._samples.forget("memory")
-        if self.is_world_process_zero():
-            if not self.args.probe_base:
-                self._target_kl = announce_tilt(self.args.reward_scale, per_prompt(rewards, self.args.num_generations))
-            announce_memory(memory[memory.isfinite()])
-
-    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Adds reward, reward_std, reward_std_between, rewards/<name>/mean, /std and /missing, kl or kl_unguided
-        (nats), target_kl_estimate (nats), adjoint_norm, skipped, evaluations_per_second."""
-        if "loss" in logs:
-            logs |= summarise(self._samples.drain(self.accelerator.gather), self.args.num_generations)
-            logs |= {"evaluations_per_second": self._rate()} | self._announced_target()
-            if self.is_world_process_zero():
-                self._left_target = self._left_target or exceeds_target(logs)
-        super().log(logs, start_time)
-        if "loss" in logs and self._pictures is not None:
-            self._show("train", self._pictures)
-
-    def _announced_target(self) -> dict[str, float]:
-        """By its name in the log, where it is known; a resumed run knows it from there."""
-        if self._target_kl is None:
-            known = [line["target_kl_estimate"] for line in self.state.log_history if "target_kl_estimate" in line]
-            self._target_kl = known[-1] if known else None
-        return {} if self._target_kl is None else {"target_kl_estimate": self._target_kl}
-
-
-def _bounded_paths(*values: Tensor) -> Tensor:
-    """Which images have no NaN, infinite or too large value in any of these (S, B, …), (B,) bool."""
-    return torch.stack([bounded(half_square(value.transpose(0, 1))) for value in values]).all(0)
-
-
-def _suit_the_host(args: AdjointMatchingConfig) -> None:
-    """Settings of the host that a pipeline's batches need."""
-    # Rows are lists of Python values: each process collates its own, and numbers its images by its rank.
-    args.accelerator_config.dispatch_batches = False
-    if args.n_gpu > 1:  # torch.nn.DataParallel would scatter the states but not the conditioning
-        logger.warning(f"{args.n_gpu} GPUs are visible but one is used; start with `accelerate launch` to use them all.")
-        args._n_gpu = 1
-
-
-def _replay_of(pipeline: DiffusionPipeline, args: AdjointMatchingConfig, integrator: str | None) -> PipelineReplay:
-    return PipelineReplay(
-        pipeline,
-        memoryless_scheduler(pipeline.scheduler, integrator=integrator),
-        args.num_inference_steps,
-        guidance_scale=args.guidance_scale,
-        pipeline_kwargs=parsed(args.pipeline_kwargs),
-        component=args.trained_component,
-    )
+        self.record(targets.scored, fit.kl, fit.keep)
+        return fit.loss

@@ -15,21 +15,13 @@ from huggingface_hub import ModelCard, ModelCardData
 
 from ..lora import ADAPTER
 from ..metrics.table import escaped
+from ..objectives.papers import Paper
 
 __all__ = ["CardFacts", "Licence", "Medium", "Sample", "model_card"]
 
 Medium = Literal["image", "video", "audio"]
 
 PACKAGES = ("diffusers-adjoint", "diffusers", "transformers", "peft", "torch")
-CITATION = """```bibtex
-@inproceedings{domingoenrich2025adjoint,
-  title     = {Adjoint Matching: Fine-tuning Flow and Diffusion Generative Models with Memoryless Stochastic Optimal Control},
-  author    = {Domingo-Enrich, Carles and Drozdzal, Michal and Karrer, Brian and Chen, Ricky T. Q.},
-  booktitle = {International Conference on Learning Representations},
-  year      = {2025},
-  url       = {https://arxiv.org/abs/2409.08861}
-}
-```"""
 
 
 @dataclass(frozen=True)
@@ -60,6 +52,7 @@ class CardFacts:
         call: arguments of the pipeline's call that made the first sample.
         settings: what the settings table shows, name → value; reward_scale is among them.
         rewards: name → weight.
+        paper: of the method; needs_gradient: whether it differentiates the reward.
         log_history: lines of the trainer's log.
         base_adapters: names of the adapters that the base carried; `None` for a full fine-tuning.
         guided: whether classifier-free guidance acted.
@@ -76,6 +69,8 @@ class CardFacts:
     call: Mapping[str, Any]
     settings: Mapping[str, Any]
     rewards: Mapping[str, float]
+    paper: Paper
+    needs_gradient: bool = True
     log_history: Sequence[Mapping[str, Any]] = ()
     base_adapters: Sequence[str] | None = None
     guided: bool = False
@@ -108,7 +103,12 @@ def model_card(facts: CardFacts) -> ModelCard:
         widget=[{"text": sample.prompt or "-", "output": {"url": sample.file}} for sample in facts.samples] or None,
     )
     sections = [_headline(facts), "<Gallery />" if facts.samples else "", _how_to_load(facts), _target(facts)]
-    sections += [_settings_table(facts), _results(facts), _limitations(facts), f"## Citation\n\n{CITATION}"]
+    sections += [
+        _settings_table(facts),
+        _results(facts),
+        _limitations(facts),
+        f"## Citation\n\n```bibtex\n{facts.paper.bibtex}\n```",
+    ]
     return ModelCard(f"---\n{data.to_yaml()}\n---\n\n" + "\n\n".join(text for text in sections if text) + "\n")
 
 
@@ -118,7 +118,8 @@ def _headline(facts: CardFacts) -> str:
     return (
         f"# {escaped(facts.repo_id.split('/')[-1])}\n\n"
         f"{what} of the {facts.component} ({facts.network_class}) of {base} ({facts.pipeline_class.__name__}), made with "
-        f"[Adjoint Matching](https://arxiv.org/abs/2409.08861), which tunes a model to a differentiable reward."
+        f"[{facts.paper.method}]({facts.paper.url}), which tunes a model to a "
+        f"{'differentiable ' if facts.needs_gradient else ''}reward."
     )
 
 

@@ -16,6 +16,7 @@ from transformers.utils import logging
 
 from ..config import AdjointMatchingConfig
 from ..lora import ADAPTER
+from ..objectives import Method
 from ..replay import PipelineReplay
 from ..rewards import WeightedReward
 from .card import CardFacts, Licence, Medium
@@ -27,7 +28,16 @@ logger = logging.get_logger(__name__)
 # A list of what may be told: the other arguments hold local paths, tokens and names of machines.
 SETTINGS = (
     *("reward_scale", "guidance_scale", "cfg_mode", "num_inference_steps", "integrator", "num_loss_steps"),
-    *("loss_step_selection", "loss_clip", "adjoint_pairing", "learning_rate", "lr_scheduler_type", "optim", "weight_decay"),
+    *(
+        "loss_type",
+        "loss_kwargs",
+        "loss_step_selection",
+        "loss_clip",
+        "learning_rate",
+        "lr_scheduler_type",
+        "optim",
+        "weight_decay",
+    ),
     *("max_grad_norm", "num_generations", "seed", "bf16", "fp16"),
 )
 TAGS: dict[tuple[Medium, str], str] = {
@@ -47,6 +57,7 @@ def card_facts(
     args: AdjointMatchingConfig,
     state: TrainerState,
     columns: dict[str, list[Any]],
+    method: Method,
     *,
     repo_id: str,
     base_adapters: list[str] | None,
@@ -57,6 +68,7 @@ def card_facts(
 
     Args:
         columns: one row of the dataset, the one of the first sample.
+        method: the objective, or the other way that it was trained.
         repo_id: Hub id of the repository, or a plain name for the model while it has none.
         base_adapters: names of the adapters that the base carries; `None` for a full fine-tuning.
         dataset_name: of the prompts; told only if it is a Hub id.
@@ -75,6 +87,8 @@ def card_facts(
         call=replay.arguments(columns, 1) | steps,
         settings=_settings(args, state) | steps | ({} if base_adapters is None else _lora_settings(network.peft_config[ADAPTER])),
         rewards=dict(zip(reward.names, reward.weights, strict=True)),
+        paper=method.paper,
+        needs_gradient=method.needs_gradient,
         log_history=state.log_history,
         base_adapters=base_adapters,
         guided=replay.arguments.guides,

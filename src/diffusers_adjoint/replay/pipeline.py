@@ -119,9 +119,18 @@ class PipelineReplay:
         """Whether the first steps are left out, as image-to-image pipelines do: x_0 then holds a part of the image."""
         return self._first > 0
 
+    @property
+    def gains(self) -> Tensor:
+        """g_k of these steps, as the scheduler's, shape (K',)."""
+        return self.scheduler.gains[self._first :]
+
     def transition(self, model_output: Tensor, x: Tensor, index: int) -> Transition:
         """Law of the next state at step `index` of these."""
         return self.scheduler.transition(model_output, x, self._first + index)
+
+    def clean(self, mean: Tensor, x: Tensor, index: int) -> Tensor:
+        """The clean prediction that gives step `index` of these this mean."""
+        return self.scheduler.clean(mean, x, self._first + index)
 
     # --------------------------------------------------------------------------------------- prepare, predict, decode
 

@@ -188,29 +188,58 @@ class MemorylessStep:
             ValueError: as `noised`.
         """
         self._check_step(index, clean=clean, sample=sample)
-        table = self.table
-        # m = (x_1 − clean_state · x)/clean_output; without noise left (β = 0) the step does nothing, whatever m.
-        pull = table.output[index] / table.clean_output[index] if table.beta[index] > 0 else torch.zeros(())
-        return _combined(table.state[index] - pull * table.clean_state[index], sample, pull, clean)
+        of_sample, of_clean = self._toward(index)
+        return _combined(of_sample, sample, of_clean, clean)
 
-    def score(self, model_output: Tensor, sample: Tensor, index: int) -> Tensor:
-        """∇ log p_k(x_k) = (α_k x̂_1 − x_k)/β_k², Tweedie's formula, for the law that the prediction m belongs to.
+    def clean(self, mean: Tensor, sample: Tensor, index: int) -> Tensor:
+        """The clean prediction x̂_1 that gives step k this mean from x_k: the inverse of `toward` in its first argument.
 
         Args:
-            model_output: m(x_k, t_k), as for `transition`.
+            mean: μ_k(x_k), shape (B, …).
+            sample: x_k, same shape.
+            index: k, 0 … K − 1.
+
+        Raises:
+            ValueError: as `noised`, and for a step that starts without noise and goes nowhere.
+        """
+        self._check_step(index, mean=mean, sample=sample)
+        of_sample, of_clean = self._toward(index)
+        if of_clean == 0:
+            raise ValueError(f"step {index} does not move its state, whatever the prediction; take an earlier step.")
+        return _combined(-of_sample / of_clean, sample, 1 / of_clean, mean)
+
+    def _toward(self, index: int) -> tuple[Tensor, Tensor]:
+        """μ_k's coefficients of x_k and of x̂_1, from m = (x̂_1 − clean_state · x)/clean_output."""
+        table = self.table
+        # Without noise left (β = 0) the step does nothing, whatever m.
+        pull = table.output[index] / table.clean_output[index] if table.beta[index] > 0 else torch.zeros_like(table.beta[index])
+        return table.state[index] - pull * table.clean_state[index], pull
+
+    def score(self, clean: Tensor, sample: Tensor, index: int) -> Tensor:
+        """∇ log p_k(x_k) = (α_k x̂_1 − x_k)/β_k², Tweedie's formula, for the law whose clean prediction is x̂_1.
+
+        Args:
+            clean: x̂_1 at x_k, shape (B, …).
             sample: x_k, same shape.
             index: k, 0 … K − 1.
 
         Raises:
             ValueError: as `noised`, and for a step that starts without noise (β_k = 0).
         """
-        self._check_step(index, model_output=model_output, sample=sample)
-        table = self.table
-        if table.beta[index] == 0:
+        self._check_step(index, clean=clean, sample=sample)
+        alpha, beta = self.table.alpha[index], self.table.beta[index]
+        if beta == 0:
             raise ValueError(f"step {index} starts without noise, where the data have no score; take an earlier step.")
-        of_state = (table.alpha[index] * table.clean_state[index] - 1) / table.beta[index] ** 2
-        of_output = table.alpha[index] * table.clean_output[index] / table.beta[index] ** 2
-        return _combined(of_state, sample, of_output, model_output)
+        return _combined(alpha / beta**2, clean, -1 / beta**2, sample)
+
+    @property
+    def gains(self) -> Tensor:
+        """g_k = ∂μ_k/∂score, shape (K,), float64, CPU: what a change of the score at x_k moves the mean of step k by.
+
+        From x̂_1 = (x + β² score)/α; infinite where the step starts from pure noise (α_k = 0), whose score says nothing of data.
+        """
+        pulls = torch.stack([self._toward(index)[1] for index in range(len(self.table.std))])
+        return pulls * self.table.beta**2 / self.table.alpha
 
     def _check_step(self, index: int, **given: Tensor) -> None:
         if not 0 <= index < len(self.table.std):

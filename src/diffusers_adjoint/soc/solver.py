@@ -3,18 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
 
-from ..adjoint import full_adjoint, lean_adjoint
-from ..matching import LossSteps, choose_loss_steps, noisy_steps
-from ..objectives import ADJOINT_OBJECTIVES, LOSS_TYPES, discrete_adjoint
+from ..adjoint import EndPoint
+from ..control_cost import ChainLoss
+from ..matching import LossSteps, choose_loss_steps, noisy_steps, regression_loss
+from ..objectives import AdjointMatching, Objective
 from ..trajectory import MeanFunction, Trajectory
 from .problem import ControlProblem
 from .sampler import draw_path
 
-__all__ = ["accumulate_gradient", "solve"]
+__all__ = ["CostGradient", "ProblemChain", "accumulate_gradient", "solve"]
+
+CostGradient = Callable[..., ChainLoss]
+"""`discrete_adjoint` or `continuous_adjoint`: adds the gradient of the control cost itself to the parameters."""
+
+ADJOINT_MATCHING = AdjointMatching()
 
 
 def solve(
@@ -24,7 +33,7 @@ def solve(
     start: Callable[[torch.Generator], Tensor],
     updates: int,
     *,
-    loss_type: str = "adjoint_matching",
+    objective: Objective | CostGradient = ADJOINT_MATCHING,
     num_loss_steps: int | None = None,
     seed: int = 0,
     on_update: Callable[[int, Tensor], None] | None = None,
@@ -38,8 +47,9 @@ def solve(
         optimizer: over the parameters; its learning rate may be changed by a scheduler in `on_update`.
         start: generator → x_0, shape (B, …): the batch of one update.
         updates: number of updates.
-        loss_type: a row of `objectives.py`.
-        num_loss_steps: S, steps of each path that carry the loss; all of them if `None`. The discrete adjoint takes all.
+        objective: an object of `objectives`, such as `BasicAdjointMatching()`; or the function `discrete_adjoint` or
+            `continuous_adjoint`.
+        num_loss_steps: S, steps of each path that carry the loss; all of them if `None`, as the two functions take.
         seed: of paths and loss steps.
         on_update: called after each update with its number, from 0, and its loss.
 
@@ -47,13 +57,14 @@ def solve(
         Mean loss of each update, shape (updates,).
 
     Raises:
-        ValueError: for an unknown `loss_type`, no updates, S that does not fit, states whose shape the noise does not have, or a
+        TypeError: for a class in place of an objective.
+        ValueError: for no updates, S that does not fit, states whose shape the noise does not have, or a
             loss that is not finite.
     """
-    if loss_type not in LOSS_TYPES:
-        raise ValueError(f"loss_type={loss_type!r} is unknown; pass one of {', '.join(map(repr, LOSS_TYPES))}.")
-    if loss_type == "discrete_adjoint" and num_loss_steps is not None:
-        raise ValueError("loss_type='discrete_adjoint' goes through every step; leave num_loss_steps out.")
+    if isinstance(objective, type | str):
+        raise TypeError(f"objective={objective!r} is no objective; pass an object, such as AdjointMatching().")
+    if callable(objective) and num_loss_steps is not None:
+        raise ValueError(f"{objective.__name__} goes through every step; leave num_loss_steps out.")
     if updates < 1:
         raise ValueError(f"updates={updates} solves nothing; pass at least 1.")
     generator, losses = torch.Generator().manual_seed(seed), []
@@ -64,7 +75,7 @@ def solve(
         path = draw_path(mean, x, problem.times, problem.stds, generator)
         steps = choose_loss_steps(problem.stds, count, "uniform", generator)
         optimizer.zero_grad()
-        loss = accumulate_gradient(problem, mean, path, steps, loss_type)
+        loss = accumulate_gradient(problem, mean, path, steps, objective)
         if not loss.isfinite():
             raise ValueError(f"the loss of update {update} is {loss.item()}; lower the learning rate or the costs.")
         optimizer.step()
@@ -74,26 +85,69 @@ def solve(
     return torch.stack(losses)
 
 
+@dataclass(frozen=True)
+class _Slope:
+    """−∇g at the end points, as `objectives.Scored` has it."""
+
+    tilt: Tensor
+
+    @property
+    def usable(self) -> Tensor:
+        return torch.ones(len(self.tilt), dtype=torch.bool, device=self.tilt.device)
+
+
+@dataclass(frozen=True)
+class ProblemChain:
+    """A control problem, and a model of its solution on given paths, as a `Chain` of the objectives."""
+
+    problem: ControlProblem
+    model: MeanFunction
+    path: Trajectory
+
+    @property
+    def stds(self) -> Tensor:
+        return self.path.stds
+
+    @property
+    def running_cost_grad(self) -> Callable[[int, Tensor], Tensor] | None:
+        return self.problem.running_cost_grad
+
+    def mean(self, k: int, x: Tensor) -> Tensor:
+        return self.model(k, x)
+
+    def base_mean(self, k: int, x: Tensor) -> Tensor:
+        return self.problem.base_mean(k, x)
+
+    def base(self) -> AbstractContextManager[None]:
+        return nullcontext()
+
+    def rollout(self) -> Trajectory:
+        return self.path
+
+    def end_point(self, path: Trajectory, of: Literal["base", "model"]) -> EndPoint:
+        """x_K itself: a control problem has its cost at the noisy end of the chain."""
+        return EndPoint(path.states[-1])
+
+
 def accumulate_gradient(
-    problem: ControlProblem, mean: MeanFunction, path: Trajectory, steps: LossSteps, loss_type: str = "adjoint_matching"
+    problem: ControlProblem,
+    mean: MeanFunction,
+    path: Trajectory,
+    steps: LossSteps,
+    objective: Objective | CostGradient = ADJOINT_MATCHING,
 ) -> Tensor:
     """Add the gradient of one objective along given paths to the parameters; returns the batch's mean loss.
 
     The terms of the chosen steps are divided by their probability, so that the gradient is that of all steps on the average.
     """
-    end, running = problem.terminal_adjoint(path.states[-1]), problem.running_cost_grad
-    if loss_type == "discrete_adjoint":
-        running_cost = problem.checked_running_cost
-        return discrete_adjoint(mean, problem.base_mean, path, end, steps=steps.indices, running_cost=running_cost).loss
-    objective, lowest = ADJOINT_OBJECTIVES[loss_type], steps.indices[0] + 1
-    if objective.full:
-        solved = full_adjoint(mean, problem.base_mean, path, end, lowest, running_cost_grad=running)
-    else:
-        solved = lean_adjoint(problem.base_mean, path, end, lowest, running_cost_grad=running)
+    if callable(objective):
+        end, running_cost = problem.terminal_adjoint(path.states[-1]), problem.checked_running_cost
+        return objective(mean, problem.base_mean, path, end, steps=steps.indices, running_cost=running_cost).loss
+    targets = objective.targets(ProblemChain(problem, mean, path), steps, lambda x: _Slope(-problem.terminal_adjoint(x)))
     total = path.states.new_zeros(())
-    for k, inclusion in zip(steps.indices, steps.inclusion, strict=True):
-        terms = objective.loss(mean(k, path.states[k]), solved.base_means[k], path.stds[k], solved.adjoints[k + 1])
-        loss = terms.mean() / inclusion
+    points = zip(targets.states, targets.base_means, targets.shifts, targets.scales, strict=True)
+    for (x, base_mean, shift, scale), k, inclusion in zip(points, steps.indices, steps.inclusion, strict=True):
+        loss = regression_loss(mean(k, x), base_mean, shift, scale).mean() / inclusion
         loss.backward()
         total += loss.detach()
     return total

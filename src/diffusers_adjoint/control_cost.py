@@ -1,14 +1,13 @@
-r"""The paper's four objectives of one control problem: which adjoint they take, and what they ask of each step.
+r"""The gradient of the control cost itself, E[Σ_k ½‖√Δ u_k‖² + f_k + g], two ways: for comparison, and as a reference in tests.
 
-| `loss_type` | adjoint | loss | 2409.08861 |
+| function | adjoint | gradient | 2409.08861 |
 |---|---|---|---|
-| `"adjoint_matching"` | lean, ã | ½‖√Δ u_k + s_k ã_{k+1}‖² | eqs. 37–39 |
-| `"basic_adjoint_matching"` | full, a | ½‖√Δ u_k + s_k a_{k+1}‖² | eqs. 22, 34 |
-| `"continuous_adjoint"` | full, a | ½‖√Δ u_k‖² + √Δ u_k · s_k a_{k+1} | eqs. 20–21, 32 |
-| `"discrete_adjoint"` | autograd's, through the chain | Σ_k ½‖√Δ u_k‖² + f_k + g | §3.2 |
+| `continuous_adjoint` | full, a | of Σ_k ½‖√Δ u_k‖² + √Δ u_k · s_k a_{k+1} | eqs. 20–21, 32 |
+| `discrete_adjoint` | autograd's, through the chain | of Σ_k ½‖√Δ u_k‖² + f_k + g | §3.2 |
 
-The last three have one gradient: the second and third differ by ½‖s_k a_{k+1}‖², a constant (Prop. 2), and on a chain of Gaussian
-steps the full adjoint is what back-propagation computes. The first has another one, with the same zero (Prop. 7).
+Both have one gradient, which is basic Adjoint Matching's, too: its loss differs from the first by ½‖s_k a_{k+1}‖², a constant
+(Prop. 2), and on a chain of Gaussian steps the full adjoint is what back-propagation computes. Adjoint Matching has another one,
+with the same zero (Prop. 7).
 """
 
 from __future__ import annotations
@@ -20,11 +19,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .matching import control, matching_loss, noisy_steps, step_kl
+from .adjoint import full_adjoint
+from .matching import control, noisy_steps, step_kl
 from .trajectory import MeanFunction, Trajectory
 
-__all__ = ["ADJOINT_OBJECTIVES", "LOSS_TYPES", "ChainLoss", "Objective"]
-__all__ += ["continuous_adjoint_loss", "discrete_adjoint"]
+__all__ = ["ChainLoss", "continuous_adjoint", "continuous_adjoint_loss", "discrete_adjoint"]
 
 
 def continuous_adjoint_loss(mean: Tensor, base_mean: Tensor, std: float | Tensor, adjoint: Tensor) -> Tensor:
@@ -47,27 +46,46 @@ def continuous_adjoint_loss(mean: Tensor, base_mean: Tensor, std: float | Tensor
 
 
 @dataclass(frozen=True)
-class Objective:
-    """An objective that regresses, or follows, an adjoint step by step."""
-
-    full: bool  # whether its adjoint is the full one
-    loss: Callable[[Tensor, Tensor, float | Tensor, Tensor], Tensor]  # (mean, base_mean, std, adjoint) → (B,), one step
-
-
-ADJOINT_OBJECTIVES = {
-    "adjoint_matching": Objective(full=False, loss=matching_loss),
-    "basic_adjoint_matching": Objective(full=True, loss=matching_loss),
-    "continuous_adjoint": Objective(full=True, loss=continuous_adjoint_loss),
-}
-LOSS_TYPES = (*ADJOINT_OBJECTIVES, "discrete_adjoint")
-
-
-@dataclass(frozen=True)
 class ChainLoss:
-    """What back-propagation through a chain found on its way, detached."""
+    """What a pass down a chain found on its way, detached."""
 
-    loss: Tensor  # the weighed objective with g to first order around the end point, 0-dimensional
+    loss: Tensor  # the weighed objective, 0-dimensional; of `discrete_adjoint` with g to first order around the end point
     kl: Tensor  # Σ_k ½‖√Δ u_k‖², shape (B,)
+
+
+def continuous_adjoint(
+    mean: MeanFunction,
+    base_mean: MeanFunction,
+    trajectory: Trajectory,
+    terminal: Tensor,
+    *,
+    steps: Sequence[int] | None = None,
+    running_cost: Callable[[int, Tensor], Tensor] | None = None,
+) -> ChainLoss:
+    """Add the batch mean of the control cost's gradient to the parameters, by the full adjoint (2409.08861, eqs. 20–21, 32).
+
+    Args:
+        mean, base_mean, trajectory, steps, running_cost: as for `discrete_adjoint`.
+        terminal: ∇g at the paths' end, shape (B, …).
+    """
+    steps = noisy_steps(trajectory.stds) if steps is None else steps
+    slope = None if running_cost is None else lambda k, x: _slope(running_cost, k, x)
+    path = full_adjoint(mean, base_mean, trajectory, terminal, steps[0] + 1, running_cost_grad=slope)
+    states, total = trajectory.states, trajectory.states.new_zeros(())
+    kl = states.new_zeros(states.shape[1])
+    for k in steps:
+        moved = mean(k, states[k])
+        loss = continuous_adjoint_loss(moved, path.base_means[k], trajectory.stds[k], path.adjoints[k + 1]).mean()
+        loss.backward()
+        total += loss.detach()
+        kl += step_kl(moved.detach(), path.base_means[k], trajectory.stds[k])
+    return ChainLoss(total, kl)
+
+
+def _slope(cost: Callable[[int, Tensor], Tensor], k: int, x: Tensor) -> Tensor:
+    with torch.enable_grad():
+        leaf = x.detach().requires_grad_()
+        return torch.autograd.grad(cost(k, leaf).sum(), leaf)[0]
 
 
 def discrete_adjoint(

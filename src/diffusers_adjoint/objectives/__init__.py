@@ -1,0 +1,9 @@
+"""Objectives: what the trained mean of a step is asked to be, one file each; torch only."""
+
+from .adjoint_matching import AdjointMatching, BasicAdjointMatching
+from .by_name import OBJECTIVES, objective_of
+from .one_step import OneStep
+from .targets import Chain, DiffusionChain, Method, Objective, Scored, Targets
+
+__all__ = ["OBJECTIVES", "AdjointMatching", "BasicAdjointMatching", "OneStep", "objective_of"]
+__all__ += ["Chain", "DiffusionChain", "Method", "Objective", "Scored", "Targets"]

@@ -1,0 +1,36 @@
+"""`loss_type` and `loss_kwargs` → an objective: the only place that compares names."""
+
+from __future__ import annotations
+
+from dataclasses import fields
+from typing import Any
+
+from .adjoint_matching import AdjointMatching, BasicAdjointMatching
+from .one_step import OneStep
+from .targets import Objective
+
+__all__ = ["OBJECTIVES", "objective_of"]
+
+OBJECTIVES: dict[str, type[Objective]] = {
+    "adjoint_matching": AdjointMatching,
+    "basic_adjoint_matching": BasicAdjointMatching,
+    "one_step": OneStep,
+}
+
+
+def objective_of(loss_type: str, loss_kwargs: dict[str, Any] | None = None) -> Objective:
+    """The objective of that name with these options.
+
+    Raises:
+        ValueError: for an unknown name, an option that it does not have, or a value that the option does not take.
+    """
+    if loss_type not in OBJECTIVES:
+        raise ValueError(f"loss_type={loss_type!r} is unknown; pass one of {', '.join(map(repr, OBJECTIVES))}.")
+    objective = OBJECTIVES[loss_type]
+    known = [field.name for field in fields(objective)]  # type: ignore[arg-type]
+    if unknown := (loss_kwargs or {}).keys() - set(known):
+        raise ValueError(
+            f"loss_kwargs has {min(unknown)!r}, which loss_type={loss_type!r} does not take; "
+            + (f"pass {' or '.join(map(repr, known))}." if known else "leave loss_kwargs out.")
+        )
+    return objective(**loss_kwargs or {})

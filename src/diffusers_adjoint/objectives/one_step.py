@@ -1,0 +1,52 @@
+r"""The one-step adjoint: the reward's gradient at the base's clean prediction, carried back by that one prediction.
+
+    δ_k = g_k (∂x̂_1/∂x)ᵀ λ∇r(x̂_1(x_k)),     g_k = ∂μ_k/∂score
+
+It takes log E[e^{λr} | x_k] for λ r(E[x_1 | x_k]), so its fixed point is *not* the tilted law: good near the data, where one
+prediction says most of the rest, and worst near the noise. At pure noise, whose score says nothing of data, there is no shift.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from ..adjoint import pulled_back
+from ..matching import LossSteps
+from .papers import ADJOINT_MATCHING, Paper
+from .targets import DiffusionChain, Scored, Targets
+
+__all__ = ["OneStep"]
+
+
+@dataclass(frozen=True)
+class OneStep:
+    """One evaluation of the base and one reward for each loss step, no adjoint along the path; biased, for comparison."""
+
+    needs_gradient: ClassVar[bool] = True
+    switches_adapter: ClassVar[bool] = False
+    paper: ClassVar[Paper] = ADJOINT_MATCHING
+
+    def targets(self, chain: DiffusionChain, steps: LossSteps, score: Callable[[Tensor], Scored]) -> Targets:
+        """As `Objective.targets`, but that it scores the clean predictions of every step; those of the last one are reported."""
+        path = chain.rollout()
+        shifts, base_means = [], []
+        with chain.base():
+            for k in steps.indices:
+                x = path.states[k].detach().requires_grad_()
+                with torch.enable_grad():
+                    mean = chain.base_mean(k, x)
+                    clean = chain.clean(mean, x, k)
+                scored = score(clean.detach())
+                pull = pulled_back(clean, x, scored.tilt)
+                gain = chain.gains[k] if chain.gains[k].isfinite() else torch.zeros(())
+                # NaN, so that a sample without a reward at this step is left out and not told to stay where it is.
+                usable = scored.usable.view(-1, *[1] * (x.ndim - 1))
+                shifts.append(torch.where(usable, gain.to(pull) * pull, torch.nan))
+                base_means.append(mean.detach())
+        chosen = list(steps.indices)
+        return Targets(path.states[chosen], steps, torch.stack(shifts), torch.stack(base_means), path.stds[chosen], scored)

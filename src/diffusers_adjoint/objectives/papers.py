@@ -1,0 +1,40 @@
+"""Where a method comes from, for model cards."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+__all__ = ["ADJOINT_MATCHING", "Paper"]
+
+
+@dataclass(frozen=True)
+class Paper:
+    """A publication.
+
+    Args:
+        method: what it calls its method.
+        arxiv: its number there.
+        bibtex: an entry.
+    """
+
+    method: str
+    arxiv: str
+    bibtex: str
+
+    @property
+    def url(self) -> str:
+        """Its page on arXiv."""
+        return f"https://arxiv.org/abs/{self.arxiv}"
+
+
+ADJOINT_MATCHING = Paper(
+    method="Adjoint Matching",
+    arxiv="2409.08861",
+    bibtex="""@inproceedings{domingoenrich2025adjoint,
+  title     = {Adjoint Matching: Fine-tuning Flow and Diffusion Generative Models with Memoryless Stochastic Optimal Control},
+  author    = {Domingo-Enrich, Carles and Drozdzal, Michal and Karrer, Brian and Chen, Ricky T. Q.},
+  booktitle = {International Conference on Learning Representations},
+  year      = {2025},
+  url       = {https://arxiv.org/abs/2409.08861}
+}""",
+)

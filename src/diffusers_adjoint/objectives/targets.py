@@ -1,0 +1,118 @@
+r"""The seam: an objective makes targets, and one regression fits them.
+
+    L = ½ ‖ ((μ_k^θ(x) − μ_k^base(x)) − δ) / scale ‖²    at points (x, k) that the objective chose, with a wished shift δ for each
+
+An objective is a frozen dataclass of its own options. It sees the model and its base through a `Chain`, and the reward through a
+function that it calls once, at the end points. A pipeline and a control problem are both chains.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal, Protocol
+
+from torch import Tensor
+
+from ..adjoint import EndPoint
+from ..matching import LossSteps
+from ..trajectory import Trajectory
+from .papers import Paper
+
+__all__ = ["Chain", "DiffusionChain", "Method", "Objective", "Scored", "Targets"]
+
+
+class Scored(Protocol):
+    """What a reward said of end points; whoever scores may keep more in it."""
+
+    @property
+    def tilt(self) -> Tensor:
+        """λ∇r at the end points, shape (B, …), nats per state unit; 0 for a sample that has no reward to learn from."""
+
+    @property
+    def usable(self) -> Tensor:
+        """Which samples have a reward to learn from, (B,) bool."""
+
+
+@dataclass(frozen=True)
+class Targets:
+    """What one update regresses on: S points of each of B samples, detached.
+
+    Args:
+        states: x, shape (S, B, …).
+        steps: step k of each, and the probability with which it was chosen.
+        shifts: δ, the wished μ_k − μ_k^base, shape (S, B, …). Not the wished mean: in float32 it would swallow a small δ.
+        base_means: μ_k^base(x), shape (S, B, …).
+        scales: shape (S,), or (S, …) for diagonal noise; s_k makes the loss one of nats.
+        scored: what the objective's score said of the end points.
+    """
+
+    states: Tensor
+    steps: LossSteps
+    shifts: Tensor
+    base_means: Tensor
+    scales: Tensor
+    scored: Any
+
+
+class Chain(Protocol):
+    """The model as a chain of Gaussian steps x_{k+1} ~ N(μ_k(x_k), s_k² I), and its base."""
+
+    @property
+    def stds(self) -> Tensor:
+        """s_k, shape (K,), or (K, …) for diagonal noise."""
+
+    @property
+    def running_cost_grad(self) -> Callable[[int, Tensor], Tensor] | None:
+        """(k, x) → ∇f_k(x); `None` where only the end has a cost, as in a pipeline."""
+
+    def mean(self, k: int, x: Tensor) -> Tensor:
+        """μ_k^θ(x), differentiable in x."""
+
+    def base_mean(self, k: int, x: Tensor) -> Tensor:
+        """μ_k^base(x), differentiable in x."""
+
+    def base(self) -> AbstractContextManager[None]:
+        """Around derivatives of `base_mean`: a checkpointed layer is evaluated again in them, and must still be the base's."""
+
+    def rollout(self) -> Trajectory:
+        """Paths of the model, without graph."""
+
+    def end_point(self, path: Trajectory, of: Literal["base", "model"]) -> EndPoint:
+        """Where the reward of a path is taken, with step K − 1 of the base, or of both, evaluated for the adjoint."""
+
+
+class DiffusionChain(Chain, Protocol):
+    """A chain that samples a diffusion or flow model, whose steps predict clean data."""
+
+    @property
+    def gains(self) -> Tensor:
+        """g_k = ∂μ_k/∂score, shape (K,); infinite at pure noise."""
+
+    def clean(self, mean: Tensor, x: Tensor, k: int) -> Tensor:
+        """The clean prediction x̂_1 that gives step k this mean from x; affine in both."""
+
+
+class Method(Protocol):
+    """What a trainer asks of whatever it trains by: an objective, or a way that is no regression."""
+
+    needs_gradient: ClassVar[bool]
+    """Whether it differentiates the reward; otherwise any number will do."""
+    switches_adapter: ClassVar[bool]
+    """Whether it differentiates model and base side by side, which checkpointed layers with an adapter do not stand."""
+    paper: ClassVar[Paper]
+    """What a model card cites."""
+
+
+class Objective(Method, Protocol):
+    """A frozen dataclass of options that makes targets; it raises ValueError for an option that makes none."""
+
+    def targets(self, chain: Any, steps: LossSteps, score: Callable[[Tensor], Scored]) -> Targets:
+        """One update's points and shifts.
+
+        Args:
+            chain: the model and its base, a `Chain`, or a `DiffusionChain` where clean predictions are needed.
+            steps: those that carry the loss.
+            score: end points (B, …) → what the reward says of them; called once.
+        """
