@@ -15,7 +15,7 @@ from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from transformers import TrainingArguments
 
-import diffusers_adjoint.trainer
+import diffusers_adjoint.chain
 from diffusers_adjoint import AdjointMatchingConfig, AdjointMatchingTrainer
 from diffusers_adjoint.cli import main
 from diffusers_adjoint.lora import add_lora
@@ -494,7 +494,7 @@ CASES = {
     ),
     "CLI: unknown option": Case("unknown options --lerning_rate", "--help lists", cli=[*MODEL, "--lerning_rate", "1"]),
     "CLI: not a number": Case("invalid float value: 'big'", "--learning_rate", cli=[*MODEL, "--learning_rate", "big"]),
-    "CLI: unknown mode": Case("invalid choice: 'both'", "'rollout', 'none', 'full'", cli=[*MODEL, "--cfg_mode", "both"]),
+    "CLI: unknown mode": Case("invalid choice: 'both'", "'none', 'rollout', 'full'", cli=[*MODEL, "--cfg_mode", "both"]),
     "CLI: bad setting": Case("num_inference_steps=1 is too few", "at least 2", cli=[*MODEL, "--num_inference_steps", "1"]),
     "CLI: no recipe": Case("No such file", "missing.yaml", cli=["--config", "missing.yaml"]),
     "CLI: language model's option": Case("load_in_4bit", "leave it out", cli=[*MODEL, "--load_in_4bit", "true"]),
@@ -529,7 +529,7 @@ def test_refused_before_any_rollout_in_one_sentence(tmp_path, case, monkeypatch,
     def rollout(*args, **kwargs):
         raise AssertionError("a rollout was started")
 
-    monkeypatch.setattr(diffusers_adjoint.trainer, "sample_trajectory", rollout)
+    monkeypatch.setattr(diffusers_adjoint.chain, "sample_trajectory", rollout)
     monkeypatch.chdir(tmp_path)
     (tmp_path / "prompts.txt").write_text("a cat\n")
     (tmp_path / "file").touch()

@@ -46,10 +46,10 @@ class AdjointMatchingConfig(TrainingArguments):
             Weight of each reward function in r; all 1 when not given.
         guidance_scale (`float`, defaults to 1.0):
             Classifier-free guidance. 1 means none, and then the target is exact whatever `cfg_mode` says.
-        cfg_mode (`str`, defaults to `"rollout"`):
-            Where guidance above 1 acts. `"rollout"`: trajectories only (the official code's choice; the result is *not* the
-            tilt). `"none"`: nowhere in training, only in evaluation (exact for the unguided model). `"full"`: everywhere (exact
-            for the guided model, twice the work, and the adjoint can blow up).
+        cfg_mode (`str`, defaults to `"none"`):
+            Where guidance above 1 acts. `"none"`: nowhere in training, only in evaluation (exact for the unguided model).
+            `"rollout"`: trajectories only (the official code's choice; the result is *not* the tilt). `"full"`: everywhere
+            (exact for the guided model, twice the work, and the adjoint can blow up).
 
     > Parameters that control the sampler
 
@@ -146,8 +146,8 @@ class AdjointMatchingConfig(TrainingArguments):
         default=None, metadata={"help": "Weight of each reward function; all 1 when not given."}
     )
     guidance_scale: float = field(default=1.0, metadata={"help": "Classifier-free guidance; 1 means none."})
-    cfg_mode: Literal["rollout", "none", "full"] = field(
-        default="rollout", metadata={"help": "Where guidance above 1 acts in training: 'rollout', 'none' or 'full'."}
+    cfg_mode: Literal["none", "rollout", "full"] = field(
+        default="none", metadata={"help": "Where guidance above 1 acts in training: 'none', 'rollout' or 'full'."}
     )
     num_inference_steps: int = field(default=20, metadata={"help": "K, steps of the memoryless sampler."})
     integrator: str | None = field(
