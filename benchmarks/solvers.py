@@ -48,8 +48,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from tqdm import tqdm
 
-from diffusers_adjoint.control_cost import continuous_adjoint, discrete_adjoint
-from diffusers_adjoint.matching import step_kl
+from diffusers_adjoint.core.control_cost import continuous_adjoint, discrete_adjoint
+from diffusers_adjoint.core.matching import step_kl
 from diffusers_adjoint.objectives import AdjointMatching, BasicAdjointMatching
 from diffusers_adjoint.soc import FLOW, ControlProblem, PathSampler, memoryless_noise, solve
 

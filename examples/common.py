@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from diffusers_adjoint.cli import Arguments, TrainArguments, parse_arguments
+from diffusers_adjoint.cli.commands import Arguments, TrainArguments, parse_arguments
 
 RECIPES = Path(__file__).parent / "recipes"
 

@@ -17,7 +17,7 @@ from common import read_arguments
 from diffusers import StableDiffusionPipeline
 
 from diffusers_adjoint import AdjointMatchingTrainer
-from diffusers_adjoint.cli import load_prompts, load_rewards
+from diffusers_adjoint.cli.commands import load_prompts, load_rewards
 
 
 def main() -> None:

@@ -18,7 +18,7 @@ from torch import Tensor
 from trl import ScriptArguments
 
 from diffusers_adjoint import AdjointMatchingTrainer
-from diffusers_adjoint.cli import load_prompts, lora_config
+from diffusers_adjoint.cli.commands import load_prompts, lora_config
 
 
 def warm_light(images: Tensor, prompts: list[str]) -> Tensor:

@@ -17,7 +17,7 @@ from common import read_arguments
 from diffusers import QwenImagePipeline
 
 from diffusers_adjoint import AdjointMatchingTrainer
-from diffusers_adjoint.cli import load_prompts, load_rewards, lora_config
+from diffusers_adjoint.cli.commands import load_prompts, load_rewards, lora_config
 
 NEGATIVE_PROMPT = " "  # what the model was sampled with when it was published
 

@@ -16,7 +16,7 @@ from common import read_arguments
 from diffusers import DDIMScheduler, StableDiffusionPipeline
 
 from diffusers_adjoint import AdjointMatchingTrainer
-from diffusers_adjoint.cli import load_prompts, load_rewards, lora_config
+from diffusers_adjoint.cli.commands import load_prompts, load_rewards, lora_config
 
 
 def main() -> None:

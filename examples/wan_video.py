@@ -20,7 +20,7 @@ from diffusers import WanPipeline
 from trl import ScriptArguments
 
 from diffusers_adjoint import AdjointMatchingTrainer
-from diffusers_adjoint.cli import load_prompts, lora_config
+from diffusers_adjoint.cli.commands import load_prompts, lora_config
 from diffusers_adjoint.rewards import PickScore, per_frame
 
 

@@ -1,6 +1,6 @@
 """Adjoints from the noiseless end point of a path, as every reward fine-tuning has them."""
 
-from diffusers_adjoint.adjoint import end_point, full_adjoint, lean_adjoint
+from diffusers_adjoint.core.adjoint import end_point, full_adjoint, lean_adjoint
 
 
 def lean_from_end(base_mean, path, terminal, lowest=0, **options):

@@ -10,7 +10,7 @@ from peft import LoraConfig
 from tiny_pipelines import sd3
 
 from diffusers_adjoint import AdjointMatchingConfig, AdjointMatchingTrainer, RewardBackpropagationTrainer
-from diffusers_adjoint.reward_trainer import RewardTrainer
+from diffusers_adjoint.trainer.reward_trainer import RewardTrainer
 
 PROMPTS = ["a cat", "a dog", "a red car", "the sea"]
 

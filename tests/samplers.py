@@ -11,10 +11,10 @@ from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler
 from problems import AffineChain, GaussianMixture, QuadraticReward, gaussian, mixture_1d, model_output
 from torch import Tensor
 
+from diffusers_adjoint.core.trajectory import Trajectory, rollout
+from diffusers_adjoint.core.transition import Transition
 from diffusers_adjoint.schedulers import MemorylessDDIMScheduler, MemorylessFlowMatchEulerDiscreteScheduler
 from diffusers_adjoint.schedulers.integrators import INTEGRATORS
-from diffusers_adjoint.trajectory import Trajectory, rollout
-from diffusers_adjoint.transition import Transition
 
 MemorylessScheduler = MemorylessFlowMatchEulerDiscreteScheduler | MemorylessDDIMScheduler
 

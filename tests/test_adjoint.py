@@ -10,8 +10,8 @@ import torch
 from adjoints import lean_from_end
 from torch import Tensor
 
-from diffusers_adjoint.adjoint import lean_adjoint
-from diffusers_adjoint.trajectory import Trajectory, rollout
+from diffusers_adjoint.core.adjoint import lean_adjoint
+from diffusers_adjoint.core.trajectory import Trajectory, rollout
 
 STEPS, BATCH, DIM = 6, 3, 2
 QUIET = 2  # the step without noise

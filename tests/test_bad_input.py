@@ -15,10 +15,10 @@ from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from transformers import TrainingArguments
 
-import diffusers_adjoint.chain
+import diffusers_adjoint.model.chain
 from diffusers_adjoint import AdjointMatchingConfig, AdjointMatchingTrainer
-from diffusers_adjoint.cli import main
-from diffusers_adjoint.lora import add_lora
+from diffusers_adjoint.cli.commands import main
+from diffusers_adjoint.model.lora import add_lora
 from diffusers_adjoint.rewards import PickScore
 
 
@@ -529,7 +529,7 @@ def test_refused_before_any_rollout_in_one_sentence(tmp_path, case, monkeypatch,
     def rollout(*args, **kwargs):
         raise AssertionError("a rollout was started")
 
-    monkeypatch.setattr(diffusers_adjoint.chain, "sample_trajectory", rollout)
+    monkeypatch.setattr(diffusers_adjoint.model.chain, "sample_trajectory", rollout)
     monkeypatch.chdir(tmp_path)
     (tmp_path / "prompts.txt").write_text("a cat\n")
     (tmp_path / "file").touch()

@@ -6,7 +6,7 @@ from tiny_rewards import tiny_clip
 from transformers import AutoTokenizer, ViTConfig, ViTModel
 
 from diffusers_adjoint import rewards
-from diffusers_adjoint.by_name import load_features, load_rewards
+from diffusers_adjoint.cli.loading import load_features, load_rewards
 from diffusers_adjoint.metrics import features
 
 CPU = torch.device("cpu")

@@ -5,7 +5,7 @@ import os
 import pytest
 from tiny_trainer import make_trainer
 
-from diffusers_adjoint.checkpoint import discard_leftovers, rotate, whole_folder
+from diffusers_adjoint.trainer.checkpoint import discard_leftovers, rotate, whole_folder
 
 SHORT = {"save_strategy": "steps", "save_steps": 1, "num_inference_steps": 3, "num_loss_steps": 1}
 

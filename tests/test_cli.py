@@ -16,7 +16,7 @@ from tiny_pipelines import sd3
 from trl import ModelConfig
 
 from diffusers_adjoint import AdjointMatchingConfig
-from diffusers_adjoint.cli import TrainArguments, load_prompts, load_rewards, lora_config, main, parse_arguments
+from diffusers_adjoint.cli.commands import TrainArguments, load_prompts, load_rewards, lora_config, main, parse_arguments
 from diffusers_adjoint.rewards import PickScore
 
 REWARDS = """
@@ -272,7 +272,7 @@ def test_what_looks_a_little_like_a_token_is_told(recipe, model, tmp_path, capsy
 def test_an_interrupted_start_of_a_run_that_goes_on_says_so(recipe, tmp_path, capsys, monkeypatch):
     interrupt_in(tmp_path, signal.SIGINT, 10**6)
     assert main(["train", "--config", recipe, *RUN, "--save_strategy", "steps", "--save_steps", "1"]) == 0
-    monkeypatch.setattr("diffusers_adjoint.cli._trainer", lambda arguments: signal.raise_signal(signal.SIGINT))
+    monkeypatch.setattr("diffusers_adjoint.cli._trainer._trainer", lambda arguments: signal.raise_signal(signal.SIGINT))
     assert main(["train", "--config", recipe, *RUN, "--resume_from_checkpoint", "true"]) == 130
     said = "diffusers-adjoint: interrupted before the first update of this start; the same command goes on."
     assert capsys.readouterr().err.strip().splitlines()[-1] == said
@@ -298,7 +298,8 @@ def test_an_interrupt_after_training_repeats_what_comes_then(recipe, tmp_path, c
     options = ["--save_strategy", "steps", "--save_steps", "1"]
     with monkeypatch.context() as patched:
         patched.setattr(
-            "diffusers_adjoint.trainer.AdjointMatchingTrainer.save_model", lambda self: signal.raise_signal(signal.SIGTERM)
+            "diffusers_adjoint.trainer.adjoint_matching.AdjointMatchingTrainer.save_model",
+            lambda self: signal.raise_signal(signal.SIGTERM),
         )
         assert main(["train", "--config", recipe, *RUN, *options]) == 143
     line = capsys.readouterr().err.strip().splitlines()[-1]
@@ -316,7 +317,7 @@ def test_an_evaluation_that_fails_does_not_take_the_weights_along(recipe, tmp_pa
             raise RuntimeError("in the evaluation")
         return {}
 
-    monkeypatch.setattr("diffusers_adjoint.trainer.AdjointMatchingTrainer.evaluate", failing)
+    monkeypatch.setattr("diffusers_adjoint.trainer.adjoint_matching.AdjointMatchingTrainer.evaluate", failing)
     options = ["--eval_strategy", "steps", "--eval_steps", "100", "--dataset_test_split", "train"]
     with pytest.raises(RuntimeError, match="in the evaluation"):
         main(["train", "--config", recipe, *RUN, *options])

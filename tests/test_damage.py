@@ -10,7 +10,7 @@ from datasets import Dataset
 from tiny_pipelines import sd3
 from tiny_trainer import PROMPTS, difference, make_trainer, weights
 
-from diffusers_adjoint.checkpoint import checkpoint_to_resume
+from diffusers_adjoint.trainer.checkpoint import checkpoint_to_resume
 
 SHORT = {"save_strategy": "steps", "save_steps": 1, "num_inference_steps": 3, "num_loss_steps": 1, "learning_rate": 1e-3}
 STATE = ["optimizer.pt", "rng_state.pth", "run.json", "scheduler.pt", "trainer_state.json"]

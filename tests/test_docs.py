@@ -26,9 +26,9 @@ from torch.distributed.run import get_args_parser
 from transformers import TrainingArguments
 
 from diffusers_adjoint import AdjointMatchingConfig, rewards
-from diffusers_adjoint.cli import COMMANDS, parse_arguments, parse_evaluation_arguments
+from diffusers_adjoint.cli.commands import COMMANDS, parse_arguments, parse_evaluation_arguments
 from diffusers_adjoint.evaluate import EvaluationArguments
-from diffusers_adjoint.lora import add_lora, save_lora
+from diffusers_adjoint.model.lora import add_lora, save_lora
 from diffusers_adjoint.rewards import around, image_statistics
 
 ROOT = Path(__file__).parents[1]

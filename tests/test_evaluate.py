@@ -29,19 +29,20 @@ from tiny_trainer import make_trainer
 from tiny_videos import kandinsky5_video, wan22
 
 from diffusers_adjoint import memoryless_scheduler
-from diffusers_adjoint.cli import main
+from diffusers_adjoint.cli.commands import main
+from diffusers_adjoint.core.matching import path_kl
 from diffusers_adjoint.evaluate import EvaluationArguments, run, sheets, store
 from diffusers_adjoint.evaluate.measure import Measured, Setting, Settings, _spread, measure
 from diffusers_adjoint.evaluate.models import Model, load_models
 from diffusers_adjoint.evaluate.report import make_report
 from diffusers_adjoint.evaluate.sheets import SheetRow, contact_sheet
-from diffusers_adjoint.lora import add_lora, load_lora, save_lora
-from diffusers_adjoint.matching import path_kl
 from diffusers_adjoint.metrics import pairwise_diversity, vendi_score
+from diffusers_adjoint.model.lora import add_lora, load_lora, save_lora
+from diffusers_adjoint.model.paths import sample_trajectory
+from diffusers_adjoint.model.randomness import Stream, seeded_generators
+from diffusers_adjoint.pictures.sample_images import picture
 from diffusers_adjoint.replay import PipelineReplay
 from diffusers_adjoint.rewards import PickScore, WeightedReward
-from diffusers_adjoint.rollout import Stream, sample_trajectory, seeded_generators
-from diffusers_adjoint.sample_images import picture
 
 PROMPTS = ["a cat", "two dogs", "a tree"]
 REWARDS = """

@@ -10,10 +10,11 @@ from tiny_pipelines import sd3, sd15
 from tiny_trainer import PROMPTS, brightness, make_trainer
 from transformers.integrations import TrackioCallback, WandbCallback
 
-from diffusers_adjoint.matching import path_kl
+from diffusers_adjoint.core.matching import path_kl
 from diffusers_adjoint.metrics import pairwise_diversity, saturated_share
-from diffusers_adjoint.rollout import Stream, sample_trajectory, seeded_generator
-from diffusers_adjoint.sample_images import SampleImages, image_grid, to_trackers
+from diffusers_adjoint.model.paths import sample_trajectory
+from diffusers_adjoint.model.randomness import Stream, seeded_generator
+from diffusers_adjoint.pictures.sample_images import SampleImages, image_grid, to_trackers
 
 
 def rows(prompts=PROMPTS):

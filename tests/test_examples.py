@@ -11,7 +11,7 @@ from diffusers import DiffusionPipeline
 from PIL import Image
 from safetensors.torch import load_file
 
-from diffusers_adjoint.cli import load_rewards, parse_arguments
+from diffusers_adjoint.cli.commands import load_rewards, parse_arguments
 
 ROOT = Path(__file__).parents[1]
 EXAMPLES = ROOT / "examples"

@@ -15,8 +15,8 @@ from peft import LoraConfig
 from transformers import TrainerCallback
 
 from diffusers_adjoint import AdjointMatchingConfig, AdjointMatchingTrainer, memoryless_scheduler
-from diffusers_adjoint.denoiser import PipelineDenoiser
-from diffusers_adjoint.lora import add_lora
+from diffusers_adjoint.model.denoiser import PipelineDenoiser
+from diffusers_adjoint.model.lora import add_lora
 from diffusers_adjoint.replay import PipelineReplay
 
 STEPS = 4

@@ -12,9 +12,9 @@ from torch.utils.data import Dataset as TorchDataset
 from torch.utils.data import IterableDataset as TorchIterableDataset
 
 from diffusers_adjoint import AdjointMatchingTrainer
-from diffusers_adjoint.given_datasets import require_columns
-from diffusers_adjoint.inputs import collate_columns
-from diffusers_adjoint.probe import first_rows
+from diffusers_adjoint.data.columns import collate_columns
+from diffusers_adjoint.data.given_datasets import require_columns
+from diffusers_adjoint.trainer.probe import first_rows
 
 TWO = PROMPTS[:2]
 

@@ -10,8 +10,8 @@ from tiny_pipelines import sd3, sd15
 from tiny_trainer import PROMPTS, difference, make_trainer, weights
 from transformers import TrainerCallback
 
-from diffusers_adjoint.gradients import require_checkpointing, require_gradients, warn_of_unused
-from diffusers_adjoint.pipeline_trainer import _require_fsdp2
+from diffusers_adjoint.trainer.gradients import require_checkpointing, require_gradients, warn_of_unused
+from diffusers_adjoint.trainer.host import _require_fsdp2
 
 SCALED = {sd15: "cross_attention_kwargs", sd3: "joint_attention_kwargs"}
 REFUSAL = "with gradient checkpointing.*leave a LoRA scale out of pipeline_kwargs and set lora_alpha instead, or train without"

@@ -21,11 +21,7 @@ from tiny_pipelines import sd3, sd15
 from tiny_videos import wan22
 from transformers import TrainerState
 
-from diffusers_adjoint import (
-    AdjointMatchingConfig,
-    AdjointMatchingTrainer,
-    MemorylessFlowMatchEulerDiscreteScheduler,
-)
+from diffusers_adjoint import AdjointMatchingConfig, AdjointMatchingTrainer, MemorylessFlowMatchEulerDiscreteScheduler
 from diffusers_adjoint.hub import (
     CARD_FILES,
     CardFacts,
@@ -42,7 +38,7 @@ from diffusers_adjoint.hub import (
     write_card,
     write_samples,
 )
-from diffusers_adjoint.lora import WEIGHTS_NAME, add_lora, save_lora
+from diffusers_adjoint.model.lora import WEIGHTS_NAME, add_lora, save_lora
 from diffusers_adjoint.objectives.papers import ADJOINT_MATCHING, Paper
 from diffusers_adjoint.replay import PipelineReplay
 from diffusers_adjoint.rewards import WeightedReward

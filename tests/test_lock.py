@@ -13,7 +13,7 @@ import pytest
 from tiny_trainer import make_trainer
 from transformers import TrainerCallback
 
-from diffusers_adjoint.lock import only_trainer
+from diffusers_adjoint.trainer.lock import only_trainer
 
 SHORT = {"max_steps": 1, "num_inference_steps": 3, "num_loss_steps": 1}
 

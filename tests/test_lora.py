@@ -6,7 +6,7 @@ from peft import LoraConfig
 from tiny_pipelines import sd3, sd15
 from tiny_trainer import PROMPTS, difference, make_trainer, weights
 
-from diffusers_adjoint.lora import ADAPTER
+from diffusers_adjoint.model.lora import ADAPTER
 
 
 def sample(pipeline):

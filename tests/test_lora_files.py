@@ -18,7 +18,7 @@ from tiny_pipelines import sd3, sd15
 from tiny_trainer import difference, make_trainer, weights
 
 from diffusers_adjoint.evaluate.models import load_models
-from diffusers_adjoint.lora import WEIGHTS_NAME, add_lora, load_lora, load_saved_lora, save_lora
+from diffusers_adjoint.model.lora import WEIGHTS_NAME, add_lora, load_lora, load_saved_lora, save_lora
 
 PIPELINES = {"sd15": sd15, "sdxl": sdxl, "sd3": sd3}
 ATTENTION = ["to_q", "to_k", "to_v", "to_out.0"]

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
@@ -11,13 +13,14 @@ import pytest
 import torch
 from diffusers import DiffusionPipeline
 from tiny_pipelines import sd3
-from tiny_trainer import PROMPTS, config, difference, every_step, make_trainer, weights
+from tiny_trainer import PROMPTS, config, difference, every_step, make_trainer, watch_targets, weights
 
-import diffusers_adjoint.reward_trainer
-from diffusers_adjoint.objectives import OBJECTIVES, Targets
+import diffusers_adjoint.trainer.reward_trainer
+from diffusers_adjoint import objectives
+from diffusers_adjoint.objectives import OBJECTIVES, Targets, papers, targets
 from diffusers_adjoint.objectives.papers import ADJOINT_MATCHING, Paper
-from diffusers_adjoint.sample_log import announce_memory
 from diffusers_adjoint.soc import correlation
+from diffusers_adjoint.trainer.sample_log import announce_memory
 
 K = 4
 DIGITS = Path(__file__).parents[1] / "examples/digits/pipeline"
@@ -217,12 +220,29 @@ def detached(images, prompts, **columns):
     return (images.mean((1, 2, 3)) * 255).round().detach()
 
 
+def test_the_objective_that_contributing_shows_trains(tmp_path, monkeypatch):
+    page = (Path(__file__).parents[1] / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    (block,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    names = {name: value for module in (objectives, papers, targets) for name, value in vars(module).items()}
+    names |= {"torch": torch, "Tensor": torch.Tensor, "dataclass": dataclass, "ClassVar": ClassVar, "Callable": Callable}
+    exec(block, names)  # noqa: S102
+    monkeypatch.setitem(OBJECTIVES, "nudge", names["Nudge"])
+    trainer = make_trainer(tmp_path, loss_type="nudge", loss_kwargs={"strength": 2.0})
+    start, seen = weights(trainer), []
+    watch_targets(trainer, lambda chain, found: seen.append(found))
+    trainer.train()
+    assert difference(weights(trainer), start) > 0
+    for found in seen:
+        expected = torch.stack([2.0 * scale**2 * found.scored.tilt for scale in found.scales])
+        assert torch.equal(found.shifts, expected)
+
+
 # ---------------------------------------------------------------------------------------------------------------- leftover memory
 
 
 def test_leftover_memory_is_announced_once_from_all_images_of_the_first_update(tmp_path, monkeypatch):
     announced = []
-    monkeypatch.setattr(diffusers_adjoint.reward_trainer, "announce_memory", announced.append)
+    monkeypatch.setattr(diffusers_adjoint.trainer.reward_trainer, "announce_memory", announced.append)
     trainer = make_trainer(tmp_path, per_device_train_batch_size=1, gradient_accumulation_steps=4)
     trainer.train()
     assert [len(memory) for memory in announced] == [4]
@@ -233,7 +253,7 @@ def test_leftover_memory_is_announced_once_from_all_images_of_the_first_update(t
 def test_the_end_points_of_a_trained_pipeline_do_not_remember_their_noise(tmp_path, monkeypatch):
     """The digits pipeline on memoryless paths, and, for the measure itself, on its own deterministic ones."""
     announced = []
-    monkeypatch.setattr(diffusers_adjoint.reward_trainer, "announce_memory", announced.append)
+    monkeypatch.setattr(diffusers_adjoint.trainer.reward_trainer, "announce_memory", announced.append)
     pipe = DiffusionPipeline.from_pretrained(DIGITS)
     options = {"max_steps": 1, "num_inference_steps": 10, "num_generations": 32, "per_device_train_batch_size": 1}
     trainer = make_trainer(tmp_path, pipeline=pipe, rows=["zero"], pipeline_kwargs={"max_sequence_length": 1}, **options)

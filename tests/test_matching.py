@@ -9,7 +9,7 @@ from collections import Counter
 import pytest
 import torch
 
-from diffusers_adjoint.matching import choose_loss_steps, clip_loss, control, matching_loss, step_kl
+from diffusers_adjoint.core.matching import choose_loss_steps, clip_loss, control, matching_loss, step_kl
 
 STD = 0.3
 # The same float64 arithmetic in another order.

@@ -10,11 +10,11 @@ import torch
 from adjoints import full_from_end, lean_from_end
 from torch import Tensor
 
-from diffusers_adjoint.adjoint import EndPoint, end_point, full_adjoint
-from diffusers_adjoint.control_cost import continuous_adjoint, continuous_adjoint_loss, discrete_adjoint
-from diffusers_adjoint.matching import LossSteps, matching_loss, regression_loss, step_kl
+from diffusers_adjoint.core.adjoint import EndPoint, end_point, full_adjoint
+from diffusers_adjoint.core.control_cost import continuous_adjoint, continuous_adjoint_loss, discrete_adjoint
+from diffusers_adjoint.core.matching import LossSteps, matching_loss, regression_loss, step_kl
+from diffusers_adjoint.core.trajectory import Trajectory, rollout
 from diffusers_adjoint.objectives import AdjointMatching, BasicAdjointMatching
-from diffusers_adjoint.trajectory import Trajectory, rollout
 
 STEPS, BATCH, DIM, QUIET = 6, 3, 2, 2
 TIMESTEPS = torch.linspace(1000, 100, STEPS)

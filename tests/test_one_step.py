@@ -10,10 +10,10 @@ from scheduler_problems import batch, mean_function, noise_levels, normal, ready
 from tiny_trainer import make_trainer
 from torch import Tensor
 
-from diffusers_adjoint.matching import LossSteps
+from diffusers_adjoint.core.matching import LossSteps
+from diffusers_adjoint.core.trajectory import Trajectory
 from diffusers_adjoint.objectives import OneStep
 from diffusers_adjoint.schedulers import MemorylessDDIMScheduler, MemorylessFlowMatchEulerDiscreteScheduler
-from diffusers_adjoint.trajectory import Trajectory
 
 STEPS, SLOPE = 6, 0.8  # r(x) = .8 x
 ALL = LossSteps(tuple(range(STEPS)), (1.0,) * STEPS)

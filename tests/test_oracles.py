@@ -13,9 +13,9 @@ from problems import gaussian
 from samplers import BIMODAL, CASES, EXACT, LINEAR, NORMAL, QUADRATIC, Sampler, draw
 from torch import Tensor
 
-from diffusers_adjoint.adjoint import lean_adjoint
-from diffusers_adjoint.matching import control, matching_loss, step_kl
-from diffusers_adjoint.trajectory import Trajectory
+from diffusers_adjoint.core.adjoint import lean_adjoint
+from diffusers_adjoint.core.matching import control, matching_loss, step_kl
+from diffusers_adjoint.core.trajectory import Trajectory
 
 
 @pytest.mark.parametrize(("prediction", "integrator"), CASES)

@@ -28,10 +28,10 @@ from samplers import (
 )
 from torch import Tensor
 
-from diffusers_adjoint.adjoint import lean_adjoint
-from diffusers_adjoint.matching import matching_loss, step_kl
+from diffusers_adjoint.core.adjoint import lean_adjoint
+from diffusers_adjoint.core.matching import matching_loss, step_kl
+from diffusers_adjoint.core.trajectory import rollout
 from diffusers_adjoint.schedulers.integrators import INTEGRATORS
-from diffusers_adjoint.trajectory import rollout
 
 
 def carried_slope(law: GaussianMixture, sampler: Sampler) -> Tensor:

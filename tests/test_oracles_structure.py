@@ -9,9 +9,9 @@ from problems import GaussianMixture, QuadraticReward
 from samplers import BIMODAL, CASES, EXACT, FAMILIES, LINEAR, NORMAL, Sampler, draw, tensor
 from torch import Tensor
 
-from diffusers_adjoint.adjoint import lean_adjoint
-from diffusers_adjoint.matching import matching_loss
-from diffusers_adjoint.trajectory import Trajectory
+from diffusers_adjoint.core.adjoint import lean_adjoint
+from diffusers_adjoint.core.matching import matching_loss
+from diffusers_adjoint.core.trajectory import Trajectory
 
 
 class Corrected(torch.nn.Module):

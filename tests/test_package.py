@@ -1,6 +1,7 @@
 """The shape of the package: which way imports point, how long files are, what is shipped."""
 
 import ast
+import graphlib
 import re
 import subprocess
 import sys
@@ -15,41 +16,29 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "src" / "diffusers_adjoint"
 SOURCES = sorted(PACKAGE.rglob("*.py"))
 
-CORE = ("transition", "trajectory", "adjoint", "matching", "objectives")
-# A module imports from its own row or from a row above. The package's __init__ stands above none and below all.
-LAYERS = (
-    CORE,
-    ("soc",),
-    ("schedulers", "replay"),
-    ("sharding",),
-    ("denoiser", "lora", "trained_state", "rewards"),
-    ("gradients", "rollout", "metrics", "fingerprint"),
-    (
-        "config",
-        "field_types",
-        "given_datasets",
-        "ddpo_config",
-        "ddpo_holder",
-        "ddpo_scorer",
-        "prompts",
-        "by_name",
-        "inputs",
-        "checkpoint",
-        "run_record",
-        "lock",
-        "callbacks",
-        "progress",
-        "sample_log",
-        "sample_images",
-        "evaluation",
-        "hub",
-        "updates",
-    ),
-    ("probe",),
-    ("evaluate",),
-    ("publishing", "pipeline_trainer", "trainer", "ddpo", "cli"),
+# A room imports from its own files and from the rooms above it; the package's __init__ stands above none and below all.
+ROOMS = (
+    "core",
+    "objectives",
+    "soc",
+    "schedulers",
+    "replay",
+    "rewards",
+    "metrics",
+    "data",
+    "pictures",
+    "field_types",
+    "guidance",
+    "config",
+    "model",
+    "hub",
+    "trainer",
+    "baselines",
+    "evaluate",
+    "ddpo",
+    "cli",
 )
-LEVEL = {module: level for level, modules in enumerate(LAYERS) for module in modules}
+LEVEL = {room: level for level, room in enumerate(ROOMS)}
 DISTRIBUTIONS = {"PIL": "pillow", "yaml": "pyyaml"}  # where the import's name is not the distribution's
 
 
@@ -82,37 +71,53 @@ def test_import_reader_sees_every_form() -> None:
         "import torch.nn\nfrom . import hub, cli\nfrom .. import lora\nfrom ..replay.probe import x\n"
         "from .tilt import y\nfrom diffusers_adjoint.config import z\nfrom diffusers_adjoint import trainer\n"
     )
-    assert list(imported_modules(tree, ("metrics", "images"))) == [
-        "torch.nn",
-        "diffusers_adjoint.metrics",
-        "diffusers_adjoint.lora",
-        "diffusers_adjoint.replay.probe",
-        "diffusers_adjoint.metrics.tilt",
-        "diffusers_adjoint.config",
-        "diffusers_adjoint.trainer",
-    ]
-    assert list(imported_modules(ast.parse("from . import hub\nfrom .cli import main"), ("trainer",))) == [
-        "diffusers_adjoint.hub",
-        "diffusers_adjoint.cli",
-    ]
+    own = ["metrics", "lora", "replay.probe", "metrics.tilt", "config", "trainer"]  # the first is the room itself
+    assert list(imported_modules(tree, ("metrics", "images"))) == ["torch.nn", *(f"diffusers_adjoint.{name}" for name in own)]
+    own = [f"diffusers_adjoint.{name}" for name in ("hub", "cli")]
+    assert list(imported_modules(ast.parse("from . import hub\nfrom .cli import main"), ("trainer",))) == own
 
 
 @pytest.mark.parametrize("source", SOURCES, ids=lambda source: "/".join(parts_of(source)))
 def test_imports_point_upwards(source: Path) -> None:
-    module = parts_of(source)[0]
-    if module == "__init__":
+    room = parts_of(source)[0]
+    if room == "__init__":
         return
-    assert module in LEVEL, f"{module} has no layer; give it one in LAYERS"
+    assert room in LEVEL, f"{room} has no place among the rooms; give it one in ROOMS"
     own, _ = own_and_foreign(source)
-    downwards = {name for name in own if LEVEL[name] > LEVEL[module]}
-    assert not downwards, f"{module} imports {sorted(downwards)}, which lie below it"
+    downwards = {name for name in own if LEVEL[name] > LEVEL[room]}
+    assert not downwards, f"{room} imports {sorted(downwards)}, which lie below it"
 
 
-@pytest.mark.parametrize("module", [*CORE, *(f"soc/{source.stem}" for source in SOURCES if source.parent.name == "soc")])
-def test_the_mathematics_needs_torch_alone(module: str) -> None:
-    own, foreign = own_and_foreign(PACKAGE / f"{module}.py")
+def arrows() -> dict[str, set[str]]:
+    """Module → the modules of this package that it imports."""
+    modules = {".".join(["diffusers_adjoint", *parts_of(source)]).removesuffix(".__init__"): source for source in SOURCES}
+    graph = {}
+    for name, source in modules.items():
+        imported = imported_modules(ast.parse(source.read_text(encoding="utf-8")), parts_of(source))
+        graph[name] = {found for found in imported if found in modules}
+    return graph
+
+
+def test_no_module_imports_itself_by_way_of_others() -> None:
+    graph = arrows()
+    assert "diffusers_adjoint.core.matching" in graph["diffusers_adjoint.core.control_cost"]
+    tuple(graphlib.TopologicalSorter(graph).static_order())  # raises CycleError with the circle
+    with pytest.raises(graphlib.CycleError):
+        tuple(graphlib.TopologicalSorter({"a": {"b"}, "b": {"a"}}).static_order())
+
+
+def test_few_files_lie_flat() -> None:
+    assert len([source for source in SOURCES if source.parent == PACKAGE]) <= 8
+
+
+MATHEMATICS = ("core", "objectives", "soc")
+
+
+@pytest.mark.parametrize("source", [s for s in SOURCES if s.parent.name in MATHEMATICS], ids=lambda s: "/".join(parts_of(s)))
+def test_the_mathematics_needs_torch_alone(source: Path) -> None:
+    own, foreign = own_and_foreign(source)
     assert foreign <= {"torch"}
-    assert own <= {*CORE, "soc"}
+    assert own <= set(MATHEMATICS)
 
 
 def runtime_requirements() -> list[Requirement]:

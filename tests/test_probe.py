@@ -23,11 +23,11 @@ from torch import nn
 from diffusers_adjoint import AdjointMatchingTrainer, memoryless_scheduler
 from diffusers_adjoint.metrics import Estimate
 from diffusers_adjoint.metrics.estimate import between_prompt_std, within_prompt_std
-from diffusers_adjoint.probe import SamplerDifference, first_rows, probe_base, sampler_difference
+from diffusers_adjoint.model.randomness import Stream, seeded_generators
 from diffusers_adjoint.replay import PipelineReplay
 from diffusers_adjoint.rewards import WeightedReward
-from diffusers_adjoint.rollout import Stream, seeded_generators
-from diffusers_adjoint.sample_log import announce_tilt, exceeds_target, summarise
+from diffusers_adjoint.trainer.probe import SamplerDifference, first_rows, probe_base, sampler_difference
+from diffusers_adjoint.trainer.sample_log import announce_tilt, exceeds_target, summarise
 
 DIGITS = Path(__file__).parents[1] / "examples" / "digits" / "pipeline"
 

@@ -9,12 +9,12 @@ import torch
 from datasets import Dataset
 from tiny_trainer import PROMPTS, make_trainer
 
-import diffusers_adjoint.progress
-from diffusers_adjoint.progress import progress
+import diffusers_adjoint.trainer.progress
+from diffusers_adjoint.trainer.progress import progress
 
 
 def test_a_bar_counts_forwards_and_goes(monkeypatch):
-    monkeypatch.setattr(diffusers_adjoint.progress, "PATIENCE", 0.0)
+    monkeypatch.setattr(diffusers_adjoint.trainer.progress, "PATIENCE", 0.0)
     monkeypatch.setattr(sys, "stderr", screen := io.StringIO())
     layer = torch.nn.Linear(1, 1)
     with progress(layer, "rollout", 3, shown=True):
@@ -27,7 +27,7 @@ def test_a_bar_counts_forwards_and_goes(monkeypatch):
 
 @pytest.mark.parametrize("patience", [0.0, 3.0])
 def test_bars_of_training_and_evaluation(tmp_path, monkeypatch, patience):
-    monkeypatch.setattr(diffusers_adjoint.progress, "PATIENCE", patience)
+    monkeypatch.setattr(diffusers_adjoint.trainer.progress, "PATIENCE", patience)
     rows = Dataset.from_dict({"prompt": PROMPTS[:1]})
     trainer = make_trainer(tmp_path, eval_dataset=rows, disable_tqdm=False, max_steps=1, eval_strategy="steps", eval_steps=1)
     monkeypatch.setattr(sys, "stderr", screen := io.StringIO())
@@ -38,7 +38,7 @@ def test_bars_of_training_and_evaluation(tmp_path, monkeypatch, patience):
 
 
 def test_no_bars_when_asked(tmp_path, monkeypatch):
-    monkeypatch.setattr(diffusers_adjoint.progress, "PATIENCE", 0.0)
+    monkeypatch.setattr(diffusers_adjoint.trainer.progress, "PATIENCE", 0.0)
     monkeypatch.setattr(sys, "stderr", screen := io.StringIO())
     make_trainer(tmp_path, eval_dataset=Dataset.from_dict({"prompt": PROMPTS[:1]}), max_steps=1).train()
     assert "rollout" not in screen.getvalue()

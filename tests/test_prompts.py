@@ -6,7 +6,7 @@ import socket
 import pytest
 from datasets import Dataset, load_dataset
 
-from diffusers_adjoint.prompts import load_prompts
+from diffusers_adjoint.data.prompts import load_prompts
 
 
 @pytest.mark.parametrize("streaming", [False, True])

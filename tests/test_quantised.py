@@ -8,7 +8,7 @@ from tiny_pipelines import sd3
 from tiny_trainer import make_trainer, weights
 from torch import nn
 
-from diffusers_adjoint.lora import add_lora
+from diffusers_adjoint.model.lora import add_lora
 from diffusers_adjoint.replay.quantised import quantisation_of
 from diffusers_adjoint.rewards import gradient_clipped
 from diffusers_adjoint.rewards.quantised import gradient_error

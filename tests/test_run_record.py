@@ -13,8 +13,8 @@ from peft import LoraConfig
 from tiny_pipelines import sd3, sd15
 from tiny_trainer import PROMPTS, brightness, difference, make_trainer, weights
 
-from diffusers_adjoint.checkpoint import checkpoint_to_resume, rotate
-from diffusers_adjoint.fingerprint import base_fingerprint
+from diffusers_adjoint.model.fingerprint import base_fingerprint
+from diffusers_adjoint.trainer.checkpoint import checkpoint_to_resume, rotate
 
 SHORT = {"save_strategy": "steps", "save_steps": 1, "num_inference_steps": 3, "num_loss_steps": 1, "learning_rate": 1e-3}
 ONE = SHORT | {"max_steps": 1}

@@ -10,9 +10,10 @@ from problems import AffineChain, DoubleWell, LinearQuadratic, QuadraticReward, 
 from samplers import draw, tensor
 from torch import Tensor
 
-from diffusers_adjoint.adjoint import lean_adjoint
-from diffusers_adjoint.control_cost import continuous_adjoint, discrete_adjoint
-from diffusers_adjoint.matching import LossSteps, matching_loss, path_kl
+from diffusers_adjoint.core.adjoint import lean_adjoint
+from diffusers_adjoint.core.control_cost import continuous_adjoint, discrete_adjoint
+from diffusers_adjoint.core.matching import LossSteps, matching_loss, path_kl
+from diffusers_adjoint.core.trajectory import rollout
 from diffusers_adjoint.objectives import AdjointMatching, BasicAdjointMatching
 from diffusers_adjoint.schedulers.integrators import posterior
 from diffusers_adjoint.soc import (
@@ -27,7 +28,6 @@ from diffusers_adjoint.soc import (
     solve,
 )
 from diffusers_adjoint.soc.solver import accumulate_gradient
-from diffusers_adjoint.trajectory import rollout
 
 EXACT = {"atol": 1e-11, "rtol": 1e-11}
 PATHS = {"flow": FLOW, "cosine": COSINE}

@@ -16,9 +16,9 @@ from problems import GaussianMixture, QuadraticReward, mixture_1d, sliced_w2
 from samplers import Sampler, constant_noise, memoryless, parent_of
 from torch import Tensor
 
-from diffusers_adjoint.matching import choose_loss_steps, matching_loss
+from diffusers_adjoint.core.matching import choose_loss_steps, matching_loss
+from diffusers_adjoint.core.trajectory import MeanFunction, rollout
 from diffusers_adjoint.schedulers.integrators import DEFAULT_INTEGRATOR
-from diffusers_adjoint.trajectory import MeanFunction, rollout
 
 pytestmark = pytest.mark.slow
 

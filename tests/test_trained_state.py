@@ -11,7 +11,7 @@ from tiny_trainer import PROMPTS, brightness, config, difference, make_trainer, 
 from transformers import TrainerCallback
 
 from diffusers_adjoint import AdjointMatchingTrainer
-from diffusers_adjoint.updates import AfterOptimizerStep
+from diffusers_adjoint.trainer.updates import AfterOptimizerStep
 
 
 def with_style(build=sd3):

@@ -14,15 +14,15 @@ from tiny_pipelines import sd3, sd15
 from tiny_trainer import PROMPTS, brightness, config, difference, make_trainer, watch_chains, watch_targets, weights
 from transformers import TrainerCallback, TrainingArguments
 
-import diffusers_adjoint.regress
-import diffusers_adjoint.reward_trainer
-import diffusers_adjoint.trainer
+import diffusers_adjoint.trainer.adjoint_matching
+import diffusers_adjoint.trainer.regress
+import diffusers_adjoint.trainer.reward_trainer
 from diffusers_adjoint import AdjointMatchingTrainer, LossSteps, Trajectory, choose_loss_steps, clip_loss, lean_adjoint
-from diffusers_adjoint.chain import PipelineChain
-from diffusers_adjoint.matching import path_kl
-from diffusers_adjoint.regress import regress
+from diffusers_adjoint.core.matching import path_kl
+from diffusers_adjoint.model.chain import PipelineChain
+from diffusers_adjoint.model.randomness import Stream, seeded_generator, stacked_noise
 from diffusers_adjoint.rewards import WeightedReward
-from diffusers_adjoint.rollout import Stream, seeded_generator, stacked_noise
+from diffusers_adjoint.trainer.regress import regress
 
 
 def sample(pipeline, prompt="a cat", **kwargs):
@@ -536,7 +536,7 @@ def test_logged_kl_is_the_path_kl_of_the_rollouts(tmp_path):
 def test_the_tilt_is_announced_once_from_all_images_of_the_first_update(tmp_path, monkeypatch):
     announced = []
     monkeypatch.setattr(
-        diffusers_adjoint.reward_trainer, "announce_tilt", lambda scale, rewards: announced.append((scale, rewards))
+        diffusers_adjoint.trainer.reward_trainer, "announce_tilt", lambda scale, rewards: announced.append((scale, rewards))
     )
     options = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 4, "num_generations": 2}
     make_trainer(tmp_path, rows=PROMPTS * 2, **options).train()
@@ -560,8 +560,8 @@ def test_options_reach_what_they_steer(tmp_path, monkeypatch):
         seen.update(num_loss_steps=count, loss_step_selection=selection)
         return choose_loss_steps(stds, count, selection, generator)
 
-    monkeypatch.setattr(diffusers_adjoint.regress, "clip_loss", clip)
-    monkeypatch.setattr(diffusers_adjoint.trainer, "choose_loss_steps", choose)
+    monkeypatch.setattr(diffusers_adjoint.trainer.regress, "clip_loss", clip)
+    monkeypatch.setattr(diffusers_adjoint.trainer.adjoint_matching, "choose_loss_steps", choose)
     options = {"loss_clip": 7.0, "num_loss_steps": 3, "loss_step_selection": "paper"}
     trainer = make_trainer(tmp_path, integrator="euler", pipeline_kwargs={"height": 32, "width": 32}, **options)
     trainer.train()

@@ -7,8 +7,8 @@ import dataclasses
 import pytest
 import torch
 
-from diffusers_adjoint.trajectory import Trajectory, rollout
-from diffusers_adjoint.transition import Transition
+from diffusers_adjoint.core.trajectory import Trajectory, rollout
+from diffusers_adjoint.core.transition import Transition
 
 STDS = torch.tensor([0.5, 0.0, 2.0], dtype=torch.float64)
 TIMESTEPS = torch.tensor([900.0, 500.0, 100.0])

@@ -14,9 +14,9 @@ from safetensors.torch import load_file
 from tiny_trainer import PROMPTS, brightness, difference, every_step, make_trainer, watch_targets, weights
 from transformers import TrainerCallback
 
-from diffusers_adjoint.chain import PipelineChain
-from diffusers_adjoint.matching import bounded
-from diffusers_adjoint.updates import UpdateCount
+from diffusers_adjoint.core.matching import bounded
+from diffusers_adjoint.model.chain import PipelineChain
+from diffusers_adjoint.trainer.updates import UpdateCount
 
 HERE = Path(__file__).parent
 WAYS = ["adjoint_matching", "basic_adjoint_matching", "discrete_adjoint"]

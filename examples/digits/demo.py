@@ -34,16 +34,10 @@ from rewards import ink, three
 from torch import Tensor
 from tqdm import tqdm
 
-from diffusers_adjoint import AdjointMatchingConfig, AdjointMatchingTrainer, cli, memoryless_scheduler, path_kl
-from diffusers_adjoint.metrics import (
-    TiltReport,
-    pairwise_diversity,
-    sample_mean,
-    saturated_share,
-    tilt_gap,
-    tilt_shift,
-)
-from diffusers_adjoint.rollout import sample_trajectory
+from diffusers_adjoint import AdjointMatchingConfig, AdjointMatchingTrainer, memoryless_scheduler, path_kl
+from diffusers_adjoint.cli import commands as cli
+from diffusers_adjoint.metrics import TiltReport, pairwise_diversity, sample_mean, saturated_share, tilt_gap, tilt_shift
+from diffusers_adjoint.model.paths import sample_trajectory
 
 diffusers.utils.logging.set_verbosity_error()  # one line a call about the text cut to one token
 

@@ -1,19 +1,19 @@
 """Reward fine-tuning of diffusers pipelines with Adjoint Matching (arXiv 2409.08861), in the shape of a TRL trainer."""
 
-from .adjoint import AdjointPath, full_adjoint, lean_adjoint
-from .backpropagation import RewardBackpropagationTrainer
+from .baselines.backpropagation import RewardBackpropagationTrainer
 from .config import AdjointMatchingConfig
-from .control_cost import ChainLoss, continuous_adjoint, continuous_adjoint_loss, discrete_adjoint
-from .matching import LossSteps, choose_loss_steps, clip_loss, control, matching_loss, path_kl, regression_loss, step_kl
+from .core.adjoint import AdjointPath, full_adjoint, lean_adjoint
+from .core.control_cost import ChainLoss, continuous_adjoint, continuous_adjoint_loss, discrete_adjoint
+from .core.matching import LossSteps, choose_loss_steps, clip_loss, control, matching_loss, path_kl, regression_loss, step_kl
+from .core.trajectory import Trajectory, rollout
+from .core.transition import Transition
 from .schedulers import (
     MemorylessDDIMScheduler,
     MemorylessEDMEulerScheduler,
     MemorylessFlowMatchEulerDiscreteScheduler,
     memoryless_scheduler,
 )
-from .trainer import AdjointMatchingTrainer
-from .trajectory import Trajectory, rollout
-from .transition import Transition
+from .trainer.adjoint_matching import AdjointMatchingTrainer
 
 __version__ = "0.1.0.dev0"
 

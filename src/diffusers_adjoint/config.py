@@ -16,7 +16,7 @@ from .objectives import OBJECTIVES, Objective, objective_of
 from .schedulers.integrators import INTEGRATORS
 from .schedulers.memoryless import check_integrator
 
-__all__ = ["AdjointMatchingConfig", "with_learning_rate"]
+__all__ = ["AdjointMatchingConfig", "parsed", "with_learning_rate"]
 
 MOVED = {
     "continuous_adjoint": "its gradient is that of 'basic_adjoint_matching', which a trainer takes instead",
@@ -290,6 +290,11 @@ class AdjointMatchingConfig(TrainingArguments):
         if self.loss_type in MOVED:
             raise ValueError(f"loss_type={self.loss_type!r} has moved; {MOVED[self.loss_type]}.")
         objective_of(self.loss_type, cast("dict[str, Any] | None", self.loss_kwargs))
+
+
+def parsed(kwargs: dict[str, Any] | str | None) -> dict[str, Any] | None:
+    """The same, for mypy: TrainingArguments has parsed the command line's string, and the config checked it."""
+    return cast("dict[str, Any] | None", kwargs)
 
 
 def masked(value: Any) -> Any:

@@ -10,13 +10,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..denoiser import PipelineDenoiser
-from ..inputs import prompts_of, repeat_rows, without_prompt
+from ..data.columns import prompts_of, repeat_rows, without_prompt
 from ..metrics import Estimate, image_statistics, pairwise_diversity, vendi_score
 from ..metrics.images import as_three_channels
+from ..model.denoiser import PipelineDenoiser
+from ..model.paths import sampled_path_kl
+from ..model.randomness import Stream, seeded_generators
 from ..replay import PipelineReplay
 from ..rewards import WeightedReward
-from ..rollout import Stream, sampled_path_kl, seeded_generators
 from .models import Model
 
 __all__ = ["Features", "Measured", "Setting", "Settings", "mapped", "measure"]

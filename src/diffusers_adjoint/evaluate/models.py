@@ -14,8 +14,8 @@ from diffusers import DiffusionPipeline
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError
 
-from ..inputs import load_pipeline
-from ..lora import WEIGHTS_NAME, load_saved_lora
+from ..model.loading import load_pipeline
+from ..model.lora import WEIGHTS_NAME, load_saved_lora
 from ..replay.view import denoiser_names
 
 __all__ = ["BASE", "Model", "load_models"]

@@ -18,11 +18,11 @@ from torch import nn
 from tqdm.auto import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
-from ..inputs import collate_columns, first_row, without_prompt
-from ..prompts import require_prompt_strings
+from ..data.columns import collate_columns, first_row, without_prompt
+from ..data.prompts import require_prompt_strings
+from ..model.randomness import Stream, seeded_generators
 from ..replay import PipelineReplay
 from ..rewards import WeightedReward
-from ..rollout import Stream, seeded_generators
 from ..schedulers import memoryless_scheduler
 from .arguments import DTYPES, EvaluationArguments
 from .measure import Features, Setting, Settings, measure

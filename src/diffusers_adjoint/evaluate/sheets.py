@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from ..sample_images import FONT_SIZE, MARGIN, picture
+from ..pictures.sample_images import FONT_SIZE, MARGIN, picture
 
 __all__ = ["SheetRow", "contact_sheet", "strip"]
 

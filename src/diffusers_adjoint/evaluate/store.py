@@ -14,8 +14,8 @@ from typing import Any
 from datasets.fingerprint import Hasher
 from PIL import Image
 
-from ..checkpoint import whole_files, whole_folder
-from ..inputs import require_writable
+from ..trainer.checkpoint import whole_files, whole_folder
+from ..trainer.checks import require_writable
 from .arguments import SAMPLERS
 from .measure import Measured, Setting
 

@@ -13,8 +13,8 @@ import diffusers
 from diffusers import DiffusionPipeline
 from huggingface_hub import ModelCard, ModelCardData
 
-from ..lora import ADAPTER
 from ..metrics.table import escaped
+from ..model.lora import ADAPTER
 from ..objectives.papers import Paper
 
 __all__ = ["CardFacts", "Licence", "Medium", "Sample", "model_card"]

@@ -15,7 +15,7 @@ from transformers import TrainerState
 from transformers.utils import logging
 
 from ..config import AdjointMatchingConfig
-from ..lora import ADAPTER
+from ..model.lora import ADAPTER
 from ..objectives import Method
 from ..replay import PipelineReplay
 from ..rewards import WeightedReward

@@ -15,9 +15,9 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from ..adjoint import AdjointPath, full_adjoint, lean_adjoint
-from ..matching import LossSteps
-from ..trajectory import Trajectory
+from ..core.adjoint import AdjointPath, full_adjoint, lean_adjoint
+from ..core.matching import LossSteps
+from ..core.trajectory import Trajectory
 from .papers import ADJOINT_MATCHING, Paper
 from .targets import Chain, Scored, Targets
 

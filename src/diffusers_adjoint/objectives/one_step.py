@@ -15,8 +15,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from ..adjoint import pulled_back
-from ..matching import LossSteps
+from ..core.adjoint import pulled_back
+from ..core.matching import LossSteps
 from .papers import ADJOINT_MATCHING, Paper
 from .targets import DiffusionChain, Scored, Targets
 

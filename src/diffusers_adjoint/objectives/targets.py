@@ -15,9 +15,9 @@ from typing import Any, ClassVar, Literal, Protocol
 
 from torch import Tensor
 
-from ..adjoint import EndPoint
-from ..matching import LossSteps
-from ..trajectory import Trajectory
+from ..core.adjoint import EndPoint
+from ..core.matching import LossSteps
+from ..core.trajectory import Trajectory
 from .papers import Paper
 
 __all__ = ["Chain", "DiffusionChain", "Method", "Objective", "Scored", "Targets"]

@@ -15,7 +15,7 @@ import torch
 from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 
-from ..transition import Transition
+from ..core.transition import Transition
 from .arguments import CallArguments
 from .calls import PipelineCalls
 from .conditioning import Conditioning, Preparations, Recording, copied, latents_in, slot_of

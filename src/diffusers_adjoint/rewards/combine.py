@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import Node, get_gradient_edge
 
-from ..adjoint import vector_jacobian
+from ..core.adjoint import vector_jacobian
 from .calling import call_reward, naming
 
 __all__ = ["RewardFunction", "RewardGradient", "WeightedReward", "reward_gradient", "total_reward", "with_graph"]

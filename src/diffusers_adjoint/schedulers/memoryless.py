@@ -23,7 +23,7 @@ import torch
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
-from ..transition import Transition
+from ..core.transition import Transition
 from .integrators import INTEGRATORS
 
 __all__ = ["MemorylessStep", "TransitionTable", "check_integrator", "require_unused", "transition_table"]

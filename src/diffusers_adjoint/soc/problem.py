@@ -17,8 +17,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..matching import noisy_steps
-from ..trajectory import MeanFunction
+from ..core.matching import noisy_steps
+from ..core.trajectory import MeanFunction
 from .paths import Noise, require_time_alone
 
 __all__ = ["Control", "ControlProblem"]

@@ -21,7 +21,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from ..trajectory import MeanFunction, Trajectory, rollout
+from ..core.trajectory import MeanFunction, Trajectory, rollout
 from .paths import GaussianPath, Noise, check_noise, noise_at
 from .problem import Control, ControlProblem, check_times
 

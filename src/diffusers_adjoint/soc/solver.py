@@ -10,11 +10,11 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from ..adjoint import EndPoint
-from ..control_cost import ChainLoss
-from ..matching import LossSteps, choose_loss_steps, noisy_steps, regression_loss
+from ..core.adjoint import EndPoint
+from ..core.control_cost import ChainLoss
+from ..core.matching import LossSteps, choose_loss_steps, noisy_steps, regression_loss
+from ..core.trajectory import MeanFunction, Trajectory
 from ..objectives import AdjointMatching, Objective
-from ..trajectory import MeanFunction, Trajectory
 from .problem import ControlProblem
 from .sampler import draw_path
 

@@ -1,0 +1,128 @@
+"""Rewards by back-propagation through the sampler: no regression, and what Adjoint Matching is compared with."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar, Literal
+
+import torch
+from diffusers import DiffusionPipeline
+from peft import LoraConfig
+from torch import Tensor, nn
+
+from ..config import AdjointMatchingConfig
+from ..core.control_cost import discrete_adjoint
+from ..core.matching import LossSteps, bounded, noisy_steps
+from ..objectives.papers import ADJOINT_MATCHING, Paper
+from ..trainer.regress import bounded_paths, zero_unless
+from ..trainer.reward_trainer import RewardTrainer
+from ..trainer.scoring import ScoredImages
+
+__all__ = ["METHODS", "BackpropagationMethod", "RewardBackpropagationTrainer"]
+
+METHODS = ("discrete_adjoint",)
+UNUSED: dict[str, Any] = {
+    "loss_type": "adjoint_matching",
+    "loss_kwargs": None,
+    "loss_clip": None,
+    "num_loss_steps": None,
+    "loss_step_selection": "uniform",
+}
+
+
+@dataclass(frozen=True)
+class BackpropagationMethod:
+    """The discrete adjoint (2409.08861, §3.2): the gradient of the control cost, through all steps of the chain."""
+
+    name: Literal["discrete_adjoint"] = "discrete_adjoint"
+
+    needs_gradient: ClassVar[bool] = True
+    switches_adapter: ClassVar[bool] = True
+    paper: ClassVar[Paper] = ADJOINT_MATCHING
+
+    def __post_init__(self) -> None:
+        if self.name not in METHODS:
+            raise ValueError(f"method={self.name!r} is unknown; pass one of {', '.join(map(repr, METHODS))}.")
+
+
+class RewardBackpropagationTrainer(RewardTrainer):
+    """Back-propagate the reward through the sampler, in the harness of [`AdjointMatchingTrainer`], for comparison.
+
+    Args:
+        method: "discrete_adjoint": the paths' KL to the base and minus the reward, differentiated through the whole chain, each
+            step evaluated again in the backward pass. Its only fixed point is the tilted law, as Adjoint Matching's; its
+            gradients have a higher variance.
+
+    The other arguments are those of [`AdjointMatchingTrainer`]; of the config, the fields of a regression (`loss_type`,
+    `loss_kwargs`, `loss_clip`, `num_loss_steps`, `loss_step_selection`) have no meaning here and must be left out.
+
+    Raises:
+        TypeError, ValueError: for bad input, before any training, in one sentence.
+    """
+
+    def __init__(
+        self,
+        model: str | DiffusionPipeline,
+        reward_funcs: Callable[..., Tensor] | list[Callable[..., Tensor]],
+        args: AdjointMatchingConfig | None = None,
+        train_dataset: Any = None,
+        eval_dataset: Any = None,
+        processing_class: Any = None,
+        callbacks: list[Any] | None = None,
+        optimizers: tuple[Any, Any] = (None, None),
+        peft_config: LoraConfig | None = None,
+        method: Literal["discrete_adjoint"] = "discrete_adjoint",
+    ) -> None:
+        self._asked = BackpropagationMethod(method)
+        data = train_dataset, eval_dataset, processing_class
+        super().__init__(model, reward_funcs, args, *data, callbacks, optimizers, peft_config)
+
+    def method_of(self, args: AdjointMatchingConfig) -> BackpropagationMethod:
+        """The one of the constructor, when nothing is asked of it that it does not have."""
+        method = self._asked
+        for name, default in UNUSED.items():
+            if (value := getattr(args, name)) != default:
+                raise ValueError(f"{name}={value!r} has no meaning for method={method.name!r}; leave it out.")
+        if args.fp16:  # the gradient scaler would scale what one step hands to the next
+            raise ValueError(f"method={method.name!r} does not go with fp16=True; pass bf16=True.")
+        return method
+
+    def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None = None) -> Tensor:
+        """Rollout, then back through its steps from the reward at its end; returns the micro-batch's share of the loss."""
+        self._begin_micro_batch()
+        chain, steps = self.prepare_chain(inputs), self.choose_steps()
+        with self._progress("rollout", len(self.replay.stds) - 1):
+            path = chain.rollout()
+        keep, score, scored = bounded_paths(path.states), self.score(chain), list[ScoredImages]()
+        path = replace(path, states=zero_unless(keep, path.states))
+
+        def terminal(end_point: Tensor) -> Tensor:
+            scored.append(score(end_point))
+            return -scored[0].tilt
+
+        def weigh(costs: Tensor) -> Tensor:
+            nonlocal keep
+            keep = self.require_images(keep & scored[0].usable & bounded(costs.detach()))  # one left out stays out
+            return torch.where(keep, costs, 0.0).mean() * chain.share
+
+        synchronised, first = self._synchronised(model), steps.indices[0]
+        with self._progress("chain", 2 * len(path)):
+            found = discrete_adjoint(
+                chain.mean_of(model),
+                chain.base_mean,
+                path,
+                terminal,
+                steps=steps.indices,
+                weigh=weigh,
+                backward=self._backward,
+                around=lambda k: synchronised(k == first),
+            )
+        self.record(scored[0], found.kl, keep)
+        self._end_micro_batch(model, chain, scored[0])
+        return found.loss
+
+    def choose_steps(self) -> LossSteps:
+        """All that have noise."""
+        steps = noisy_steps(self._trainable_stds())
+        return LossSteps(tuple(steps), (1.0,) * len(steps))

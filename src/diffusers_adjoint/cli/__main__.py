@@ -1,0 +1,8 @@
+"""`python -m diffusers_adjoint.cli`, which `accelerate launch -m` needs."""
+
+import sys
+
+from .commands import main
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,149 @@
+"""Rewards and features by the names that a command line can say."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import inspect
+import sys
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import cache, partial
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+
+from .. import rewards
+from ..metrics import features
+
+__all__ = ["is_ours", "load_features", "load_rewards"]
+
+
+def load_rewards(names: Sequence[str]) -> list[Callable[..., Any]]:
+    """The reward functions of these names; see `TrainArguments.reward_funcs`.
+
+    Raises:
+        ValueError: if there is none, a module, a file or a name in it does not exist, or it cannot be loaded.
+    """
+    if not names:
+        raise ValueError("reward_funcs is missing; pass PickScore, module:function or path/to/file.py:function.")
+    return [_reward(name) for name in names]
+
+
+def _reward(name: str) -> Any:
+    with _one_sentence("reward", name):
+        return _made("reward", name, _named(name, rewards, "reward"))
+
+
+def load_features(
+    names: Sequence[str], reward_names: Sequence[str], reward_funcs: Sequence[Any], device: torch.device
+) -> dict[str, Callable[..., Any]]:
+    """Features for diversity, by name; see `EvaluationArguments.diversity`.
+
+    Args:
+        names: none for those of the rewards, or the pixels where these have none.
+        reward_names, reward_funcs: the rewards that are loaded already; of the same name, one is not loaded twice.
+        device: where those go that cannot be moved later.
+
+    Raises:
+        ValueError: if a module, a file or a name does not exist, or cannot be loaded.
+    """
+    rewards_by_name = zip(reward_names, reward_funcs, strict=True)
+    loaded = {name: reward.features for name, reward in rewards_by_name if hasattr(reward, "features")}
+    return {name: loaded.get(name) or _features(name, device) for name in names or loaded or ["pixels"]}
+
+
+def _features(name: str, device: torch.device) -> Callable[..., Any]:
+    of_rewards = [key for key in rewards.__all__ if hasattr(getattr(rewards, key), "features")]
+    with _one_sentence("diversity", name):
+        found = getattr(rewards, name) if name in of_rewards else _named(name, features, "diversity", of_rewards)
+        made = _made("diversity", name, partial(found, device=device) if name in ("LPIPS", "DreamSim") else found)
+    return getattr(made, "features", made)
+
+
+def _made(option: str, name: str, found: Any) -> Any:
+    """An instance, of a class."""
+    if not isinstance(found, type | partial):
+        return found
+    if not _takes_nothing(found):
+        raise ValueError(f"{option} {name!r} is not made without arguments; pass module:function, where it is made.")
+    return found()
+
+
+@contextmanager
+def _one_sentence(option: str, name: str) -> Iterator[None]:
+    """For what the Hub, a file of weights or a user's file raises while it is loaded."""
+    try:
+        yield
+    except (OSError, ValueError) as error:
+        if is_ours(error):
+            raise
+        reason = " ".join(str(error).split()).rstrip(".")
+        raise ValueError(f"{option} {name!r} cannot be loaded ({reason}); pass one that can.") from error
+
+
+def is_ours(error: BaseException) -> bool:
+    """Whether this package raised it: then it is a sentence for the user."""
+    raised_in = traceback.extract_tb(error.__traceback__)[-1].filename
+    return Path(raised_in).is_relative_to(Path(__file__).parent)
+
+
+def _takes_nothing(found: Any) -> bool:
+    try:
+        inspect.signature(found).bind()
+    except TypeError:
+        return False
+    return True
+
+
+def _named(name: str, module: ModuleType, option: str, others: Sequence[str] = ()) -> Any:
+    """What a name of `module` stands for, or module:function, or file.py:function; `others` would have been names, too."""
+    source, colon, attribute = name.rpartition(":")
+    if not colon:
+        names = [key for key in module.__all__ if _is_usable(getattr(module, key))]
+        if name not in names:
+            known = ", ".join([*names, *others])
+            raise ValueError(f"{option} {name!r} is none of {known}; pass one of them or module:function.")
+        return getattr(module, name)
+    found = _module_of_file(Path(source).resolve(), source) if source.endswith(".py") else _module_of_name(source)
+    if not hasattr(found, attribute):
+        raise ValueError(f"{source} has no {attribute!r}; pass the name of a function that is defined there.")
+    return getattr(found, attribute)
+
+
+def _is_usable(value: Any) -> bool:
+    """Whether it measures images: a class that is made without arguments, a function of images, or of images and prompts."""
+    if isinstance(value, type):
+        return _takes_nothing(value)
+    return list(inspect.signature(value).parameters)[:2] in (["images"], ["images", "prompts"])
+
+
+def _module_of_name(name: str) -> ModuleType:
+    _make_importable(Path.cwd())
+    try:
+        return importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        if not f"{name}.".startswith(f"{error.name}."):  # the module is there, but something that it imports is not
+            raise
+        raise ValueError(f"there is no module {name!r}; pass module:function or path/to/file.py:function.") from None
+
+
+def _make_importable(folder: Path) -> None:
+    """As `python` does with the folder of a script; a console script looks beside itself only."""
+    if (name := str(folder.resolve())) not in sys.path:
+        sys.path.insert(0, name)
+
+
+@cache
+def _module_of_file(file: Path, written: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(str(file), file)  # a name that no other module has
+    if not file.is_file() or spec is None or spec.loader is None:
+        raise ValueError(f"there is no file {written!r}; pass module:function or path/to/file.py:function.")
+    _make_importable(file.parent)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # where data classes look their annotations up
+    spec.loader.exec_module(module)
+    return module

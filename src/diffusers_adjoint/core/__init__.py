@@ -1,0 +1,1 @@
+"""The mathematics: Gaussian steps, paths, adjoints and losses; torch only."""

@@ -1,0 +1,1 @@
+"""Rows of prompts: where they come from, and what a batch of them is."""

@@ -1,0 +1,84 @@
+"""A micro-batch of a pipeline's images as a chain of Gaussian steps, which objectives see."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from ..core.adjoint import EndPoint, end_point
+from ..core.trajectory import MeanFunction, Trajectory
+from ..guidance import Guidance
+from ..replay import Conditioning
+from .denoiser import PipelineDenoiser
+from .paths import sample_trajectory
+
+__all__ = ["PipelineChain"]
+
+
+@dataclass(frozen=True)
+class PipelineChain:
+    """The model and its base on one micro-batch; a `Chain` of the objectives.
+
+    Args:
+        denoiser: the network, which is the base within `denoiser.base()`.
+        guidance: where guidance acts.
+        start: x_0, shape (B, …).
+        conditioning: of the batch's prompts.
+        noise: generators of the step noise, one for each image.
+        columns: dataset columns, "prompt" among them, one entry for each image.
+        share: of the update's images on this process.
+        ends_update: whether the update has no further micro-batch.
+    """
+
+    denoiser: PipelineDenoiser
+    guidance: Guidance
+    start: Tensor
+    conditioning: Conditioning
+    noise: list[torch.Generator]
+    columns: dict[str, list[Any]]
+    share: float = 1.0
+    ends_update: bool = True
+
+    @property
+    def stds(self) -> Tensor:
+        return self.denoiser.replay.stds
+
+    @property
+    def gains(self) -> Tensor:
+        return self.denoiser.replay.gains
+
+    @property
+    def running_cost_grad(self) -> Callable[[int, Tensor], Tensor] | None:
+        return None
+
+    def mean_of(self, model: nn.Module) -> MeanFunction:
+        """(k, x) → μ_k(x) of the denoiser, or of what wraps it, guided as the loss is."""
+        return lambda k, x: model(x, k, self.conditioning, self.guidance.loss)
+
+    def mean(self, k: int, x: Tensor) -> Tensor:
+        return self.mean_of(self.denoiser)(k, x)
+
+    def base_mean(self, k: int, x: Tensor) -> Tensor:
+        with self.base():
+            return self.mean(k, x)
+
+    def base(self) -> AbstractContextManager[None]:
+        return self.denoiser.base()
+
+    def clean(self, mean: Tensor, x: Tensor, k: int) -> Tensor:
+        return self.denoiser.replay.clean(mean, x, k)
+
+    def rollout(self) -> Trajectory:
+        return sample_trajectory(self.denoiser, self.start, self.conditioning, self.noise, guided=self.guidance.rollout)
+
+    def end_point(self, path: Trajectory, of: Literal["base", "model"]) -> EndPoint:
+        return end_point(path, self.base_mean, self.mean if of == "model" else None)
+
+    def decode(self, x: Tensor) -> Tensor:
+        """Images of final latents, differentiable in them."""
+        return self.denoiser.replay.decode(x, self.conditioning)

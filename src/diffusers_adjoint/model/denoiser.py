@@ -1,0 +1,117 @@
+"""The trained network as a function: step mean of the fine-tuned model, and of the frozen base."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from diffusers import DiffusionPipeline, ModelMixin
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import Tensor, nn
+
+from ..replay import Conditioning, PipelineReplay
+from ..replay.quantised import quantisation_of
+from ..replay.view import set_differentiable
+from .lora import adapter_off
+from .trained_state import TrainedState
+
+__all__ = ["PipelineDenoiser"]
+
+
+class PipelineDenoiser(nn.Module):
+    """Owns the pipeline's denoiser; `forward` is μ_k(x). This is the module that `Trainer` wraps (DDP, autocast, …).
+
+    The base is the network with its adapter switched off, or, without an adapter, a frozen copy made here.
+
+    Args:
+        replay: turns the pipeline's own `__call__` into the guided prediction m(x, t).
+        base_adapters: the adapters of the base, when the network carries a LoRA adapter of ours on top of them; `None` when it
+            carries none and all its weights are trained.
+        frozen: the base's network, where it exists already, in place of a frozen copy.
+
+    Raises:
+        ValueError: if all weights are to be trained but the network is quantised or of 16 bits, or carries adapters.
+    """
+
+    config = None  # Trainer writes into `model.config`; a diffusers config is frozen
+    accepts_loss_kwargs = False
+
+    def __init__(self, replay: PipelineReplay, base_adapters: list[str] | None, frozen: ModelMixin | None = None) -> None:
+        super().__init__()
+        self.replay = replay
+        self.network: ModelMixin = getattr(replay.pipeline, replay.component)
+        self.base_adapters = base_adapters
+        self.frozen = frozen
+        if base_adapters is None and frozen is None:
+            _require_trainable(self.network)
+            _require_no_adapters(replay.pipeline)
+            self.frozen = copy.deepcopy(self.network).requires_grad_(False)
+            self.network.requires_grad_(True)
+        self.state = TrainedState(replay.pipeline, replay.component, base_adapters)
+        self.evaluations = 0  # one an image and step, for the log
+        self._base_active = False
+        # FSDP's units. The network is one of them, because pipelines call it without this module when they sample.
+        units = {type(self.network).__name__, *(self.network._no_split_modules or [])}
+        self._no_split_modules = sorted(units & {type(module).__name__ for module in self.network.modules()})
+        self.train(False)
+
+    def forward(self, x: Tensor, index: int, conditioning: Conditioning, guided: bool = False) -> Tensor:
+        """μ_k(x) of step `index`, shape of `x`, float32 or better; differentiable in `x` and the trained weights."""
+        self.evaluations += len(x)
+        network = self.frozen if self._base_active and self.frozen is not None else self.network
+        output = self.replay.predict(x, index, conditioning, guided=guided, denoiser=network)
+        return self.replay.transition(output, x, index).mean
+
+    @contextmanager
+    def base(self) -> Iterator[None]:
+        """Within this context `forward` is the frozen base; it may be entered again within itself."""
+        if self._base_active:
+            yield
+            return
+        self._base_active = True
+        try:
+            with contextlib.nullcontext() if self.base_adapters is None else adapter_off(self.network, self.base_adapters):
+                yield
+        finally:
+            self._base_active = False
+
+    def train(self, mode: bool = True) -> PipelineDenoiser:
+        """Stays in evaluation mode whatever `Trainer` asks: dropout would make rollout, adjoint and loss three functions."""
+        super().train(False)
+        for network in (self.network, self.frozen):
+            if network is not None:
+                set_differentiable(network)
+        return self
+
+    def gradient_checkpointing_enable(self, **kwargs: object) -> None:
+        """`Trainer`'s hook for `gradient_checkpointing=True`: the denoiser's own switch."""
+        if self.replay.exchanges_processors:  # they are put back before the backward pass would recompute with them
+            raise ValueError(f"{self.replay.name} exchanges attention processors; train without gradient checkpointing.")
+        self.network.enable_gradient_checkpointing()
+        if self.frozen is not None:
+            self.frozen.enable_gradient_checkpointing()
+
+    activation_checkpointing_enable = gradient_checkpointing_enable  # its name in newer hosts
+
+
+def _require_trainable(network: ModelMixin) -> None:
+    if stored := quantisation_of(network):
+        raise ValueError(f"{type(network).__name__} holds {stored}, which cannot be trained; pass a peft_config.")
+    # Of the weights themselves: a network that is cast layer by layer names the dtype that it computes in.
+    if coarse := next((p.dtype for p in network.parameters() if p.dtype in (torch.float16, torch.bfloat16)), None):
+        raise ValueError(
+            f"full fine-tuning of a {coarse} network rounds most updates away; load the pipeline in float32 and set "
+            f"bf16=True, or pass a peft_config."
+        )
+
+
+def _require_no_adapters(pipeline: DiffusionPipeline) -> None:
+    for name, part in pipeline.components.items():
+        if isinstance(part, nn.Module) and any(isinstance(module, BaseTunerLayer) for module in part.modules()):
+            raise ValueError(
+                f"the {name} carries adapters, which a whole pipeline cannot be saved with; call fuse_lora() and "
+                f"unload_lora_weights() first, or pass a peft_config."
+            )

@@ -1,0 +1,70 @@
+"""Memoryless paths of a pipeline's denoiser."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ..core.matching import step_kl
+from ..core.trajectory import Trajectory, rollout
+from ..replay import Conditioning
+from .denoiser import PipelineDenoiser
+from .randomness import stacked_noise
+
+__all__ = ["sample_trajectory", "sampled_path_kl"]
+
+
+def sample_trajectory(
+    denoiser: PipelineDenoiser,
+    start: Tensor,
+    conditioning: Conditioning,
+    generators: Sequence[torch.Generator],
+    *,
+    guided: bool = False,
+) -> Trajectory:
+    """Memoryless trajectory of the current model, K − 1 evaluations: x_K is not needed.
+
+    Args:
+        start: x_0, shape (B, …).
+        generators: step noise, one for each sample.
+        guided: classifier-free guidance in the rollout.
+    """
+    replay = denoiser.replay
+    return rollout(
+        lambda k, x: denoiser(x, k, conditioning, guided),
+        start,
+        replay.timesteps,
+        replay.stds,
+        lambda k: stacked_noise(start, generators),
+    )
+
+
+def sampled_path_kl(
+    denoiser: PipelineDenoiser,
+    start: Tensor,
+    conditioning: Conditioning,
+    generators: Sequence[torch.Generator],
+    *,
+    guided_rollout: bool = False,
+    guided_loss: bool = False,
+) -> Tensor:
+    """`path_kl` along memoryless paths that are sampled on the way: one evaluation of the model and one of the base a step.
+
+    Args:
+        start: x_0, shape (B, …).
+        generators: step noise, one for each sample.
+        guided_rollout: classifier-free guidance in the paths; a third evaluation a step where it differs from `guided_loss`.
+        guided_loss: classifier-free guidance in the two means that are compared.
+    """
+    alike = guided_rollout == guided_loss or not denoiser.replay.arguments.guides
+    x, kl = start, start.new_zeros(len(start))
+    for k, std in enumerate(denoiser.replay.stds):
+        mean = denoiser(x, k, conditioning, guided_loss)
+        if std > 0:
+            with denoiser.base():
+                kl += step_kl(mean, denoiser(x, k, conditioning, guided_loss), std)
+        if k + 1 < len(denoiser.replay.stds):  # x_K itself is not needed
+            x = (mean if alike else denoiser(x, k, conditioning, guided_rollout)) + std * stacked_noise(start, generators)
+    return kl

@@ -1,0 +1,98 @@
+"""The Adjoint Matching trainer: a diffusers pipeline and a reward in, the same pipeline sampling p_base·exp(λr) out.
+
+chain   = prepare(prompts)                     x_0 and conditioning
+steps   = choose()                             which steps of the chain carry the loss
+targets = objective.targets(chain, steps, score)   states, and the shift of the mean that is wished for at each
+loss    = regress(model, chain, targets)       ½‖((μ^θ − μ^base) − δ)/s‖², one forward and one backward pass a point
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+
+from ..config import AdjointMatchingConfig
+from ..core.matching import LossSteps, choose_loss_steps
+from ..model.chain import PipelineChain
+from ..model.randomness import Stream, seeded_generator
+from ..objectives import Objective, Targets
+from .regress import regress
+from .reward_trainer import RewardTrainer
+
+__all__ = ["AdjointMatchingTrainer"]
+
+
+class AdjointMatchingTrainer(RewardTrainer):
+    """Fine-tune a diffusers pipeline on a differentiable reward with Adjoint Matching (arXiv 2409.08861).
+
+    ```python
+    trainer = AdjointMatchingTrainer(
+        model=pipe, reward_funcs=brightness, args=AdjointMatchingConfig(output_dir="out", reward_scale=10.0),
+        train_dataset=dataset, peft_config=LoraConfig(r=8),
+    )
+    trainer.train()
+    ```
+
+    Args:
+        model: a pipeline, or the name or folder of one. Its denoiser is trained in place; its scheduler is left alone.
+        reward_funcs: callable(s) or module(s) `f(images=, prompts=, **columns) -> Tensor (B,)`, differentiable in `images`,
+            which are (B, 3, H, W) in [0, 1] (videos (B, F, 3, H, W), waveforms (B, …)). Modules are moved to the device; a
+            closure moves its own networks.
+        args: settings; defaults write to `<pipeline>-AdjointMatching`.
+        train_dataset: rows with a "prompt" column, if the pipeline takes prompts. Columns named like an argument of the
+            pipeline's `__call__` (negative_prompt, image, class_labels, …) are passed to it; all columns reach the rewards.
+            A `datasets.Dataset` or `IterableDataset`, a torch `Dataset` of dicts, or a list of prompts or dicts.
+        eval_dataset: rows for `evaluate()`, or a dict of several such datasets.
+        processing_class: unused, for the signature other trainers have; the pipeline brings its own tokenizers.
+        callbacks, optimizers: as in `transformers.Trainer`.
+        peft_config: LoRA on the denoiser; `None` trains all its weights against a frozen copy.
+
+    Raises:
+        TypeError, ValueError: for bad input, before any training, in one sentence.
+    """
+
+    objective: Objective  # makes the targets of each update
+
+    def method_of(self, args: AdjointMatchingConfig) -> Objective:
+        """The objective of `loss_type` and `loss_kwargs`."""
+        self.objective = args.objective
+        return self.objective
+
+    def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None = None) -> Tensor:
+        """Rollout → reward → targets → regression; returns the micro-batch's share of the loss.
+
+        Raises:
+            ValueError: if the network is not as it was prepared, which a callback may have changed; and see `train`.
+        """
+        self._begin_micro_batch()
+        chain = self.prepare_chain(inputs)
+        steps = self.choose_steps()
+        with self._progress("paths and targets", 2 * len(self.replay.stds)):
+            targets = self.objective.targets(chain, steps, self.score(chain))
+        with self._progress("loss", len(steps.indices)):
+            loss = self.regress(model, chain, targets)
+        self._end_micro_batch(model, chain, targets.scored)
+        return loss
+
+    def choose_steps(self) -> LossSteps:
+        """The same steps for every image of an update, so that neither micro-batches nor ranks change them."""
+        generator = seeded_generator(self.args.seed, self.state.global_step, 0, Stream.LOSS_STEPS)
+        stds = self._trainable_stds()
+        half = max((len(stds) - len(self._idle_steps)) // 2, 1)
+        return choose_loss_steps(stds, self.args.num_loss_steps or half, self.args.loss_step_selection, generator)
+
+    def regress(self, model: nn.Module, chain: PipelineChain, targets: Targets) -> Tensor:
+        """Backward through the loss of each point; what it found goes into the log."""
+        fit = regress(
+            chain.mean_of(model),
+            targets,
+            targets.scored.usable,
+            share=chain.share,
+            loss_clip=self.args.loss_clip,
+            require=self.require_images,
+            backward=self._backward,
+            synchronised=self._synchronised(model),
+        )
+        self.record(targets.scored, fit.kl, fit.keep)
+        return fit.loss

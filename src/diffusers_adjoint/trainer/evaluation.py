@@ -1,0 +1,114 @@
+"""What a user would see: samples of the pipeline with its own scheduler, their rewards, and the signs of a hacked reward."""
+
+from __future__ import annotations
+
+import difflib
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..config import AdjointMatchingConfig
+from ..data.columns import prompts_of, rows_of, without_prompt
+from ..guidance import Guidance
+from ..metrics import pairwise_diversity, saturated_share
+from ..model.denoiser import PipelineDenoiser
+from ..model.paths import sampled_path_kl
+from ..model.randomness import Stream, seeded_generators
+from ..replay import PipelineReplay
+from ..rewards import WeightedReward
+from .sample_log import summarise
+
+__all__ = ["evaluate_rows", "kl_name", "require_known_metric"]
+
+
+def evaluate_rows(
+    denoiser: PipelineDenoiser,
+    guidance: Guidance,
+    reward: WeightedReward,
+    args: AdjointMatchingConfig,
+    columns: dict[str, list[Any]],
+    first_row: int,
+) -> tuple[dict[str, Tensor], Tensor]:
+    """Sample `num_generations_eval` images of each row and measure them; nothing is differentiated.
+
+    Seeds depend on the row's number only, so that evaluations compare across steps, runs and numbers of processes.
+
+    Args:
+        columns: B rows.
+        first_row: number of the first of them in the dataset.
+
+    Returns:
+        name → (B, images) or (B, 1): "reward", "rewards/<name>"; "saturated", share of values that are 0 or 1; "diversity", mean
+        squared difference of two images of one prompt, a value of the image, in [0, 1]; "kl", nats, of memoryless paths, one a
+        row. And the images, (B · images, …), those of a row together.
+    """
+    times, rows = args.num_generations_eval, rows_of(columns)
+    generators = seeded_generators(args.seed, 0, range(first_row * times, (first_row + rows) * times), Stream.EVALUATION)
+    with torch.no_grad():
+        kl = _path_kl(
+            denoiser, guidance, args.seed, columns, first_row
+        )  # first: FSDP wants the wrapped module called before the network in it
+        # One call for each image of a row: no more samples are in memory than the evaluation batch has rows.
+        calls = [_sample(denoiser, reward, columns, generators[i::times]) for i in range(times)]
+    result = {name: torch.stack([measured[name] for _, measured in calls], 1) for name in calls[0][1]}
+    result[kl_name(denoiser.replay, guidance)] = kl.view(rows, 1)
+    images = torch.stack([shown for shown, _ in calls], 1)
+    if times > 1:
+        result["diversity"] = _diversity(images.flatten(2)).to(images.device)
+    return result, images.flatten(0, 1)
+
+
+def _sample(
+    denoiser: PipelineDenoiser, reward: WeightedReward, columns: dict[str, list[Any]], generators: list[torch.Generator]
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """One image of each row, and what is measured on it alone, (B,)."""
+    images = denoiser.replay.sample(columns, generators)
+    values = reward(images, prompts_of(columns), **without_prompt(columns))
+    measured = {"reward": reward.total(values)} | {f"rewards/{name}": value for name, value in values.items()}
+    if images.ndim in (4, 5):  # images and videos; sound has no range to be saturated in
+        finite = images.flatten(1).isfinite().all(1)  # a 16-bit decoder may overflow
+        measured["saturated"] = torch.where(finite, saturated_share(images.flatten(1, -3).nan_to_num(0.5, 0.5, 0.5)), torch.nan)
+    return images, measured
+
+
+def kl_name(replay: PipelineReplay, guidance: Guidance) -> str:
+    """Guided trajectories are not those of the model whose KL the unguided loss measures."""
+    return "kl_unguided" if replay.arguments.guides and guidance.unlike else "kl"
+
+
+def require_known_metric(
+    replay: PipelineReplay, guidance: Guidance, reward: WeightedReward, args: AdjointMatchingConfig, dataset: Any
+) -> None:
+    """Raises ValueError if `metric_for_best_model` is no metric of an evaluation, which would miss it only then."""
+    wanted = args.metric_for_best_model
+    if wanted is None or dataset is None:
+        return
+    measured = ["reward", *(f"rewards/{name}" for name in reward.names), "saturated", "diversity", kl_name(replay, guidance)]
+    prefixes = [f"eval_{name}_" for name in dataset] if isinstance(dataset, dict) else ["eval_"]
+    names = [prefix + name for prefix in prefixes for name in summarise({name: torch.zeros(2) for name in measured})]
+    if wanted not in names and f"eval_{wanted}" not in names:
+        close = difflib.get_close_matches(wanted, names, 1, cutoff=0.0)[0]
+        raise ValueError(
+            f"metric_for_best_model={wanted!r} is no metric of an evaluation; take {close!r} if that is meant, or another of "
+            f"{', '.join(names)}."
+        )
+
+
+def _path_kl(denoiser: PipelineDenoiser, guidance: Guidance, seed: int, columns: dict[str, list[Any]], first_row: int) -> Tensor:
+    """Nats spent, along one memoryless path a row."""
+    rows = range(first_row, first_row + rows_of(columns))
+    start, conditioning = denoiser.replay.prepare(
+        columns,
+        seeded_generators(seed, 0, rows, Stream.EVALUATION_START),
+        guided=guidance.rollout,
+        unguided=not guidance.loss,
+    )
+    noise = seeded_generators(seed, 0, rows, Stream.EVALUATION_NOISE)
+    return sampled_path_kl(denoiser, start, conditioning, noise, guided_rollout=guidance.rollout, guided_loss=guidance.loss)
+
+
+def _diversity(images: Tensor) -> Tensor:
+    """(B, images, values) → (B, 1)."""
+    per_row = [pairwise_diversity(row[None]).mean / images.shape[2] if row.isfinite().all() else torch.nan for row in images]
+    return torch.tensor(per_row).view(-1, 1)

@@ -1,0 +1,150 @@
+"""What `transformers.Trainer` must be told to publish a diffusers pipeline: the card, and which files go to the Hub."""
+
+from __future__ import annotations
+
+import contextlib
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.utils import broadcast_object_list
+from diffusers import DiffusionPipeline
+from huggingface_hub import CommitOperationAdd, HfApi
+from transformers import Trainer
+from transformers.trainer_utils import HubStrategy
+from transformers.utils import PushInProgress
+
+from ..config import AdjointMatchingConfig
+from ..data.columns import collate_columns, first_row
+from ..hub import CARD_FILES, CardFacts, card_facts, pipeline_files, public_json, write_card
+from ..model.denoiser import PipelineDenoiser
+from ..model.lora import WEIGHTS_NAME
+from ..objectives import Method
+from ..pictures.sample_images import SampleImages, warn_if_lost
+from ..replay import PipelineReplay
+from ..rewards import WeightedReward
+from .run_record import RECORD_NAME, rehashed
+
+__all__ = ["PublishingTrainer"]
+
+
+class PublishingTrainer(Trainer):
+    """A `Trainer` whose model is a pipeline's denoiser, as far as the Hub is concerned."""
+
+    args: AdjointMatchingConfig
+    pipeline: DiffusionPipeline
+    replay: PipelineReplay
+    denoiser: PipelineDenoiser
+    reward: WeightedReward
+    method: Method
+    push_in_progress: Any = None
+    _pictures: SampleImages | None = None  # of the last rollout
+    _evaluated: SampleImages | None = None  # of the last evaluation
+
+    def create_model_card(
+        self, model_name: str | None = None, dataset_name: str | None = None, tags: str | list[str] | None = None, **kwargs: Any
+    ) -> None:
+        """Write README.md, with the samples it shows, into `output_dir`.
+
+        Args:
+            model_name: Hub id or plain name; that of `output_dir` when not given.
+            dataset_name: Hub id of the prompts.
+            tags: further tags.
+            kwargs: what other trainers' cards take; unused.
+        """
+        if self.is_world_process_zero():
+            facts, samples = self._card_facts(model_name, dataset_name, tags)
+            write_card(self.args.output_dir, facts, samples.images, samples.prompts)
+
+    def _card_facts(
+        self, model_name: str | None, dataset_name: str | None, tags: str | list[str] | None
+    ) -> tuple[CardFacts, SampleImages]:
+        samples = self._evaluated or self._pictures or SampleImages(torch.zeros(0, 3, 1, 1), [], torch.zeros(0))
+        takes_prompt = self.replay.arguments.takes_prompt
+        row = samples.row or collate_columns([first_row(self.train_dataset, "train_dataset", takes_prompt)])
+        facts = card_facts(
+            self.replay,
+            self.reward,
+            self.args,
+            self.state,
+            row,
+            self.method,
+            repo_id=model_name or self.hub_model_id or Path(self.args.output_dir).resolve().name,
+            base_adapters=self.denoiser.base_adapters,
+            dataset_name=dataset_name,
+            tags=[tags] if isinstance(tags, str) else tags or [],
+        )
+        return facts, samples
+
+    def push_to_hub(
+        self,
+        commit_message: str | None = "End of training",
+        blocking: bool = True,
+        token: str | None = None,
+        revision: str | None = None,
+        private: bool | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """Upload the LoRA, or the whole pipeline, with a card and sample images; nothing else of `output_dir`.
+
+        Arguments and result as in `transformers.Trainer`; `kwargs` go to `create_model_card`.
+        """
+        self.callback_handler.on_push_begin(self.args, self.state, self.control)
+        if self.hub_model_id is None:
+            self.init_hf_repo(token=token, private=private)
+        self.save_model(_internal_call=True)
+        if not self.is_world_process_zero():
+            return None
+        self._finish_current_push()
+        return self._upload(commit_message, token, revision, run_as_future=not blocking, **kwargs)
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        """What `hub_strategy` asks for, in the background, after a checkpoint."""
+        strategy = self.args.hub_strategy
+        if strategy == HubStrategy.END:
+            return
+        busy = [self.push_in_progress is not None and not self.push_in_progress.is_done()]
+        broadcast_object_list(busy)  # only the first process knows of uploads
+        if busy[0] and not self.args.hub_always_push:
+            return
+        self.save_model(_internal_call=True)
+        if not self.is_world_process_zero():
+            return
+        self.callback_handler.on_push_begin(self.args, self.state, self.control)
+        message, folder = f"Training in progress, step {self.state.global_step}", Path(checkpoint_folder)
+        jobs = [self._upload(message, None, None, run_as_future=True)]
+        if strategy in (HubStrategy.CHECKPOINT, HubStrategy.ALL_CHECKPOINTS):
+            name = "last-checkpoint" if strategy == HubStrategy.CHECKPOINT else folder.name
+            jobs.append(self._upload_checkpoint(folder, name, f"{message}, checkpoint"))
+        if busy[0]:
+            self.push_in_progress.jobs.extend(jobs)
+        else:
+            self.push_in_progress = PushInProgress(jobs)
+
+    def _upload(self, message: str | None, token: str | None, revision: str | None, *, run_as_future: bool, **card: Any) -> Any:
+        with warn_if_lost("README.md could not be written") if self.is_in_train else contextlib.nullcontext():
+            self.create_model_card(**{"model_name": self.hub_model_id} | card)
+        weights = [WEIGHTS_NAME] if self.denoiser.base_adapters is not None else pipeline_files(self.pipeline)
+        return HfApi().upload_folder(
+            repo_id=self.hub_model_id,
+            folder_path=self.args.output_dir,
+            allow_patterns=[*weights, *CARD_FILES],  # trackers' files and pictures of training tell local paths, or nothing
+            commit_message=message,
+            token=token or self.args.hub_token,
+            run_as_future=run_as_future,
+            revision=revision or self.args.hub_revision,
+        )
+
+    def _upload_checkpoint(self, folder: Path, name: str, message: str) -> Any:
+        files = {file.relative_to(folder).as_posix(): file for file in folder.rglob("*") if file.is_file()}
+        changed = {path: public_json(file) for path, file in files.items() if file.suffix == ".json" and path != RECORD_NAME}
+        changed[RECORD_NAME] = rehashed((folder / RECORD_NAME).read_bytes(), changed)
+        contents = {path: changed.get(path, str(file)) for path, file in files.items()}
+        return HfApi().create_commit(
+            repo_id=self.hub_model_id,
+            operations=[CommitOperationAdd(f"{name}/{path}", content) for path, content in contents.items()],
+            commit_message=message,
+            token=self.args.hub_token,
+            run_as_future=True,
+            revision=self.args.hub_revision,
+        )

@@ -1,0 +1,376 @@
+"""What every trainer of a pipeline on a reward has: its constructor, chains of its prompts, scores, checks and the log."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from diffusers import DiffusionPipeline
+from peft import LoraConfig
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+from transformers import set_seed
+from transformers.utils import logging
+
+from ..config import AdjointMatchingConfig, parsed, with_learning_rate
+from ..core.matching import LossSteps
+from ..data.columns import collate_columns, prompts_of, rows_of, without_prompt
+from ..data.given_datasets import dataset_of, eval_datasets_of
+from ..guidance import GUIDANCE
+from ..model.chain import PipelineChain
+from ..model.denoiser import PipelineDenoiser
+from ..model.devices import place
+from ..model.loading import load_pipeline
+from ..model.lora import add_lora
+from ..model.randomness import Stream, random_numbers_kept, seeded_generators
+from ..objectives import Method
+from ..pictures.sample_images import SampleImages
+from ..replay import PipelineReplay
+from ..replay.selfcheck import check_replay
+from ..rewards import WeightedReward
+from ..rewards.quantised import warn_of_quantised_rewards
+from ..schedulers import memoryless_scheduler
+from ..soc import correlation
+from .checks import (
+    columns_to_check,
+    require_config,
+    require_prompts,
+    require_unswitched_layers,
+    require_writable,
+    warn_of_flat_rewards,
+    warn_of_given_start,
+    warn_of_guidance,
+)
+from .evaluation import kl_name, require_known_metric
+from .gradients import require_checkpointing, require_gradients, warn_of_unused
+from .host import PipelineTrainer
+from .probe import first_rows, probe_base, sampler_differences, warn_of_differences, warn_of_distillation
+from .progress import progress
+from .sample_log import SampleLog, announce_memory, announce_tilt, exceeds_target, per_prompt, summarise
+from .scoring import ScoredImages, score_images
+from .updates import AfterOptimizerStep, require_asked_for
+
+__all__ = ["RewardTrainer"]
+
+logger = logging.get_logger(__name__)
+
+
+class RewardTrainer(PipelineTrainer):
+    """Base of the trainers that fine-tune a diffusers pipeline on a reward; a subclass defines `training_step`.
+
+    Args:
+        model: a pipeline, or the name or folder of one. Its denoiser is trained in place; its scheduler is left alone.
+        reward_funcs: callable(s) or module(s) `f(images=, prompts=, **columns) -> Tensor (B,)`, differentiable in `images`,
+            which are (B, 3, H, W) in [0, 1] (videos (B, F, 3, H, W), waveforms (B, …)). Modules are moved to the device; a
+            closure moves its own networks.
+        args: settings; defaults write to `<pipeline>-AdjointMatching`.
+        train_dataset: rows with a "prompt" column, if the pipeline takes prompts. Columns named like an argument of the
+            pipeline's `__call__` (negative_prompt, image, class_labels, …) are passed to it; all columns reach the rewards.
+            A `datasets.Dataset` or `IterableDataset`, a torch `Dataset` of dicts, or a list of prompts or dicts.
+        eval_dataset: rows for `evaluate()`, or a dict of several such datasets.
+        processing_class: unused, for the signature other trainers have; the pipeline brings its own tokenizers.
+        callbacks, optimizers: as in `transformers.Trainer`.
+        peft_config: LoRA on the denoiser; `None` trains all its weights against a frozen copy.
+
+    Raises:
+        TypeError, ValueError: for bad input, before any training, in one sentence.
+    """
+
+    def __init__(
+        self,
+        model: str | DiffusionPipeline,
+        reward_funcs: Callable[..., Tensor] | list[Callable[..., Tensor]],
+        args: AdjointMatchingConfig | None = None,
+        train_dataset: Any = None,
+        eval_dataset: Any = None,
+        processing_class: Any = None,
+        callbacks: list[Any] | None = None,
+        optimizers: tuple[Any, Any] = (None, None),
+        peft_config: LoraConfig | None = None,
+    ) -> None:
+        require_config(args)
+        train_dataset = None if train_dataset is None else dataset_of(train_dataset, "train_dataset")
+        eval_dataset = None if eval_dataset is None else eval_datasets_of(eval_dataset)
+        pipeline = load_pipeline(model, parsed(args.model_init_kwargs) if args else None)
+        args = args or AdjointMatchingConfig(f"{type(pipeline).__name__}-AdjointMatching")
+        args = with_learning_rate(args, full=peft_config is None)
+        self.method = self.method_of(args)
+        require_writable(args.output_dir)
+        self.reward = WeightedReward(reward_funcs, args.reward_weights)
+        _suit_the_host(args)
+        set_seed(args.seed)  # before LoRA draws its weights
+
+        self.pipeline = pipeline
+        self.replay = _replay_of(pipeline, args, args.integrator)
+        if self.replay.arguments.takes_prompt:
+            require_prompts(train_dataset, "train_dataset")
+            require_prompts(eval_dataset, "eval_dataset")
+        self.guidance = GUIDANCE[args.cfg_mode]
+        warn_of_guidance(self.replay, args.guidance_scale, self.guidance)
+        warn_of_distillation(pipeline)
+        self.denoiser = _denoiser_of(self.replay, peft_config)
+        if self.method.switches_adapter:
+            require_unswitched_layers(args, self.denoiser)
+
+        super().__init__(
+            model=self.denoiser,
+            args=args,
+            data_collator=collate_columns,
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            callbacks=callbacks,
+            optimizers=optimizers,
+        )
+        place(pipeline, args.device, args.offload_text_encoders)
+        self.reward.to(args.device)
+        self._start_records()
+        self.add_callback(AfterOptimizerStep(self._judge_update))
+
+    def method_of(self, args: AdjointMatchingConfig) -> Method:
+        """What is going to be trained, which the settings say; raises ValueError for settings that it has no use for."""
+        raise NotImplementedError
+
+    def choose_steps(self) -> LossSteps:
+        """The steps that carry the loss of the coming update, the same for all of its images."""
+        raise NotImplementedError
+
+    def _start_records(self) -> None:
+        """What is remembered of the run; what an update or a call of `train` counts is in `_start_counts`."""
+        self._idle_steps: list[int] = []  # of the trained network; found at the start of training
+        self._probed: dict[str, float] = {}  # what the probe measured, until it is logged
+        self._target_kl: float | None = None  # as it was announced, nats
+        self._left_target = False  # and was told so
+        self._start_counts()
+
+    def _start_counts(self) -> None:
+        """For a call of `train`: forgets what one has left that an error has ended."""
+        self._samples = SampleLog()  # since the last log line
+        self._kept = torch.zeros((), device=self.args.device)  # images of this update, on this process, that train
+        self._dropped = False  # the update under way
+        self._gradients_checked = False
+
+    # ------------------------------------------------------------------------------------------- parts of a training step
+
+    def prepare_chain(self, inputs: dict[str, Any]) -> PipelineChain:
+        """prompts → x_0, conditioning; every random number belongs to (seed, update, global image index)."""
+        columns, first = inputs["columns"], inputs["first_image"]
+        images = range(first, first + rows_of(columns))
+        with self._text_encoders():
+            start, conditioning = self.replay.prepare(
+                columns,
+                self._generators(images, Stream.START),
+                guided=self.guidance.rollout,
+                unguided=not self.guidance.loss,
+            )
+        noise = self._generators(images, Stream.STEP_NOISE)
+        return PipelineChain(
+            self.denoiser, self.guidance, start, conditioning, noise, columns, inputs["share"], inputs["ends_update"]
+        )
+
+    def _generators(self, images: Sequence[int], stream: Stream) -> list[torch.Generator]:
+        return seeded_generators(self.args.seed, self.state.global_step, images, stream)
+
+    def score(self, chain: PipelineChain) -> Callable[[Tensor], ScoredImages]:
+        """The reward of a chain's end points: x̂_K → what all images say of it."""
+
+        def score(end_point: Tensor) -> ScoredImages:
+            if self.state.global_step == 0:
+                memory = [correlation(start, end) for start, end in zip(chain.start, end_point, strict=True)]
+                self._samples.add("memory", chain.start.new_tensor(memory))
+            return score_images(end_point, chain, self.reward, self.args.reward_scale, differentiate=self.method.needs_gradient)
+
+        return score
+
+    def _trainable_stds(self) -> Tensor:
+        """s_k of the steps that the trained network predicts, 0 at the others: no control to match there."""
+        stds = self.replay.stds.clone()
+        stds[self._idle_steps] = 0.0
+        return stds
+
+    def _begin_micro_batch(self) -> None:
+        """Look at the network, which a callback may have changed; what was measured before the first update is logged first."""
+        self.denoiser.state.require_adapter()
+        if self._probed:
+            self.log(self._probed)
+            self._probed = {}
+
+    def _end_micro_batch(self, model: nn.Module, chain: PipelineChain, scored: ScoredImages) -> None:
+        """After the backward passes; the last micro-batch of an update decides whether it is one."""
+        if not chain.ends_update:
+            return
+        self._check_gradients()
+        self._skip_empty_update(model)
+        if self.is_world_process_zero():
+            self._pictures = SampleImages.first(self.args.num_images_to_log, scored.images, chain.columns, scored.rewards)
+        if self.state.global_step == 0:  # an evaluation shows the base, and only now are the rewards the base's
+            self._evaluated = None
+            self._announce()
+
+    def _check_gradients(self) -> None:
+        """After the backward passes of the first update: name what would never learn, before the optimizer moves the rest."""
+        if self._gradients_checked or self.is_deepspeed_enabled:  # DeepSpeed keeps the gradients elsewhere
+            return
+        self._gradients_checked = True
+        trained = {name: p for name, p in self.denoiser.network.named_parameters() if p.requires_grad}
+        reached = torch.tensor([p.grad is not None for p in trained.values()], dtype=torch.float, device=self.args.device)
+        reached = self.accelerator.reduce(reached, reduction="sum")  # so that all processes say the same
+        without = [name for name, count in zip(trained, reached.tolist(), strict=True) if not count]
+        require_gradients(trained, without, lora=self.denoiser.base_adapters is not None)
+        if self.is_world_process_zero():
+            warn_of_unused(trained, without)
+
+    def _skip_empty_update(self, model: nn.Module) -> None:
+        """Without one image to learn from, an optimizer would still move, by its momentum and weight decay."""
+        self._note_scale()
+        kept = self.accelerator.reduce(self._kept, reduction="sum")
+        if kept == 0 or not self._gradient_is_finite(model):
+            if self.args.on_nonfinite == "raise":
+                raise ValueError("the gradient of the loss is NaN or infinite; mend the inputs, or pass on_nonfinite='skip'.")
+            self._drop_gradients(model)
+
+    def _judge_update(self) -> None:
+        """When the optimizer has moved, or not: count the update, and stop before weights that are no numbers are saved."""
+        self._require_finite_weights()
+        dropped = self._dropped or self._step_was_skipped()
+        self._samples.add("skipped", self._kept if dropped else torch.zeros_like(self._kept))  # the others are counted already
+        self._kept, self._dropped = torch.zeros_like(self._kept), False
+        self._updates.add(dropped)
+
+    def _progress(self, what: str, steps: int) -> contextlib.AbstractContextManager[None]:
+        return progress(self.denoiser, f"update {self.state.global_step + 1}, {what}", steps, self._shows_progress)
+
+    def require_images(self, keep: Tensor) -> Tensor:
+        """`keep` itself; ValueError if an image is left out and the settings do not allow it."""
+        if self.args.on_nonfinite == "raise" and not keep.all():
+            raise ValueError(
+                f"{int((~keep).sum())} rewards, reward gradients, losses or adjoints are NaN or infinite, or too large to be "
+                f"squared; mend the reward function, lower reward_scale, or pass on_nonfinite='skip'."
+            )
+        return keep
+
+    # ---------------------------------------------------------------------------------------------- checks before training
+
+    def _check_before_training(self) -> None:
+        """Pipeline, grid and rewards on one row, before any rollout."""
+        require_known_metric(self.replay, self.guidance, self.reward, self.args, self.eval_dataset)
+        require_asked_for(self.args, self.train_dataset)
+        # Trainer switches it on too, but later: the check must not need more memory than training.
+        if self.args.gradient_checkpointing:
+            self.denoiser.gradient_checkpointing_enable()
+        self.check_first_row()
+        self._start_counts()
+        warn_of_given_start(self.replay)
+
+    def check_first_row(self) -> None:
+        columns = columns_to_check(self.train_dataset, self.eval_dataset, self.args, self.replay.arguments, self.reward)
+        self._columns = columns.keys()
+        generators = self._generators(range(rows_of(columns)), Stream.START)
+        with self._text_encoders():
+            check_replay(self.replay, columns, generators, check_unguided=not self.guidance.loss)
+        chain = self.prepare_chain({"columns": columns, "first_image": 0, "share": 1.0, "ends_update": False})
+        self._idle_steps = self.replay.idle_steps(chain.start, chain.conditioning, guided=self.guidance.loss)
+        step = next(k for k in range(len(self.replay.stds)) if k not in self._idle_steps)
+        require_checkpointing(self.denoiser, chain.start, step, chain.conditioning, guided=self.guidance.loss)
+        self.choose_steps()
+        scored = score_images(chain.start, chain, self.reward, 1.0, differentiate=self.method.needs_gradient)
+        if self.method.needs_gradient:
+            warn_of_flat_rewards(scored.norms)
+            warn_of_quantised_rewards(self.reward, scored.images, prompts_of(columns), without_prompt(columns))
+
+    def _probe_before_training(self) -> None:
+        """Images of the base: how far λ asks it to move, and whether training starts from what its users see.
+
+        Every process draws the same ones, so that nothing is to be gathered.
+        """
+        if not self.args.probe_base:
+            return
+        replay = _replay_of(self.pipeline, self.args, "posterior")  # whichever trains: of all it is nearest to the base
+        together = self.args.per_device_train_batch_size * self.args.num_generations
+        with self.denoiser.base(), self._text_encoders(), random_numbers_kept(self.args.device):
+            probe = probe_base(
+                replay,
+                self.reward,
+                first_rows(self.train_dataset),
+                batch_size=1 if self.args.auto_find_batch_size else together,
+                guided=self.guidance.rollout,
+                seed=self.args.seed,
+                watched=partial(tqdm, desc="samples of the base", leave=False, disable=not self._shows_progress),
+            )
+        self._probed = probe.summary()
+        if self.is_world_process_zero():
+            self._target_kl = announce_tilt(self.args.reward_scale, probe.rewards)
+            self._probed |= self._announced_target()  # for a run that is interrupted before a line of training
+            warn_of_differences(sampler_differences(probe), self.args.num_inference_steps)
+
+    # ------------------------------------------------------------------------------------------------ logging, evaluation
+
+    def record(self, scored: ScoredImages, kl: Tensor, keep: Tensor) -> None:
+        """Into the next line of the log, and count the images that train."""
+        self._kept += keep.sum()
+        self._samples.add("reward", scored.rewards)
+        for name, values in scored.values.items():
+            self._samples.add(f"rewards/{name}", values)
+        # An image left out has no control; the mean skips NaN.
+        self._samples.add(kl_name(self.replay, self.guidance), torch.where(keep, kl, torch.nan))
+        if self.method.needs_gradient:
+            self._samples.add("adjoint_norm", torch.where(keep, scored.norms, torch.nan))
+        self._samples.add("skipped", (~keep).float())
+
+    def _announce(self) -> None:
+        """After the first update, from all its images: what the end points remember and, without a probe, what λ asks for."""
+        rewards, memory = (self._samples.gathered(name, self.accelerator.gather) for name in ("reward", "memory"))
+        self._samples.forget("memory")
+        if self.is_world_process_zero():
+            if not self.args.probe_base:
+                self._target_kl = announce_tilt(self.args.reward_scale, per_prompt(rewards, self.args.num_generations))
+            announce_memory(memory[memory.isfinite()])
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Adds reward, reward_std, reward_std_between, rewards/<name>/mean, /std and /missing, kl or kl_unguided
+        (nats), target_kl_estimate (nats), adjoint_norm, skipped, evaluations_per_second."""
+        if "loss" in logs:
+            logs |= summarise(self._samples.drain(self.accelerator.gather), self.args.num_generations)
+            logs |= {"evaluations_per_second": self._rate()} | self._announced_target()
+            if self.is_world_process_zero():
+                self._left_target = self._left_target or exceeds_target(logs)
+        super().log(logs, start_time)
+        if "loss" in logs and self._pictures is not None:
+            self._show("train", self._pictures)
+
+    def _announced_target(self) -> dict[str, float]:
+        """By its name in the log, where it is known; a resumed run knows it from there."""
+        if self._target_kl is None:
+            known = [line["target_kl_estimate"] for line in self.state.log_history if "target_kl_estimate" in line]
+            self._target_kl = known[-1] if known else None
+        return {} if self._target_kl is None else {"target_kl_estimate": self._target_kl}
+
+
+def _denoiser_of(replay: PipelineReplay, peft_config: LoraConfig | None) -> PipelineDenoiser:
+    """The pipeline's network with a LoRA on it, or whole, to be trained; everything else is frozen."""
+    for component in replay.pipeline.components.values():
+        if isinstance(component, nn.Module):
+            component.requires_grad_(False).eval()
+    return PipelineDenoiser(replay, None if peft_config is None else add_lora(replay.pipeline, replay.component, peft_config))
+
+
+def _suit_the_host(args: AdjointMatchingConfig) -> None:
+    """Settings of the host that a pipeline's batches need."""
+    # Rows are lists of Python values: each process collates its own, and numbers its images by its rank.
+    args.accelerator_config.dispatch_batches = False
+    if args.n_gpu > 1:  # torch.nn.DataParallel would scatter the states but not the conditioning
+        logger.warning(f"{args.n_gpu} GPUs are visible but one is used; start with `accelerate launch` to use them all.")
+        args._n_gpu = 1
+
+
+def _replay_of(pipeline: DiffusionPipeline, args: AdjointMatchingConfig, integrator: str | None) -> PipelineReplay:
+    return PipelineReplay(
+        pipeline,
+        memoryless_scheduler(pipeline.scheduler, integrator=integrator),
+        args.num_inference_steps,
+        guidance_scale=args.guidance_scale,
+        pipeline_kwargs=parsed(args.pipeline_kwargs),
+        component=args.trained_component,
+    )

@@ -1,0 +1,59 @@
+"""What the rewards say of end points, as objectives and the log need it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..core.matching import bounded, half_square
+from ..data.columns import prompts_of, without_prompt
+from ..model.chain import PipelineChain
+from ..rewards import WeightedReward, reward_gradient
+
+__all__ = ["ScoredImages", "score_images"]
+
+
+@dataclass(frozen=True)
+class ScoredImages:
+    """A batch of end points, scored.
+
+    Args:
+        rewards: r, shape (B,), NaN for an image without one; detached, as all of these.
+        values: name → f_i, shape (B,).
+        images: the decoded end points.
+        tilt: λ∇r, shape (B, …), 0 for the images that are not usable; NaN where nothing is differentiated.
+        usable: which images have a finite reward, and a bounded ½‖λ∇r‖², (B,) bool.
+        norms: ‖λ∇r‖ of each image, (B,), of ã_K; NaN where nothing is differentiated.
+    """
+
+    rewards: Tensor
+    values: dict[str, Tensor]
+    images: Tensor
+    tilt: Tensor
+    usable: Tensor
+    norms: Tensor
+
+
+def score_images(
+    end_point: Tensor, chain: PipelineChain, reward: WeightedReward, reward_scale: float, *, differentiate: bool
+) -> ScoredImages:
+    """Decode the end points and score the images; with `differentiate` also λ∇r, by one pass back through the decoder.
+
+    Raises:
+        ValueError: if a reward has no gradient where one is asked for.
+    """
+    prompts, columns = prompts_of(chain.columns), without_prompt(chain.columns)
+    if not differentiate:
+        with torch.no_grad():
+            images = chain.decode(end_point)
+            values = reward(images, prompts, **columns)
+        rewards = reward.total(values)
+        unknown = torch.full_like(end_point, torch.nan)
+        return ScoredImages(rewards, values, images, unknown, rewards.isfinite(), torch.full_like(rewards, torch.nan))
+    found = reward_gradient(end_point, chain.decode, reward, prompts, columns)
+    slope = reward_scale * found.gradient
+    usable = found.rewards.isfinite() & bounded(half_square(slope))
+    tilt = torch.where(usable.view(-1, *[1] * (slope.ndim - 1)), slope, 0.0)
+    return ScoredImages(found.rewards, found.values, found.images, tilt, usable, slope.flatten(1).norm(dim=1))
