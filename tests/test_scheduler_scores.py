@@ -152,3 +152,31 @@ def test_bad_input(name):
         getattr(scheduler, name)(batch(1, 2), batch(1, 2), STEPS)
     with pytest.raises(ValueError, match=r"has shape \(1, 3\) but \w+ \(1, 2\); they must agree"):
         getattr(scheduler, name)(batch(1, 3), batch(1, 2), 0)
+
+
+@pytest.mark.parametrize("law", LAWS.values(), ids=LAWS)
+def test_the_score_of_almost_clean_data_comes_from_a_level_beside_the_grid(kind, law):
+    ready, prediction_type = kind
+    scheduler, x = ready(), batch(16, 1, dtype=torch.float64)
+    before = {name: value.clone() for name, value in vars(scheduler.table).items()}
+    ending = scheduler.ending_at(0.03)
+    alpha, beta = float(ending.table.alpha[-1]), float(ending.table.beta[-1])
+    # The model's own 1000 levels are .0004 apart there, and σ = .01 is the lowest of some of them.
+    assert beta / (alpha + beta) == pytest.approx(0.03, abs=2e-3)
+    leaf = x.clone().requires_grad_()
+    near = GaussianMixture(law.weights, alpha * law.means, alpha**2 * law.covariances + beta**2)
+    slope = torch.autograd.grad(near.log_prob(leaf).sum(), leaf)[0]
+    output = model_output(law, x, alpha, beta, prediction_type)
+    clean = ending.clean(ending.transition(output, x, STEPS - 1).mean, x, STEPS - 1)
+    torch.testing.assert_close(ending.score(clean, x, STEPS - 1), slope, **EXACT)
+    assert len(ending.timesteps) == STEPS and torch.equal(ending.timesteps[:-1], scheduler.timesteps[:-1])
+    assert ending.timesteps[-1] != scheduler.timesteps[-1]
+    for name, value in before.items():  # the scheduler itself is as it was
+        assert torch.equal(getattr(scheduler.table, name), value)
+        assert torch.equal(getattr(ending.table, name)[:-1], value[:-1])
+
+
+@pytest.mark.parametrize("noise", [0.0, 1.0, -0.1])
+def test_no_share_of_noise_is_refused(kind, noise):
+    with pytest.raises(ValueError, match=f"noise={noise} is no share of noise"):
+        kind[0]().ending_at(noise)

@@ -16,6 +16,7 @@ from ..guidance import Guidance
 from ..replay import Conditioning
 from .denoiser import PipelineDenoiser
 from .paths import sample_trajectory
+from .randomness import stacked_noise
 
 __all__ = ["PipelineChain"]
 
@@ -69,6 +70,20 @@ class PipelineChain:
 
     def base(self) -> AbstractContextManager[None]:
         return self.denoiser.base()
+
+    def sample(self) -> Tensor:
+        with torch.no_grad():
+            return self.mean(len(self.stds) - 1, self.rollout().states[-1])
+
+    def noised(self, clean: Tensor, k: int) -> Tensor:
+        return self.denoiser.replay.noised(clean, stacked_noise(clean, self.noise), k)
+
+    def toward(self, clean: Tensor, x: Tensor, k: int) -> Tensor:
+        return self.denoiser.replay.toward(clean, x, k)
+
+    def base_score(self, x: Tensor, noise: float) -> Tensor:
+        with self.base():
+            return self.denoiser.score(x, self.conditioning, self.guidance.loss, noise=noise)
 
     def clean(self, mean: Tensor, x: Tensor, k: int) -> Tensor:
         return self.denoiser.replay.clean(mean, x, k)

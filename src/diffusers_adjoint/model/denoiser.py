@@ -6,6 +6,7 @@ import contextlib
 import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline, ModelMixin
@@ -60,10 +61,24 @@ class PipelineDenoiser(nn.Module):
 
     def forward(self, x: Tensor, index: int, conditioning: Conditioning, guided: bool = False) -> Tensor:
         """μ_k(x) of step `index`, shape of `x`, float32 or better; differentiable in `x` and the trained weights."""
+        return self.replay.transition(self._predicted(x, index, conditioning, guided), x, index).mean
+
+    def score(self, x: Tensor, conditioning: Conditioning, guided: bool = False, *, noise: float) -> Tensor:
+        """∇ log p at x near the data, by Tweedie's formula at one level beside the grid; shape of `x`, float32 or better.
+
+        Args:
+            x: shape (B, …), almost clean.
+            noise: share of noise of the level, between 0 and 1; the smaller, the nearer to the data and the larger the network's
+                own error, which is divided by it.
+        """
+        grid, last = self.replay.scheduler.ending_at(noise), len(self.replay.scheduler.timesteps) - 1
+        output = self._predicted(x, len(self.replay.timesteps) - 1, conditioning, guided, grid)
+        return grid.score(grid.clean(grid.transition(output, x, last).mean, x, last), x, last)
+
+    def _predicted(self, x: Tensor, index: int, conditioning: Conditioning, guided: bool, grid: Any = None) -> Tensor:
         self.evaluations += len(x)
         network = self.frozen if self._base_active and self.frozen is not None else self.network
-        output = self.replay.predict(x, index, conditioning, guided=guided, denoiser=network)
-        return self.replay.transition(output, x, index).mean
+        return self.replay.predict(x, index, conditioning, guided=guided, denoiser=network, grid=grid)
 
     @contextmanager
     def base(self) -> Iterator[None]:

@@ -93,6 +93,18 @@ class DiffusionChain(Chain, Protocol):
     def clean(self, mean: Tensor, x: Tensor, k: int) -> Tensor:
         """The clean prediction x̂_1 that gives step k this mean from x; affine in both."""
 
+    def toward(self, clean: Tensor, x: Tensor, k: int) -> Tensor:
+        """The mean that step k has from x when the clean prediction is x_1: the inverse of `clean`."""
+
+    def sample(self) -> Tensor:
+        """x_1, the noiseless end points of new paths of the model, shape (B, …); K evaluations, without graph."""
+
+    def noised(self, clean: Tensor, k: int) -> Tensor:
+        """Clean data x_1 at the noise level of step k, by fresh noise."""
+
+    def base_score(self, x: Tensor, noise: float) -> Tensor:
+        """∇ log p_base at almost clean x, at a level beside the grid with this share of noise; one evaluation of the base."""
+
 
 class Method(Protocol):
     """What a trainer asks of whatever it trains by: an objective, or a way that is no regression."""

@@ -128,6 +128,14 @@ class PipelineReplay:
         """Law of the next state at step `index` of these."""
         return self.scheduler.transition(model_output, x, self._first + index)
 
+    def noised(self, clean: Tensor, noise: Tensor, index: int) -> Tensor:
+        """Clean data at the noise level of step `index` of these."""
+        return self.scheduler.noised(clean, noise, self._first + index)
+
+    def toward(self, clean: Tensor, x: Tensor, index: int) -> Tensor:
+        """The mean that step `index` of these has from x when the clean prediction is `clean`."""
+        return self.scheduler.toward(clean, x, self._first + index)
+
     def clean(self, mean: Tensor, x: Tensor, index: int) -> Tensor:
         """The clean prediction that gives step `index` of these this mean."""
         return self.scheduler.clean(mean, x, self._first + index)
@@ -179,6 +187,7 @@ class PipelineReplay:
         *,
         guided: bool = True,
         denoiser: nn.Module | None = None,
+        grid: Any = None,
     ) -> Tensor:
         """m(x, t_index): what the pipeline hands to `scheduler.step` when its loop is at `index` with the latents x.
 
@@ -190,6 +199,7 @@ class PipelineReplay:
             conditioning: of the last `prepare` (the scheduler's tables are those of the last one).
             guided: False sets the guidance scales to none; the embedding of a distilled guidance stays.
             denoiser: module to run in place of the pipeline's: a frozen copy, a wrapper around the pipeline's own, …
+            grid: the scheduler with another level at `index`, of its `ending_at`; `None` for the scheduler itself.
 
         Returns:
             The model output, shape (B, …), in the dtype that the pipeline computes it in.
@@ -201,7 +211,7 @@ class PipelineReplay:
         if not 0 <= index < steps:
             raise ValueError(f"index={index} is not on the grid; pass 0 to {steps - 1}.")
         # Counted from the end: a pipeline that leaves out the first steps moves the index, but not the distance to the end.
-        probe = make_probe(self._probe_class, self.scheduler, visit=(index - steps,))
+        probe = make_probe(self._probe_class, grid or self.scheduler, visit=(index - steps,))
         recording, returns = conditioning.recording(guided), conditioning.returns_with(x, guided)
         with suppress(ReplayStop):
             self._calls.replayed(probe, recording, conditioning.generators, returns, x.device, denoiser)

@@ -16,15 +16,17 @@ whose output m gives the velocity v = p x + q m, step k from (α, β) to (α', �
 
 from __future__ import annotations
 
+import copy
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from typing import Any
 
 import torch
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
 from ..core.transition import Transition
-from .integrators import INTEGRATORS
+from .integrators import DEFAULT_INTEGRATOR, INTEGRATORS
 
 __all__ = ["MemorylessStep", "TransitionTable", "check_integrator", "require_unused", "transition_table"]
 
@@ -231,6 +233,34 @@ class MemorylessStep:
         if beta == 0:
             raise ValueError(f"step {index} starts without noise, where the data have no score; take an earlier step.")
         return _combined(alpha / beta**2, clean, -1 / beta**2, sample)
+
+    def ending_at(self, noise: float) -> MemorylessStep:
+        """A copy whose last step starts with this share of noise, β/(α + β), or the nearest that the model knows.
+
+        One level near the data, beside the grid: the score of almost clean data is asked there. All other steps are this grid's.
+
+        Raises:
+            ValueError: before `set_timesteps`, or for a share that is not between 0 and 1.
+        """
+        if not 0 < noise < 1:
+            raise ValueError(f"noise={noise} is no share of noise; pass a number between 0 and 1, such as 0.02.")
+        table, ending = self.table, copy.copy(self)
+        timestep, alpha, beta = self._end_at(ending, noise)
+        ending.timesteps = torch.cat([self.timesteps[:-1], self.timesteps.new_tensor([timestep])])
+        alphas, betas = torch.tensor([[alpha, 1.0], [beta, 0.0]], dtype=torch.float64)
+        last = transition_table(alphas, betas, self._prediction_type, DEFAULT_INTEGRATOR)
+        joined = {f.name: torch.cat([getattr(table, f.name)[:-1], getattr(last, f.name)]) for f in fields(table)}
+        ending._table = TransitionTable(**joined)
+        return ending
+
+    @property
+    def _prediction_type(self) -> str:
+        """A row of the table of `transition_table`."""
+        raise NotImplementedError
+
+    def _end_at(self, ending: Any, noise: float) -> tuple[float, float, float]:
+        """Timestep, α and β of a share of noise; what else of the grid tells the level is changed in `ending`."""
+        raise NotImplementedError
 
     @property
     def gains(self) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -119,6 +119,15 @@ class MemorylessDDIMScheduler(DDIMScheduler, MemorylessStep):
             )
         kept = torch.cat([self.alphas_cumprod[self.timesteps.cpu()].cpu(), self.final_alpha_cumprod.cpu().view(1)]).double()
         self._table = transition_table(kept.sqrt(), (1 - kept).sqrt(), self.config.prediction_type, self.config.integrator)
+
+    @property
+    def _prediction_type(self) -> str:
+        return self.config.prediction_type
+
+    def _end_at(self, ending: Any, noise: float) -> tuple[float, float, float]:
+        alphas, betas = self.alphas_cumprod.double().sqrt(), (1 - self.alphas_cumprod.double()).sqrt()
+        timestep = int((betas / (alphas + betas) - noise).abs().argmin())
+        return timestep, float(alphas[timestep]), float(betas[timestep])
 
     def step(
         self,

@@ -4,7 +4,7 @@ made stochastic."""
 from __future__ import annotations
 
 import math
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from diffusers import EDMEulerScheduler, SchedulerMixin  # noqa: F401  SchedulerMixin: see below
@@ -94,6 +94,16 @@ class MemorylessEDMEulerScheduler(EDMEulerScheduler, MemorylessStep):
         levels = self.sigmas.double()
         alphas = (1 + levels**2).rsqrt()
         self._table = transition_table(alphas, levels * alphas, self.config.prediction_type, self.config.integrator)
+
+    @property
+    def _prediction_type(self) -> str:
+        return self.config.prediction_type
+
+    def _end_at(self, ending: Any, noise: float) -> tuple[float, float, float]:
+        sigma = noise / (1 - noise)
+        ending.sigmas = torch.cat([self.sigmas[:-2], self.sigmas.new_tensor([sigma, 0.0])])
+        alpha = (1 + sigma**2) ** -0.5
+        return float(self.precondition_noise(torch.tensor(sigma))), alpha, sigma * alpha
 
     def step(
         self,

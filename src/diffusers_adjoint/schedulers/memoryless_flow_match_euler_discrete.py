@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -100,8 +100,16 @@ class MemorylessFlowMatchEulerDiscreteScheduler(FlowMatchEulerDiscreteScheduler,
         share = self.sigmas.double().cpu().clamp(0, 1)  # some spacings start at 1 + rounding
         # Inverted σ counts the data instead of the noise, and the network then predicts X_1 − X_0.
         alphas, betas = (share, 1 - share) if self.config.invert_sigmas else (1 - share, share)
-        prediction_type = "velocity" if self.config.invert_sigmas else "flow_prediction"
-        self._table = transition_table(alphas, betas, prediction_type, self.config.integrator)
+        self._table = transition_table(alphas, betas, self._prediction_type, self.config.integrator)
+
+    @property
+    def _prediction_type(self) -> str:
+        return "velocity" if self.config.invert_sigmas else "flow_prediction"
+
+    def _end_at(self, ending: Any, noise: float) -> tuple[float, float, float]:
+        sigma, end = (1 - noise, 1.0) if self.config.invert_sigmas else (noise, 0.0)
+        ending.sigmas = torch.cat([self.sigmas[:-2], self.sigmas.new_tensor([sigma, end])])
+        return sigma * self.config.num_train_timesteps, 1 - noise, noise
 
     def step(
         self,
