@@ -9,7 +9,7 @@ from collections import Counter
 import pytest
 import torch
 
-from diffusers_adjoint.core.matching import choose_loss_steps, clip_loss, control, matching_loss, step_kl
+from diffusers_adjoint.core.matching import choose_loss_steps, clip_loss, control, matching_loss, regression_loss, step_kl
 
 STD = 0.3
 # The same float64 arithmetic in another order.
@@ -35,6 +35,27 @@ def test_the_loss_vanishes_where_the_control_is_minus_the_scaled_adjoint():
     loss = matching_loss(BASE - STD**2 * ADJOINT, BASE, STD, ADJOINT)
     # A sum of six squares of rounding errors, each some 1e-15.
     assert loss.max() < 1e-28
+
+
+def test_the_regression_is_towards_the_base_s_mean_plus_the_shift_in_units_of_the_scale():
+    shift = draw(3)
+    expected = 0.5 * ((MEAN - (BASE + shift)) / STD).square().sum((1, 2))
+    torch.testing.assert_close(regression_loss(MEAN, BASE, shift, STD), expected, **EXACT)
+    mean, base, wished = (x.clone().requires_grad_() for x in (MEAN, BASE, shift))
+    regression_loss(mean, base, wished, STD).sum().backward()
+    torch.testing.assert_close(mean.grad, (MEAN - BASE - shift) / STD**2, **EXACT)
+    assert base.grad is None and wished.grad is None
+    with pytest.raises(ValueError, match=r"mean has shape \(5, 2, 3\) but shift \(5, 2\); they must agree"):
+        regression_loss(MEAN, BASE, shift[..., 0], STD)
+
+
+def test_a_shift_that_float32_would_lose_beside_the_mean_is_learnt():
+    """A mean of size 1 has steps of 1e-7 in float32; a stored target mean would be the base's own."""
+    base, shift, scale = torch.ones(2, 3), torch.full((2, 3), 1e-9), 0.02
+    mean = base.clone().requires_grad_()
+    regression_loss(mean, base, shift, scale).sum().backward()
+    assert torch.equal(base + shift, base)
+    torch.testing.assert_close(mean.grad, -shift / scale**2)
 
 
 def test_at_the_base_the_loss_is_the_adjoint_s_own_size():
