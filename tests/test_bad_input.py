@@ -253,7 +253,7 @@ CASES = {
     "unknown objective": Case("loss_type='reinforce'", "'adjoint_matching'", {"loss_type": "reinforce"}),
     "unknown pairing": Case("'previous'", "'next'", {"loss_kwargs": {"pairing": "previous"}}),
     "unknown option": Case("'paring'", "pass 'pairing'", {"loss_kwargs": {"paring": "next"}}),
-    "options that are no dict": Case("loss_kwargs is a list", "pass a dict", {"loss_kwargs": ["next"]}),
+    "options that are no dict": Case("loss_kwargs is a list", "pass a dict", {"loss_kwargs": ["next"]}, error=TypeError),
     "an option that has moved": Case("adjoint_pairing has moved", "loss_kwargs={'pairing'", {"adjoint_pairing": "paper"}),
     "an objective that has moved": Case(
         "loss_type='discrete_adjoint' has moved", "RewardBackpropagationTrainer", {"loss_type": "discrete_adjoint"}

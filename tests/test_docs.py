@@ -206,7 +206,10 @@ def test_the_table_of_metrics_is_complete(tmp_path):
     rows = set(re.findall(r"^\| `([\w/<>]+)` \|", text[text.index("## What is logged") :], re.MULTILINE))
     logged = set()
     both = {"probe_base": True, "max_steps": 1, "num_generations": 2, "eval_dataset": [{"prompt": "a cat"}]}
-    for folder, options in (("plain", {}), ("guided", {"guidance_scale": 4.0, "reward": [brightness, brightness]})):
+    for folder, options in (
+        ("plain", {}),
+        ("guided", {"guidance_scale": 4.0, "cfg_mode": "rollout", "reward": [brightness, brightness]}),
+    ):
         trainer = make_trainer(tmp_path / folder, **both, **options)
         trainer.train()
         trainer.evaluate()
@@ -218,6 +221,7 @@ def test_the_table_of_metrics_is_complete(tmp_path):
 def test_every_setting_of_ours_is_discussed():
     ours = {field.name for field in dataclasses.fields(AdjointMatchingConfig)}
     ours -= {field.name for field in dataclasses.fields(TrainingArguments)}
+    ours -= {"adjoint_pairing"}  # it only says where it has moved to
     text = text_of("choosing_settings.md")
     assert {name for name in ours if f"`{name}`" not in text} == set()
 
