@@ -88,7 +88,7 @@ def _one_sentence(option: str, name: str) -> Iterator[None]:
 def is_ours(error: BaseException) -> bool:
     """Whether this package raised it: then it is a sentence for the user."""
     raised_in = traceback.extract_tb(error.__traceback__)[-1].filename
-    return Path(raised_in).is_relative_to(Path(__file__).parent)
+    return Path(raised_in).is_relative_to(Path(__file__).parents[1])
 
 
 def _takes_nothing(found: Any) -> bool:
