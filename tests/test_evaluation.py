@@ -114,6 +114,29 @@ def test_an_image_that_is_no_number_is_left_out(tmp_path, monkeypatch):
     assert all(0 < bad[name] < 1 for name in ("eval_reward", "eval_saturated", "eval_diversity") if good[name] > 0)
 
 
+def test_of_three_images_one_may_be_lost(tmp_path, monkeypatch):
+    """The diversity is then that of the other two, as it is where the command measures it."""
+    trainer = make_trainer(tmp_path, eval_dataset=rows(PROMPTS[:1]), num_generations_eval=3)
+    first, lost, last = torch.rand(3, 1, 3, 4, 4, generator=torch.Generator().manual_seed(0))
+    images = iter([first, lost * torch.nan, last])
+    monkeypatch.setattr(trainer.replay, "sample", lambda columns, generators: next(images))
+    expected = (first - last).square().mean().item()
+    assert trainer.evaluate()["eval_diversity"] == pytest.approx(expected, rel=1e-5)
+
+
+def test_rewards_see_images_in_float32_as_in_training(tmp_path):
+    """A reward computed in 16 bits would have three digits."""
+    seen = set()
+
+    def reward(images, prompts):
+        seen.add(images.dtype)
+        return brightness(images, prompts)
+
+    trainer = make_trainer(tmp_path, sd3, reward, pipeline=sd3().to(torch.bfloat16), eval_dataset=rows(PROMPTS[:1]))
+    trainer.evaluate()
+    assert seen == {torch.float32}
+
+
 def test_the_best_model_is_that_of_the_highest_reward(tmp_path):
     settings = {
         "load_best_model_at_end": True,

@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, astuple, dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..data.columns import prompts_of, repeat_rows, without_prompt
-from ..metrics import Estimate, image_statistics, pairwise_diversity, vendi_score
+from ..data.columns import repeat_rows
+from ..guidance import GUIDANCE
+from ..metrics import image_statistics, pairwise_diversity, vendi_score
+from ..metrics.diversity import prompt_diversity
 from ..metrics.images import as_three_channels
 from ..model.denoiser import PipelineDenoiser
-from ..model.paths import sampled_path_kl
 from ..model.randomness import Stream, seeded_generators
+from ..model.samples import path_kl_of_rows, scored
 from ..replay import PipelineReplay
 from ..rewards import WeightedReward
 from .models import Model
@@ -125,8 +127,8 @@ def measure(
     with torch.no_grad(), model.active():
         for numbers in _batches(settings.samples, settings.batch_size):
             columns = repeat_rows(row, len(numbers))
-            images = _sample(replay, setting, settings.seed, columns, numbers, prompt)
-            for name, values in settings.reward(images, prompts_of(columns), **without_prompt(columns)).items():
+            images, scores = scored(settings.reward, _sample(replay, setting, settings.seed, columns, numbers, prompt), columns)
+            for name, values in scores.items():
                 rewards[name] += values.tolist()
             visible = as_three_channels(images)
             if visible is not None:
@@ -151,8 +153,7 @@ def _sample(
     generators = seeded_generators(seed, prompt, numbers, Stream.EVALUATION)
     # Their own stream: a start and a first noise from the same numbers would be the same picture.
     noise = seeded_generators(seed, prompt, numbers, Stream.EVALUATION_NOISE) if setting.sampler == "sde" else None
-    images = replay.sample(columns, generators, noise)
-    return images.to(torch.promote_types(images.dtype, torch.float32))
+    return replay.sample(columns, generators, noise)
 
 
 def _features(name: str, function: Features, images: Tensor) -> Tensor:
@@ -170,16 +171,10 @@ def _spread(features: dict[str, list[Tensor]]) -> dict[str, tuple[float, float]]
     spread = {}
     for name, parts in features.items():
         f = torch.cat(parts) if parts else torch.empty(0, 1)
-        f = f[f.isfinite().all(1)]
-        spread[f"diversity ({name})"] = _known(pairwise_diversity, f)
-        spread[f"Vendi ({name})"] = _known(vendi_score, f[f.any(1)])  # pixels of a black image have no direction
+        spread[f"diversity ({name})"] = astuple(prompt_diversity(pairwise_diversity, f))
+        # Pixels of a black image have no direction.
+        spread[f"Vendi ({name})"] = astuple(prompt_diversity(vendi_score, f[f.any(1)]))
     return spread
-
-
-def _known(diversity: Callable[[Tensor], Estimate], f: Tensor) -> tuple[float, float]:
-    """Of the samples that can be seen, if these are two or more."""
-    found = diversity(f[None]) if len(f) > 1 else Estimate(math.nan, math.nan)
-    return found.mean, found.standard_error
 
 
 def _path_kl(
@@ -198,10 +193,6 @@ def _path_kl(
     denoiser = PipelineDenoiser(replay, [] if model.adapter else None, frozen)
     kl: list[float] = []
     for numbers in _batches(settings.kl_paths, settings.batch_size):
-        starts, noise = (
-            seeded_generators(settings.seed, prompt, numbers, stream)
-            for stream in (Stream.EVALUATION_START, Stream.EVALUATION_NOISE)
-        )
-        start, conditioning = replay.prepare(repeat_rows(row, len(numbers)), starts, unguided=False)
-        kl += sampled_path_kl(denoiser, start, conditioning, noise, guided_rollout=True, guided_loss=True).tolist()
+        columns = repeat_rows(row, len(numbers))
+        kl += path_kl_of_rows(denoiser, GUIDANCE["full"], columns, settings.seed, prompt, numbers).tolist()
     return kl

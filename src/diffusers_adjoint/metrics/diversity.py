@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
 from .estimate import Estimate, sample_mean
 
-__all__ = ["pairwise_diversity", "vendi_score"]
+__all__ = ["pairwise_diversity", "prompt_diversity", "vendi_score"]
 
 
 LEFT_OUT = 30  # images that the Vendi score's jackknife leaves out at most, evenly spread: each costs a score
@@ -65,6 +67,18 @@ def vendi_score(features: Tensor) -> Estimate:
         return sample_mean(scores)
     images = range(0, f.shape[1], -(-f.shape[1] // LEFT_OUT))
     return _jackknife(scores[0], torch.stack([_effective_number(_without(kernel[0], i)) for i in images]), f.shape[1])
+
+
+def prompt_diversity(diversity: Callable[[Tensor], Estimate], features: Tensor) -> Estimate:
+    """Diversity of the images of one prompt that can be seen; NaN where these are fewer than two.
+
+    Args:
+        diversity: `pairwise_diversity` or `vendi_score`.
+        features: shape (N, D), a row each image. Left out are rows with a NaN or infinite feature, as of an overflowing
+            16-bit decoder.
+    """
+    finite = features[features.isfinite().all(1)]
+    return diversity(finite[None]) if len(finite) > 1 else Estimate(torch.nan, torch.nan)
 
 
 def _checked(features: Tensor) -> Tensor:

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
+
 import torch
 from torch import Tensor
 
 from ..rewards.image_statistics import brightness, colourfulness, contrast, saturation, sharpness
 
-__all__ = ["as_three_channels", "image_statistics", "saturated_share"]
+__all__ = ["as_three_channels", "image_statistics", "over_frames", "saturated_share"]
 
 # Each (B, 3, H, W) → (B,).
-STATISTICS = (brightness, saturation, contrast, colourfulness, sharpness)
+STATISTICS = {function.__name__: function for function in (brightness, saturation, contrast, colourfulness, sharpness)}
 
 
 def as_three_channels(images: Tensor) -> Tensor | None:
@@ -61,10 +63,20 @@ def image_statistics(images: Tensor) -> dict[str, Tensor]:
     """
     if images.ndim not in (4, 5):
         raise ValueError(f"images has shape {tuple(images.shape)}; pass a batch of shape (B, 3, H, W) or (B, F, 3, H, W).")
+    return over_frames({**STATISTICS, "saturated pixels": saturated_share}, images)
+
+
+def over_frames(statistics: Mapping[str, Callable[[Tensor], Tensor]], images: Tensor) -> dict[str, Tensor]:
+    """name → (B,), each statistic of each image or video, the mean over its frames; no gradient.
+
+    Args:
+        statistics: name → function of images (B, C, H, W), which it returns (B,) of; it sees finite ones only.
+        images: (B, C, H, W) or (B, F, C, H, W); one with NaN or infinite values, as an overflowing 16-bit decoder makes them, has
+            the value NaN.
+    """
     with torch.no_grad():
         frames = images.reshape(-1, *images.shape[-3:])
         finite = frames.isfinite().flatten(1).all(1)
         shown = frames.where(finite.view(-1, 1, 1, 1), frames.new_tensor(0.5))
-        values = {statistic.__name__: statistic(shown) for statistic in STATISTICS}
-        values["saturated pixels"] = saturated_share(shown)
+        values = {name: statistic(shown) for name, statistic in statistics.items()}
         return {name: value.where(finite, torch.nan).view(len(images), -1).mean(1) for name, value in values.items()}

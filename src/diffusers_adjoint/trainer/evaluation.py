@@ -9,12 +9,14 @@ import torch
 from torch import Tensor
 
 from ..config import AdjointMatchingConfig
-from ..data.columns import prompts_of, rows_of, without_prompt
+from ..data.columns import rows_of
 from ..guidance import Guidance
 from ..metrics import pairwise_diversity, saturated_share
+from ..metrics.diversity import prompt_diversity
+from ..metrics.images import over_frames
 from ..model.denoiser import PipelineDenoiser
-from ..model.paths import sampled_path_kl
 from ..model.randomness import Stream, seeded_generators
+from ..model.samples import path_kl_of_rows, scored
 from ..replay import PipelineReplay
 from ..rewards import WeightedReward
 from .sample_log import summarise
@@ -46,9 +48,8 @@ def evaluate_rows(
     times, rows = args.num_generations_eval, rows_of(columns)
     generators = seeded_generators(args.seed, 0, range(first_row * times, (first_row + rows) * times), Stream.EVALUATION)
     with torch.no_grad():
-        kl = _path_kl(
-            denoiser, guidance, args.seed, columns, first_row
-        )  # first: FSDP wants the wrapped module called before the network in it
+        # The paths first: FSDP wants the wrapped module called before the network in it.
+        kl = path_kl_of_rows(denoiser, guidance, columns, args.seed, 0, range(first_row, first_row + rows))
         # One call for each image of a row: no more samples are in memory than the evaluation batch has rows.
         calls = [_sample(denoiser, reward, columns, generators[i::times]) for i in range(times)]
     result = {name: torch.stack([measured[name] for _, measured in calls], 1) for name in calls[0][1]}
@@ -63,12 +64,10 @@ def _sample(
     denoiser: PipelineDenoiser, reward: WeightedReward, columns: dict[str, list[Any]], generators: list[torch.Generator]
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """One image of each row, and what is measured on it alone, (B,)."""
-    images = denoiser.replay.sample(columns, generators)
-    values = reward(images, prompts_of(columns), **without_prompt(columns))
+    images, values = scored(reward, denoiser.replay.sample(columns, generators), columns)
     measured = {"reward": reward.total(values)} | {f"rewards/{name}": value for name, value in values.items()}
     if images.ndim in (4, 5):  # images and videos; sound has no range to be saturated in
-        finite = images.flatten(1).isfinite().all(1)  # a 16-bit decoder may overflow
-        measured["saturated"] = torch.where(finite, saturated_share(images.flatten(1, -3).nan_to_num(0.5, 0.5, 0.5)), torch.nan)
+        measured |= over_frames({"saturated": saturated_share}, images)
     return images, measured
 
 
@@ -95,20 +94,7 @@ def require_known_metric(
         )
 
 
-def _path_kl(denoiser: PipelineDenoiser, guidance: Guidance, seed: int, columns: dict[str, list[Any]], first_row: int) -> Tensor:
-    """Nats spent, along one memoryless path a row."""
-    rows = range(first_row, first_row + rows_of(columns))
-    start, conditioning = denoiser.replay.prepare(
-        columns,
-        seeded_generators(seed, 0, rows, Stream.EVALUATION_START),
-        guided=guidance.rollout,
-        unguided=not guidance.loss,
-    )
-    noise = seeded_generators(seed, 0, rows, Stream.EVALUATION_NOISE)
-    return sampled_path_kl(denoiser, start, conditioning, noise, guided_rollout=guidance.rollout, guided_loss=guidance.loss)
-
-
 def _diversity(images: Tensor) -> Tensor:
     """(B, images, values) → (B, 1)."""
-    per_row = [pairwise_diversity(row[None]).mean / images.shape[2] if row.isfinite().all() else torch.nan for row in images]
+    per_row = [prompt_diversity(pairwise_diversity, row).mean / images.shape[2] for row in images]
     return torch.tensor(per_row).view(-1, 1)

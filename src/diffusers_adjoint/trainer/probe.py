@@ -17,12 +17,13 @@ from diffusers import DiffusionPipeline
 from torch import Tensor
 from transformers.utils import logging
 
-from ..data.columns import collate_columns, prompts_of, repeat_rows, rows_of, without_prompt
+from ..data.columns import collate_columns, repeat_rows, rows_of
 from ..data.given_datasets import first_items
 from ..metrics import Estimate, image_statistics, prompt_mean
 from ..metrics.estimate import within_prompt_std
 from ..metrics.images import as_three_channels
 from ..model.randomness import Stream, seeded_generators
+from ..model.samples import scored
 from ..replay import PipelineReplay
 from ..rewards import WeightedReward
 
@@ -148,9 +149,8 @@ def probe_base(
 
 
 def _measure(reward: WeightedReward, images: Tensor, columns: dict[str, list[Any]]) -> dict[str, Tensor]:
-    """name → (B,), as in training from images in float32."""
-    images = images.to(torch.promote_types(images.dtype, torch.float32))
-    values = reward(images, prompts_of(columns), **without_prompt(columns))
+    """name → (B,)."""
+    images, values = scored(reward, images, columns)
     measured = {"reward": reward.total(values)}
     measured |= {f"rewards/{name}": value for name, value in values.items()} if len(values) > 1 else {}
     visible = as_three_channels(images)

@@ -10,6 +10,7 @@ from torch import Tensor
 from ..core.matching import bounded, half_square
 from ..data.columns import prompts_of, without_prompt
 from ..model.chain import PipelineChain
+from ..model.samples import scored
 from ..rewards import WeightedReward, reward_gradient
 
 __all__ = ["ScoredImages", "score_images"]
@@ -44,15 +45,13 @@ def score_images(
     Raises:
         ValueError: if a reward has no gradient where one is asked for.
     """
-    prompts, columns = prompts_of(chain.columns), without_prompt(chain.columns)
     if not differentiate:
         with torch.no_grad():
-            images = chain.decode(end_point)
-            values = reward(images, prompts, **columns)
+            images, values = scored(reward, chain.decode(end_point), chain.columns)
         rewards = reward.total(values)
         unknown = torch.full_like(end_point, torch.nan)
         return ScoredImages(rewards, values, images, unknown, rewards.isfinite(), torch.full_like(rewards, torch.nan))
-    found = reward_gradient(end_point, chain.decode, reward, prompts, columns)
+    found = reward_gradient(end_point, chain.decode, reward, prompts_of(chain.columns), without_prompt(chain.columns))
     slope = reward_scale * found.gradient
     usable = found.rewards.isfinite() & bounded(half_square(slope))
     tilt = torch.where(usable.view(-1, *[1] * (slope.ndim - 1)), slope, 0.0)
