@@ -32,7 +32,7 @@ from diffusers_adjoint import memoryless_scheduler
 from diffusers_adjoint.cli.commands import main
 from diffusers_adjoint.core.matching import path_kl
 from diffusers_adjoint.evaluate import EvaluationArguments, run, sheets, store
-from diffusers_adjoint.evaluate.measure import Measured, Setting, Settings, _spread, measure
+from diffusers_adjoint.evaluate.measure import Measured, Plan, Prompt, Setting, Subject, _spread, measure
 from diffusers_adjoint.evaluate.models import Model, load_models
 from diffusers_adjoint.evaluate.report import make_report
 from diffusers_adjoint.evaluate.sheets import SheetRow, contact_sheet
@@ -814,9 +814,10 @@ def measured(images, count, **features):
     given = iter(images)
     replay = SimpleNamespace(sample=lambda columns, generators, noise: torch.stack([next(given) for _ in generators]))
     reward = WeightedReward(lambda images, prompts: images.flatten(1).mean(1))
-    settings = Settings(len(images), 2, 0, 0, reward, {"mean": lambda shown: shown.mean((2, 3))} | features)
+    plan = Plan(len(images), 2, 0, 0, reward, {"mean": lambda shown: shown.mean((2, 3))} | features)
     model = Model("base", None)
-    return measure(model, model, replay, Setting(3, "ode", 1.0), settings, {"prompt": ["x"]}, 0, count)
+    subject = Subject(model, model, Setting(3, "ode", 1.0), replay)
+    return measure(subject, Prompt(0, {"prompt": ["x"]}, count), plan)
 
 
 def test_features_and_rewards_may_write_into_their_images():

@@ -22,7 +22,7 @@ from ..replay import PipelineReplay
 from ..rewards import WeightedReward
 from .models import Model
 
-__all__ = ["Features", "Measured", "Setting", "Settings", "mapped", "measure"]
+__all__ = ["Features", "Measured", "Plan", "Prompt", "Setting", "Subject", "mapped", "measure"]
 
 Features = Callable[[Tensor], Tensor]
 """Images (B, 3, H, W) → features (B, D), in whose squared distances diversity is measured."""
@@ -47,8 +47,8 @@ class Setting:
 
 
 @dataclass(frozen=True)
-class Settings:
-    """What is the same for all prompts.
+class Plan:
+    """How many samples of each prompt, and what is measured on them; the same for all models.
 
     Args:
         samples: N, images of a prompt.
@@ -65,6 +65,38 @@ class Settings:
     seed: int
     reward: WeightedReward
     features: dict[str, Features]
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A model, sampled in one way.
+
+    Args:
+        model: that is measured.
+        base: that its paths' KL is measured to; `model` itself where that is the base.
+        setting: how it is sampled.
+        replay: of the model's pipeline, for this setting.
+    """
+
+    model: Model
+    base: Model
+    setting: Setting
+    replay: PipelineReplay
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A row of the dataset.
+
+    Args:
+        number: of the row.
+        columns: of the dataset, with one value each.
+        shown: how many of its images are to be looked at.
+    """
+
+    number: int
+    columns: dict[str, list[Any]]
+    shown: int
 
 
 @dataclass(frozen=True)
@@ -99,35 +131,20 @@ def mapped(values: Any, function: Callable[[Any], Any]) -> Any:
     return [mapped(value, function) for value in values] if isinstance(values, list | tuple) else function(values)
 
 
-def measure(
-    model: Model,
-    base: Model,
-    replay: PipelineReplay,
-    setting: Setting,
-    settings: Settings,
-    row: dict[str, list[Any]],
-    prompt: int,
-    shown: int,
-) -> tuple[Measured, Tensor]:
+def measure(subject: Subject, prompt: Prompt, plan: Plan) -> tuple[Measured, Tensor]:
     """Sample one prompt with one model. Seeds depend on the numbers of prompt and sample only.
 
-    Args:
-        replay: of the model's pipeline, for this setting.
-        row: the dataset's columns, with one value each.
-        prompt: number of the prompt.
-        shown: how many images are to be looked at.
-
     Returns:
-        What was measured, and the first `shown` images, float32 on the CPU.
+        What was measured, and the first `prompt.shown` images, float32 on the CPU.
     """
-    rewards: dict[str, list[float]] = {name: [] for name in settings.reward.names}
+    rewards: dict[str, list[float]] = {name: [] for name in plan.reward.names}
     statistics: dict[str, list[float]] = {}
-    features: dict[str, list[Tensor]] = {name: [] for name in settings.features}
+    features: dict[str, list[Tensor]] = {name: [] for name in plan.features}
     kept = []
-    with torch.no_grad(), model.active():
-        for numbers in _batches(settings.samples, settings.batch_size):
-            columns = repeat_rows(row, len(numbers))
-            images, scores = scored(settings.reward, _sample(replay, setting, settings.seed, columns, numbers, prompt), columns)
+    with torch.no_grad(), subject.model.active():
+        for numbers in _batches(plan.samples, plan.batch_size):
+            columns = repeat_rows(prompt.columns, len(numbers))
+            images, scores = scored(plan.reward, _sample(subject, columns, plan.seed, prompt.number, numbers), columns)
             for name, values in scores.items():
                 rewards[name] += values.tolist()
             visible = as_three_channels(images)
@@ -135,10 +152,10 @@ def measure(
                 for name, values in image_statistics(visible).items():
                     statistics.setdefault(name, []).extend(values.tolist())
                 finite = visible[visible.flatten(1).isfinite().all(1)]  # a 16-bit decoder may overflow
-                for name, function in settings.features.items() if len(finite) else ():
+                for name, function in plan.features.items() if len(finite) else ():
                     features[name].append(_features(name, function, finite).cpu())
-            kept.append(images[: max(shown - numbers.start, 0)].cpu())
-        kl = _path_kl(model, base, replay, setting, settings, row, prompt)
+            kept.append(images[: max(prompt.shown - numbers.start, 0)].cpu())
+        kl = _path_kl(subject, prompt, plan)
     return Measured(rewards, statistics, _spread(features), kl), torch.cat(kept)
 
 
@@ -147,13 +164,12 @@ def _batches(count: int, size: int) -> list[range]:
     return [range(first, min(first + size, count)) for first in range(0, count, size)]
 
 
-def _sample(
-    replay: PipelineReplay, setting: Setting, seed: int, columns: dict[str, list[Any]], numbers: range, prompt: int
-) -> Tensor:
+def _sample(subject: Subject, columns: dict[str, list[Any]], seed: int, prompt: int, numbers: range) -> Tensor:
+    """Images of one prompt, one for each of the samples with these numbers."""
     generators = seeded_generators(seed, prompt, numbers, Stream.EVALUATION)
     # Their own stream: a start and a first noise from the same numbers would be the same picture.
-    noise = seeded_generators(seed, prompt, numbers, Stream.EVALUATION_NOISE) if setting.sampler == "sde" else None
-    return replay.sample(columns, generators, noise)
+    noise = seeded_generators(seed, prompt, numbers, Stream.EVALUATION_NOISE) if subject.setting.sampler == "sde" else None
+    return subject.replay.sample(columns, generators, noise)
 
 
 def _features(name: str, function: Features, images: Tensor) -> Tensor:
@@ -177,22 +193,15 @@ def _spread(features: dict[str, list[Tensor]]) -> dict[str, tuple[float, float]]
     return spread
 
 
-def _path_kl(
-    model: Model,
-    base: Model,
-    replay: PipelineReplay,
-    setting: Setting,
-    settings: Settings,
-    row: dict[str, list[Any]],
-    prompt: int,
-) -> list[float]:
+def _path_kl(subject: Subject, prompt: Prompt, plan: Plan) -> list[float]:
     """KL(paths of the model ‖ paths of the base), nats, one value a path, of the model as it is sampled: guided if it is."""
-    if model is base or setting.sampler == "ode" or not settings.kl_paths:
+    model, base, replay = subject.model, subject.base, subject.replay
+    if model is base or subject.setting.sampler == "ode" or not plan.kl_paths:
         return []
     frozen = None if model.adapter else getattr(base.pipeline, replay.component)
     denoiser = PipelineDenoiser(replay, [] if model.adapter else None, frozen)
     kl: list[float] = []
-    for numbers in _batches(settings.kl_paths, settings.batch_size):
-        columns = repeat_rows(row, len(numbers))
-        kl += path_kl_of_rows(denoiser, GUIDANCE["full"], columns, settings.seed, prompt, numbers).tolist()
+    for numbers in _batches(plan.kl_paths, plan.batch_size):
+        columns = repeat_rows(prompt.columns, len(numbers))
+        kl += path_kl_of_rows(denoiser, GUIDANCE["full"], columns, plan.seed, prompt.number, numbers).tolist()
     return kl

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from datetime import timedelta
@@ -25,7 +25,7 @@ from ..replay import PipelineReplay
 from ..rewards import WeightedReward
 from ..schedulers import memoryless_scheduler
 from .arguments import DTYPES, EvaluationArguments
-from .measure import Features, Setting, Settings, measure
+from .measure import Features, Plan, Prompt, Setting, Subject, measure
 from .models import BASE, Model, load_models
 from .report import Report, make_report, title_of
 from .sheets import SheetRow, contact_sheet, strip
@@ -138,35 +138,31 @@ def _measure_all(
         module = getattr(function, "__self__", function)  # the module of a method `features`
         if isinstance(module, nn.Module):
             module.to(state.device)
-    settings = Settings(args.samples_per_prompt, args.batch_size, args.kl_paths, args.seed, reward, features)
+    plan = Plan(args.samples_per_prompt, args.batch_size, args.kl_paths, args.seed, reward, features)
     init_kwargs = {"dtype": DTYPES[args.dtype], "revision": args.model_revision}
     models = load_models(args.model, args.adapter, init_kwargs, args.trained_component, state.device)
-    replay_of = _replays(args, models, rows[mine[0]], reward)
-    count = len(args.settings) * len(models) * settings.samples
+    subjects = _subjects(args, models, rows[mine[0]], reward)
+    count = len(subjects) * plan.samples
     with tqdm(total=count * len(mine), unit="image", disable=not state.is_main_process) as bar, logging_redirect_tqdm(HOSTS):
-        for prompt in mine:
-            shown = args.sheet_samples if prompt < args.sheet_prompts else 0
-            row = collate_columns([rows[prompt]])
-            results: Results = {}
+        for number in mine:
+            shown = args.sheet_samples if number < args.sheet_prompts else 0
+            prompt = Prompt(number, collate_columns([rows[number]]), shown)
+            results: Results = {setting: {} for setting in args.settings}
             strips: dict[tuple[Setting, str], Image.Image] = {}
-            for setting in args.settings:
-                results[setting] = {}
-                for model in models:
-                    bar.set_description(f"prompt {prompt + 1}, {setting}, {model.name}")
-                    replay = replay_of(model, setting)
-                    measured, images = measure(model, models[0], replay, setting, settings, row, prompt, shown)
-                    results[setting][model.name] = measured
-                    if shown and (drawn := strip(images)) is not None:
-                        strips[setting, model.name] = drawn
-                    bar.update(settings.samples)
+            for subject in subjects:
+                setting, name = subject.setting, subject.model.name
+                bar.set_description(f"prompt {number + 1}, {setting}, {name}")
+                results[setting][name], images = measure(subject, prompt, plan)
+                if shown and (drawn := strip(images)) is not None:
+                    strips[setting, name] = drawn
+                bar.update(plan.samples)
             with store.writing():
-                store.write(prompt, rows[prompt], results, strips)
+                store.write(number, rows[number], results, strips)
 
 
-def _replays(
-    args: EvaluationArguments, models: list[Model], row: dict[str, Any], reward: WeightedReward
-) -> Callable[[Model, Setting], PipelineReplay]:
-    """One for each pipeline, number of steps and guidance scale; checked against a row before anything is sampled."""
+def _subjects(args: EvaluationArguments, models: list[Model], row: dict[str, Any], reward: WeightedReward) -> list[Subject]:
+    """All models in the first setting, the base first, then in the next; checked against a row before anything is sampled."""
+    # By pipeline, number of steps and guidance scale: models that differ by an adapter share a replay, and so do samplers.
     made: dict[tuple[int, int, float], PipelineReplay] = {}
     columns = collate_columns([row])
     asked = reward.require_arguments(without_prompt(columns))
@@ -188,7 +184,11 @@ def _replays(
             made[key].arguments(columns, 1)
             if len(models) > 1 and args.kl_paths and "sde" in args.sampler:
                 made[key].find_state(columns, seeded_generators(args.seed, 0, [0], Stream.EVALUATION_START))
-    return lambda model, setting: made[id(model.pipeline), setting.steps, setting.guidance]
+    return [
+        Subject(model, models[0], setting, made[id(model.pipeline), setting.steps, setting.guidance])
+        for setting in args.settings
+        for model in models
+    ]
 
 
 def _write(args: EvaluationArguments, store: Store, report: Report, rows: list[dict[str, Any]], results: list[Results]) -> None:
