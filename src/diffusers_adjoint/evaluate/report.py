@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from ..metrics import Estimate, TiltReport, markdown_table, prompt_difference, prompt_mean, tilt_gap, tilt_shift
+from ..metrics.estimate import prompt_differences, prompt_means
 from ..metrics.table import escaped
 from ..rewards.combine import total_reward
 from .measure import Measured, Setting, mapped
@@ -65,17 +66,15 @@ class Samples:
         """Rewards and diversity, one column of the table each."""
         spread = {name: _over_prompts(values) for name, values in self.spread.items()}
         kl = {KL: prompt_mean(self.kl)} if self.kl.numel() else {}
-        return {name: prompt_mean(values) for name, values in self.known_rewards.items()} | spread | kl
+        return prompt_means(self.known_rewards) | spread | kl
 
     def row(self, setting: Setting, model: str) -> Row:
-        return Row(setting, model, self.estimates(), {name: prompt_mean(values) for name, values in self.statistics.items()})
+        return Row(setting, model, self.estimates(), prompt_means(self.statistics))
 
     def difference(self, setting: Setting, model: str, base: Samples) -> Row:
         """To the base, prompt by prompt and seed by seed."""
-        rewards, statistics = (
-            {name: prompt_difference(before[name], values) for name, values in after.items()}
-            for before, after in ((base.known_rewards, self.known_rewards), (base.statistics, self.statistics))
-        )
+        rewards = prompt_differences(base.known_rewards, self.known_rewards)
+        statistics = prompt_differences(base.statistics, self.statistics)
         spread = {name: _spread_difference(base.spread[name], values) for name, values in self.spread.items()}
         return Row(setting, f"{model} − {BASE}", rewards | spread, statistics, is_difference=True)
 

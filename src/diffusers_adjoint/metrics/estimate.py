@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-__all__ = ["Estimate", "between_prompt_std", "by_prompt", "checked_samples", "finite", "prompt_difference", "prompt_mean"]
-__all__ += ["sample_mean", "within_prompt_std"]
+__all__ = ["Estimate", "between_prompt_std", "by_prompt", "checked_samples", "finite", "prompt_difference", "prompt_differences"]
+__all__ += ["prompt_mean", "prompt_means", "sample_mean", "within_prompt_std"]
 
 
 @dataclass(frozen=True)
@@ -85,6 +86,22 @@ def prompt_difference(before: Tensor, after: Tensor) -> Estimate:
     if x.shape != y.shape:
         raise ValueError(f"before has shape {tuple(x.shape)} but after {tuple(y.shape)}; pass both for the same samples.")
     return prompt_mean(y - x)
+
+
+def prompt_means(values: Mapping[str, Tensor]) -> dict[str, Estimate]:
+    """`prompt_mean` of each of several tables, name → (P, N)."""
+    return {name: prompt_mean(table) for name, table in values.items()}
+
+
+def prompt_differences(before: Mapping[str, Tensor], after: Mapping[str, Tensor]) -> dict[str, Estimate]:
+    """`prompt_difference` of each of several tables, name → (P, N).
+
+    Raises:
+        ValueError: if the names or shapes differ, a shape is wrong, or a value is infinite.
+    """
+    if before.keys() != after.keys():
+        raise ValueError(f"before has values of {sorted(before)} but after {sorted(after)}; pass the same for both.")
+    return {name: prompt_difference(before[name], after[name]) for name in before}
 
 
 def within_prompt_std(values: Tensor) -> Estimate:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from .estimate import Estimate, prompt_difference, prompt_mean
+from .estimate import Estimate, prompt_differences, prompt_means
 from .table import markdown_table
 
 __all__ = ["StatisticChange", "StatisticsPanel", "statistics_panel"]
@@ -57,10 +57,5 @@ def statistics_panel(before: Mapping[str, Tensor], after: Mapping[str, Tensor]) 
     Raises:
         ValueError: if the names or shapes differ, or a value is infinite.
     """
-    if before.keys() != after.keys():
-        raise ValueError(f"before has the statistics {sorted(before)} but after {sorted(after)}; pass the same for both.")
-    return StatisticsPanel([_change(name, before[name], after[name]) for name in before])
-
-
-def _change(name: str, before: Tensor, after: Tensor) -> StatisticChange:
-    return StatisticChange(name, prompt_mean(before), prompt_mean(after), prompt_difference(before, after))
+    differences, base, tuned = prompt_differences(before, after), prompt_means(before), prompt_means(after)
+    return StatisticsPanel([StatisticChange(name, base[name], tuned[name], change) for name, change in differences.items()])
