@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader
 from transformers import CLIPModel
 
 from diffusers_adjoint import AdjointMatchingConfig
-from diffusers_adjoint.ddpo.trainer import (
+from diffusers_adjoint.ddpo import (
     AlignPropConfig,
     AlignPropTrainer,
     DDPOConfig,

@@ -8,7 +8,7 @@ from diffusers import StableDiffusionPipeline
 from peft import LoraConfig
 from tiny_pipelines import sd15
 
-from diffusers_adjoint.ddpo.trainer import DDPOConfig, DDPOTrainer, DefaultDDPOStableDiffusionPipeline
+from diffusers_adjoint.ddpo import DDPOConfig, DDPOTrainer, DefaultDDPOStableDiffusionPipeline
 
 
 def brightness(images, prompts, metadata):
