@@ -14,6 +14,7 @@ import pytest
 import torch
 from accelerate.data_loader import prepare_data_loader
 from huggingface_hub import RepoUrl
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tiny_pipelines import sd3, sd15
 from tiny_rewards import IMAGE_SIZE, aesthetic_head, tiny_clip
 from torch.nn import functional as F
@@ -507,6 +508,17 @@ def test_what_the_hook_logs_is_in_the_history_and_images_need_a_tracker(tmp_path
     trainer.train()
     assert [line["step"] for line in trainer.state.log_history if "brightest" in line] == [1, 2]
     assert "which no tracker takes" in caplog.text
+
+
+def test_a_grey_picture_of_the_hook_reaches_the_tracker(tmp_path):
+    """TensorBoard wants the colours that PIL leaves out of a grey picture."""
+
+    def hook(samples, step, tracker):
+        tracker.log_images({"grey": samples[0][0][:1, :1]}, step=step)
+
+    make_trainer(small(tmp_path, num_epochs=1, log_with="tensorboard"), hook=hook).train()
+    events = next(tmp_path.glob("**/events.out.tfevents*")).parent
+    assert [event.step for event in EventAccumulator(str(events)).Reload().Images("grey")] == [1]
 
 
 def test_evaluation_is_not_shown_to_the_hook(tmp_path):

@@ -40,7 +40,7 @@ from diffusers_adjoint.metrics import pairwise_diversity, vendi_score
 from diffusers_adjoint.model.lora import add_lora, load_lora, save_lora
 from diffusers_adjoint.model.paths import sample_trajectory
 from diffusers_adjoint.model.randomness import Stream, seeded_generators
-from diffusers_adjoint.pictures.sample_images import picture
+from diffusers_adjoint.pictures.pixels import fitted
 from diffusers_adjoint.replay import PipelineReplay
 from diffusers_adjoint.rewards import PickScore, WeightedReward
 
@@ -576,7 +576,7 @@ def test_the_sheet_shows_the_base_above_the_fine_tuned(here):
 
     def top_of(image):
         """Row of the sheet where the picture begins, at the left edge or beside one other picture."""
-        shown = np.asarray(picture(image, 160)).astype(int)
+        shown = np.asarray(fitted(image, 160)).astype(int)
         height, width = shown.shape[:2]
         for left in (4, 4 + width + 4):
             for top in range(sheet.shape[0] - height + 1):

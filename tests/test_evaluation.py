@@ -14,7 +14,10 @@ from diffusers_adjoint.core.matching import path_kl
 from diffusers_adjoint.metrics import pairwise_diversity, saturated_share
 from diffusers_adjoint.model.paths import sample_trajectory
 from diffusers_adjoint.model.randomness import Stream, seeded_generator
-from diffusers_adjoint.pictures.sample_images import SampleImages, image_grid, to_trackers
+from diffusers_adjoint.pictures.grid import image_grid
+from diffusers_adjoint.pictures.pixels import drawable
+from diffusers_adjoint.pictures.samples import SampleImages
+from diffusers_adjoint.pictures.trackers import to_trackers
 
 
 def rows(prompts=PROMPTS):
@@ -212,7 +215,7 @@ def test_a_video_is_shown_by_its_middle_frame():
 
 def test_sound_is_not_drawn():
     sound = SampleImages(torch.zeros(2, 2, 100), ["x", "y"], torch.zeros(2))
-    assert not sound.drawable
+    assert not drawable(sound.images)
     with pytest.raises(ValueError, match="are no pictures"):
         image_grid(sound)
 

@@ -11,15 +11,14 @@ from typing import Any
 import numpy as np
 import torch
 from diffusers import DiffusionPipeline
-from diffusers.image_processor import VaeImageProcessor
 from peft import LoraConfig
-from PIL import Image
 from torch import Tensor, nn
 from torch.utils.data import IterableDataset
 from transformers import Trainer, TrainerCallback
 from transformers.utils import logging
 
-from ..pictures.sample_images import to_trackers
+from ..pictures.pixels import as_pictures
+from ..pictures.trackers import to_trackers
 from ..trainer.adjoint_matching import AdjointMatchingTrainer
 from .config import config_from_ddpo, follows_alignprop, old_fields
 from .holder import warn_of_own_methods
@@ -237,13 +236,7 @@ class _Tracker:
             )
         step = self.trainer.state.global_step if step is None else step
         for name, images in values.items():
-            pictures = _pictures(images)
+            pictures = images if isinstance(images, list) else as_pictures(torch.as_tensor(images))
             for i, picture in enumerate(pictures):
                 label = name if len(pictures) == 1 else f"{name}/{i}"
                 to_trackers(self.trainer.callback_handler.callbacks, picture, label, step)
-
-
-def _pictures(images: Any) -> list[Image.Image]:
-    if isinstance(images, list):
-        return images
-    return VaeImageProcessor.numpy_to_pil(VaeImageProcessor.pt_to_numpy(torch.as_tensor(images).float().clamp(0, 1)))

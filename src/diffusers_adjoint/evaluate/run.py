@@ -21,6 +21,7 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 from ..data.columns import collate_columns, first_row, without_prompt
 from ..data.prompts import require_prompt_strings
 from ..model.randomness import Stream, seeded_generators
+from ..pictures.grid import strip
 from ..replay import PipelineReplay
 from ..rewards import WeightedReward
 from ..schedulers import memoryless_scheduler
@@ -28,7 +29,7 @@ from .arguments import DTYPES, EvaluationArguments
 from .measure import Features, Plan, Prompt, Setting, Subject, measure
 from .models import BASE, Model, load_models
 from .report import Report, make_report, title_of
-from .sheets import SheetRow, contact_sheet, strip
+from .sheets import SheetRow, contact_sheet
 from .store import Results, Store
 
 __all__ = ["evaluate", "process_state"]

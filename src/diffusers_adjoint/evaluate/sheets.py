@@ -6,13 +6,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from PIL import Image, ImageDraw, ImageFont
-from torch import Tensor
 
-from ..pictures.sample_images import FONT_SIZE, MARGIN, picture
+from ..pictures.grid import FONT_SIZE, MARGIN
 
-__all__ = ["SheetRow", "contact_sheet", "strip"]
+__all__ = ["SheetRow", "contact_sheet"]
 
-LINE, CELL, LEAST_WIDTH = FONT_SIZE + 4, 160, 640  # pixels
+LINE, LEAST_WIDTH = FONT_SIZE + 4, 640  # pixels
 
 
 @dataclass(frozen=True)
@@ -30,18 +29,6 @@ class SheetRow:
     prompt: str
     caption: str
     strip: Image.Image
-
-
-def strip(images: Tensor) -> Image.Image | None:
-    """Samples side by side: images (N, C, H, W), or the middle frames of videos (N, F, C, H, W), C 1 or 3; `None` for sound."""
-    if images.ndim not in (4, 5) or images.shape[-3] not in (1, 3):
-        return None
-    pictures = [picture(image.nan_to_num(0.5, 0.5, 0.5), CELL) for image in images]
-    width, height = pictures[0].width + MARGIN, pictures[0].height
-    joined = Image.new("RGB", (len(pictures) * width - MARGIN, height), "white")
-    for i, one in enumerate(pictures):
-        joined.paste(one, (i * width, 0))
-    return joined
 
 
 def contact_sheet(title: str, rows: Sequence[SheetRow]) -> Image.Image:

@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from diffusers import DiffusionPipeline
-from PIL import Image
 from torch import Tensor
 
+from ..pictures.pixels import as_pictures, drawable
 from ..schedulers import MemorylessScheduler
 from .card import CardFacts, Sample, model_card
 from .facts import medium_of, pipeline_tag_of
@@ -52,23 +52,16 @@ def write_samples(folder: str | Path, images: Tensor, prompts: Sequence[str]) ->
     """Write image_0.png, … or, for videos, animated video_0.webp, …; arguments and errors as in `write_card`."""
     if len(images) != len(prompts):
         raise ValueError(f"there are {len(images)} images for {len(prompts)} prompts; pass one prompt for each.")
-    medium = medium_of(images)
-    if medium == "audio" or images.shape[-3] not in (1, 3):  # no picture that a browser knows
+    if not drawable(images):  # no picture that a browser knows
         return []
-    samples = []
+    medium, samples = medium_of(images), []
     for i, (image, prompt) in enumerate(zip(images, prompts, strict=True)):
         file = f"image_{i}.png" if medium == "image" else f"video_{i}.webp"
-        first, *others = _pictures(image if medium == "video" else image[None])
+        first, *others = as_pictures(image if medium == "video" else image[None])
         animation = {"save_all": True, "append_images": others, "duration": FRAME_MS, "loop": 0} if medium == "video" else {}
         first.save(Path(folder) / file, **animation)
         samples.append(Sample(file, prompt))
     return samples
-
-
-def _pictures(frames: Tensor) -> list[Image.Image]:
-    """(F, 3, H, W), or (F, 1, H, W) in grey, as pictures."""
-    values = (frames.detach().float().clamp(0, 1) * 255).round().byte().cpu()
-    return [Image.fromarray(frame.permute(1, 2, 0).numpy()) for frame in values.expand(-1, 3, -1, -1)]
 
 
 def save_pipeline(folder: str | Path, pipeline: DiffusionPipeline) -> None:

@@ -31,7 +31,10 @@ from ..model.devices import text_encoders_on
 from ..model.fingerprint import base_fingerprint
 from ..model.lora import ADAPTER, WEIGHTS_NAME, load_lora, save_lora
 from ..model.sharding import from_first_process, spread_like, whole_network
-from ..pictures.sample_images import SampleImages, image_grid, save_grid, spare_training, to_trackers, warn_if_lost
+from ..pictures.grid import image_grid, save_grid
+from ..pictures.pixels import drawable
+from ..pictures.samples import SampleImages
+from ..pictures.trackers import spare_training, to_trackers, warn_if_lost
 from .checkpoint import (
     checkpoint_to_resume,
     discard_leftovers,
@@ -488,7 +491,7 @@ class PipelineTrainer(PublishingTrainer):
 
     def _show(self, name: str, pictures: SampleImages) -> None:
         """A grid in `output_dir/samples/` and in the trackers."""
-        if not (self.args.log_images and self.is_world_process_zero() and pictures.drawable):
+        if not (self.args.log_images and self.is_world_process_zero() and drawable(pictures.images)):
             return
         grid, step = image_grid(pictures), self.state.global_step
         with warn_if_lost(f"samples/{name}-{step:06d}.png could not be written"):

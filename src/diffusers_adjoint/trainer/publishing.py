@@ -20,7 +20,8 @@ from ..hub import CARD_FILES, CardFacts, card_facts, pipeline_files, public_json
 from ..model.denoiser import PipelineDenoiser
 from ..model.lora import WEIGHTS_NAME
 from ..objectives import Method
-from ..pictures.sample_images import SampleImages, warn_if_lost
+from ..pictures.samples import SampleImages
+from ..pictures.trackers import warn_if_lost
 from ..replay import PipelineReplay
 from ..rewards import WeightedReward
 from .run_record import RECORD_NAME, rehashed

@@ -27,7 +27,7 @@ from ..model.loading import load_pipeline
 from ..model.lora import add_lora
 from ..model.randomness import Stream, random_numbers_kept, seeded_generators
 from ..objectives import Method
-from ..pictures.sample_images import SampleImages
+from ..pictures.samples import SampleImages
 from ..replay import PipelineReplay
 from ..replay.selfcheck import check_replay
 from ..rewards import WeightedReward
