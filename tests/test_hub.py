@@ -39,6 +39,7 @@ from diffusers_adjoint.hub import (
     write_samples,
 )
 from diffusers_adjoint.model.lora import WEIGHTS_NAME, add_lora, save_lora
+from diffusers_adjoint.objectives import AdjointMatching
 from diffusers_adjoint.objectives.papers import ADJOINT_MATCHING, Paper
 from diffusers_adjoint.replay import PipelineReplay
 from diffusers_adjoint.rewards import WeightedReward
@@ -68,7 +69,7 @@ def facts_of(pipeline, folder, base_adapters, *, component=None, columns=None, k
     state = TrainerState(global_step=7, log_history=[{"loss": 1.0, "reward": 0.25, "step": 7, "epoch": 1.0}])
     columns = {name: values[:1] for name, values in ({"prompt": PROMPTS} if columns is None else columns).items()}
     reward = WeightedReward([brightness], [2.0])
-    return card_facts(replay, reward, args, state, columns, repo_id="me/bright", base_adapters=base_adapters)
+    return card_facts(replay, reward, args, state, columns, AdjointMatching(), repo_id="me/bright", base_adapters=base_adapters)
 
 
 def move(network, seed=1):
@@ -408,9 +409,8 @@ def test_the_facts_are_those_of_the_run(tmp_path):
     replay = PipelineReplay(pipeline, memoryless_scheduler(pipeline.scheduler), 5, pipeline_kwargs=family.kwargs)
     replay.prepare(columns, [torch.Generator()])
     args = AdjointMatchingConfig(str(tmp_path / "run"), use_cpu=True)
-    image_to_image = card_facts(
-        replay, WeightedReward([brightness]), args, TrainerState(), columns, repo_id="me/bright", base_adapters=None
-    )
+    given = (replay, WeightedReward([brightness]), args, TrainerState(), columns, AdjointMatching())
+    image_to_image = card_facts(*given, repo_id="me/bright", base_adapters=None)
     assert image_to_image.given_start
 
 
@@ -571,7 +571,8 @@ def test_a_trained_model_comes_back_from_its_folder(tmp_path):
     trainer.train()
     trainer.evaluate()
     images, columns = sample(trainer.pipeline), {"prompt": PROMPTS[:1]}
-    facts = card_facts(trainer.replay, trainer.reward, args, trainer.state, columns, repo_id="me/bright", base_adapters=[])
+    given = (trainer.replay, trainer.reward, args, trainer.state, columns, trainer.method)
+    facts = card_facts(*given, repo_id="me/bright", base_adapters=[])
     write_repository(tmp_path / "up", trainer.pipeline, facts, images)
     loaded = run(snippet(tmp_path / "up"))["pipe"]
     loaded.vae.requires_grad_(False)  # as in training: torch picks the kernel of a convolution by it, and rounds otherwise
