@@ -1,8 +1,5 @@
 """The files in examples/accelerate_configs: accelerate reads them, and starts what they say."""
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -12,9 +9,10 @@ from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.commands.launch import launch_command_parser
 from accelerate.utils import DistributedType
 from diffusers import DiffusionPipeline
+from processes import TESTS, run_worker
 from tiny_pipelines import sd3
+from tiny_trainer import logged
 
-TESTS = Path(__file__).parent
 CONFIGS = TESTS.parent / "examples" / "accelerate_configs"
 EXPECTED = {
     "ddp": DistributedType.MULTI_GPU,
@@ -27,10 +25,7 @@ EXPECTED = {
 def launch(config: str, *command: str) -> dict:
     """Two processes on the CPU, by the file and two overrides: `--cpu` would quietly start a single one."""
     arguments = ["launch", "--config_file", str(CONFIGS / f"{config}.yaml"), "--num_processes", "2"]
-    paths = os.pathsep.join([str(TESTS.parent / "src"), str(TESTS)])
-    environment = os.environ | {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}
-    start = [sys.executable, "-m", "accelerate.commands.accelerate_cli", *arguments, str(TESTS / command[0]), *command[1:]]
-    subprocess.run(start, check=True, env=environment, timeout=300)
+    run_worker(["accelerate.commands.accelerate_cli", *arguments], *command)
     return torch.load(Path(command[1]) / "result.pt", weights_only=True)
 
 
@@ -70,8 +65,8 @@ def test_two_processes_give_the_weights_of_one(tmp_path, config, what):
     assert result["sharded"] == ([name for name, _ in single.denoiser.network.named_parameters()] if config == "fsdp2" else [])
     # float32: the same gradients averaged in another order
     assert largest_difference(reference, start) > 1e-5 > 10 * largest_difference(result["weights"], reference)
-    assert result["grad_norm"] == pytest.approx(two_processes.logged(single, "grad_norm"), rel=1e-3)
-    assert result["eval_reward"][1:] == pytest.approx(two_processes.logged(single, "eval_reward"), rel=1e-5)
+    assert result["grad_norm"] == pytest.approx(logged(single, "grad_norm"), rel=1e-3)
+    assert result["eval_reward"][1:] == pytest.approx(logged(single, "eval_reward"), rel=1e-5)
     assert largest_difference(result["resumed"], result["straight"]) == 0
 
     if what == "lora":
@@ -86,6 +81,6 @@ def test_two_processes_give_the_weights_of_one(tmp_path, config, what):
     # The same images one by one: in a batch, bfloat16 rounds otherwise.
     autocast = two_processes.build(str(tmp_path / "bf16"), lora=what == "lora", batch=1, accumulation=4, bf16=True)
     autocast.train()
-    assert result["kl_bf16"] == pytest.approx(two_processes.logged(autocast, "kl"), rel=0.05)
+    assert result["kl_bf16"] == pytest.approx(logged(autocast, "kl"), rel=0.05)
     checkpoint = {path.name for path in (tmp_path / "run" / "checkpoint-1").iterdir()}
     assert not any("fsdp" in name for name in checkpoint)  # the base's weights are not in it

@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from tiny_rewards import brightness
 from torch import nn
 from torch.autograd import gradcheck
 
@@ -11,10 +12,6 @@ from diffusers_adjoint.rewards import WeightedReward, reward_gradient
 from diffusers_adjoint.rewards.around import clamped, gradient_clipped, normalised, per_frame, smoothed, weighted_sum
 
 PROMPTS = ["a cat", "the sea", "a red house"]
-
-
-def brightness(images, prompts):
-    return images.mean((1, 2, 3))
 
 
 def energy(images, prompts):

@@ -10,6 +10,7 @@ from diffusers import DDPMPipeline, DDPMScheduler, LCMScheduler, StableDiffusion
 from peft import AdaLoraConfig, IA3Config, LoHaConfig, LoraConfig, get_peft_model
 from test_quantised import quantised
 from tiny_pipelines import sd3, sd15
+from tiny_trainer import brightness
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.nn.parallel import DistributedDataParallel
@@ -20,10 +21,6 @@ from diffusers_adjoint import AdjointMatchingConfig, AdjointMatchingTrainer
 from diffusers_adjoint.cli.commands import main
 from diffusers_adjoint.model.lora import add_lora
 from diffusers_adjoint.rewards import PickScore
-
-
-def brightness(images, prompts, **columns):
-    return images.mean((1, 2, 3))
 
 
 def detached(images, prompts, **columns):

@@ -4,15 +4,12 @@ import math
 
 import pytest
 import torch
+from tiny_rewards import brightness
 from torch import nn
 
 from diffusers_adjoint.rewards import WeightedReward, reward_gradient
 
 PROMPTS = ["a cat", "the sea", "a red house"]
-
-
-def brightness(images, prompts):
-    return images.mean((1, 2, 3))
 
 
 class Module(nn.Module):

@@ -17,6 +17,7 @@ from huggingface_hub import RepoUrl
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tiny_pipelines import sd3, sd15
 from tiny_rewards import IMAGE_SIZE, aesthetic_head, tiny_clip
+from tiny_trainer import weights
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
 from transformers import CLIPModel
@@ -61,10 +62,6 @@ def small(folder, kind=DDPOConfig, **fields):
 def make_trainer(config, reward=brightness, hook=None, build=sd15, prompts=draw_prompt, **changes):
     changes = {"use_cpu": True, "disable_tqdm": True, "reward_scale": 50.0} | changes
     return DDPOTrainer(config, reward, prompts, build(), hook, **changes)
-
-
-def adapter(trainer):
-    return {name: p.detach().clone() for name, p in trainer.denoiser.network.named_parameters() if p.requires_grad}
 
 
 # --------------------------------------------------------------------------------------------------------------- the old scripts
@@ -459,7 +456,7 @@ def test_resume_from_goes_on_bit_for_bit(tmp_path):
     random.seed(5)  # the prompts must not depend on it
     resumed.train()
     assert updates == [2]
-    expected, found = adapter(straight), adapter(resumed)
+    expected, found = weights(straight), weights(resumed)
     assert all(torch.equal(expected[name], found[name]) for name in expected)
 
 
@@ -544,16 +541,16 @@ def test_holders_say_whether_there_is_a_lora(base, tmp_path):
     for use_lora in (True, False):
         holder = DefaultDDPOStableDiffusionPipeline(str(base), use_lora=use_lora)
         trainer = DDPOTrainer(small(tmp_path), brightness, draw_prompt, holder, use_cpu=True)
-        assert {"lora" in name for name in adapter(trainer)} == {use_lora}
+        assert {"lora" in name for name in weights(trainer)} == {use_lora}
         assert trainer.pipeline is holder.sd_pipeline
 
 
 def test_any_pipeline_serves_and_reward_scale_has_our_default(tmp_path):
     trainer = DDPOTrainer(small(tmp_path, num_epochs=1), brightness, draw_prompt, sd3(), use_cpu=True, disable_tqdm=True)
     assert trainer.args.reward_scale == 1.0
-    before = adapter(trainer)
+    before = weights(trainer)
     trainer.train()
-    assert any(not torch.equal(before[name], value) for name, value in adapter(trainer).items())
+    assert any(not torch.equal(before[name], value) for name, value in weights(trainer).items())
 
 
 def test_a_subclass_stays_one(tmp_path):

@@ -18,6 +18,7 @@ from huggingface_hub.utils import filter_repo_objects
 from peft import LoraConfig
 from PIL import Image
 from tiny_pipelines import sd3, sd15
+from tiny_trainer import brightness
 from tiny_videos import wan22
 from transformers import TrainerState
 
@@ -48,10 +49,6 @@ from diffusers_adjoint.schedulers import memoryless_scheduler
 PROMPTS = ["a cat", "two dogs"]
 TOKEN = "hf_" + "aBcD1234" * 4
 LORA_FILES = ["README.md", "image_0.png", "image_1.png", "pytorch_lora_weights.safetensors"]
-
-
-def brightness(images, prompts, **columns):
-    return images.mean((1, 2, 3))
 
 
 def facts_of(pipeline, folder, base_adapters, *, component=None, columns=None, kwargs=None, scale=1.0, **changes):

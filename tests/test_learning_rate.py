@@ -6,13 +6,9 @@ import pytest
 from datasets import Dataset
 from peft import LoraConfig
 from tiny_pipelines import sd3
-from tiny_trainer import PROMPTS, brightness, config, make_trainer
+from tiny_trainer import PROMPTS, brightness, config, logged, make_trainer
 
 from diffusers_adjoint import AdjointMatchingTrainer
-
-
-def logged(trainer, name):
-    return [line[name] for line in trainer.state.log_history if name in line]
 
 
 @pytest.mark.parametrize(

@@ -3,15 +3,10 @@
 import pytest
 import torch
 from peft import LoraConfig
-from tiny_pipelines import sd3, sd15
+from tiny_pipelines import sample, sd3, sd15
 from tiny_trainer import PROMPTS, difference, make_trainer, weights
 
 from diffusers_adjoint.model.lora import ADAPTER
-
-
-def sample(pipeline):
-    pipeline.set_progress_bar_config(disable=True)
-    return pipeline("a cat", num_inference_steps=3, generator=torch.Generator().manual_seed(0), output_type="pt").images
 
 
 def with_style(build=sd3, weight=0.7):

@@ -16,7 +16,7 @@ from scipy.stats import t as student
 from tiny_audio import FAMILIES as AUDIO
 from tiny_images import flux2_klein
 from tiny_pipelines import sd3, sd15
-from tiny_trainer import PROMPTS, brightness, config, difference, make_trainer, weights
+from tiny_trainer import PROMPTS, brightness, config, difference, logged, make_trainer, weights
 from tiny_videos import FAMILIES as VIDEOS
 from torch import nn
 
@@ -30,10 +30,6 @@ from diffusers_adjoint.trainer.probe import SamplerDifference, first_rows, probe
 from diffusers_adjoint.trainer.sample_log import announce_tilt, exceeds_target, summarise
 
 DIGITS = Path(__file__).parents[1] / "examples" / "digits" / "pipeline"
-
-
-def logged(trainer, name):
-    return [line[name] for line in trainer.state.log_history if name in line]
 
 
 # ------------------------------------------------------------------------------------------------- spread within a prompt

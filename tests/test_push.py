@@ -12,7 +12,7 @@ import pytest
 import torch
 from datasets import Dataset
 from huggingface_hub import ModelCard, RepoUrl
-from tiny_pipelines import sd3
+from tiny_pipelines import sample, sd3
 from tiny_trainer import PROMPTS, make_trainer
 
 TOKEN = "hf_" + "x" * 34
@@ -66,11 +66,6 @@ def hub(monkeypatch):
 
 def rows():
     return Dataset.from_dict({"prompt": PROMPTS[:2]})
-
-
-def sample(pipeline):
-    pipeline.set_progress_bar_config(disable=True)
-    return pipeline("a cat", num_inference_steps=3, generator=torch.Generator().manual_seed(0), output_type="pt").images
 
 
 def assert_discreet(files, folder):

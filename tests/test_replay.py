@@ -19,7 +19,7 @@ from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionS
 from peft import LoraConfig
 from tiny_conditioned import flux_kontext, picture
 from tiny_images import sdxl
-from tiny_pipelines import sd3, sd15
+from tiny_pipelines import generators, sd3, sd15
 from torch import nn
 from transformers import CLIPConfig, CLIPImageProcessorPil
 
@@ -32,10 +32,6 @@ STEPS = 4
 PROMPTS = ["a cat", "two dogs"]
 SHORT = {"max_sequence_length": 8}  # SD3 pads its T5 text to 256 tokens otherwise
 BUILDERS = pytest.mark.parametrize(("build", "kwargs"), [(sd3, SHORT), (sd15, {})], ids=["sd3", "sd15"])
-
-
-def generators(seeds=(1, 2)):
-    return [torch.Generator().manual_seed(seed) for seed in seeds]
 
 
 def make_replay(pipeline, kwargs, guidance_scale=3.0, steps=STEPS):

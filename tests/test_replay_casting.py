@@ -11,7 +11,7 @@ from diffusers import StableDiffusionXLPAGPipeline
 from peft import LoraConfig
 from tiny_conditioned import components_of, picture, sdxl_controlnet, sdxl_from_image, stable_video
 from tiny_images import aura_flow, kolors, sdxl
-from tiny_pipelines import eval_mode
+from tiny_pipelines import eval_mode, generators
 from tiny_trainer import brightness, config, make_trainer
 
 from diffusers_adjoint import AdjointMatchingTrainer, memoryless_scheduler
@@ -38,10 +38,6 @@ CASTING = {
     "AuraFlow": (aura_flow, {}, SMALL | {"max_sequence_length": 16}),
 }
 PIPELINES = pytest.mark.parametrize(("build", "columns", "kwargs"), CASTING.values(), ids=CASTING)
-
-
-def generators():
-    return [torch.Generator().manual_seed(seed) for seed in (1, 2)]
 
 
 def prepared(pipeline, columns, kwargs):

@@ -13,11 +13,11 @@ from diffusers import (
     StableDiffusionInpaintPipeline,
 )
 from PIL import Image
-from test_replay import BUILDERS, PROMPTS, SHORT, STEPS, count_calls, denoiser, generators, make_replay, snapshot
+from test_replay import BUILDERS, PROMPTS, SHORT, STEPS, count_calls, denoiser, make_replay, snapshot
 from tiny_conditioned import picture, wan22_from_image
 from tiny_images import chroma, flux, flux2_klein, sdxl
 from tiny_parts import t5
-from tiny_pipelines import sd3, sd15
+from tiny_pipelines import generators, sd3, sd15
 from tiny_videos import wan22
 
 from diffusers_adjoint import memoryless_scheduler

@@ -6,15 +6,12 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from tiny_rewards import brightness
 from tiny_trainer import PROMPTS, difference, make_trainer, weights
 from torch.utils.data import Dataset as TorchDataset
 
 from diffusers_adjoint.metrics import mean_score
 from diffusers_adjoint.rewards import WeightedReward, per_frame, reward_gradient, smoothed, weighted_sum
-
-
-def brightness(images, prompts):
-    return images.mean((1, 2, 3))
 
 
 def energy(images, prompts):

@@ -3,9 +3,9 @@
 import pytest
 import torch
 from diffusers import AutoencoderTiny
-from test_replay import PROMPTS, SHORT, generators, make_replay
+from test_replay import PROMPTS, SHORT, make_replay
 from tiny_images import sdxl
-from tiny_pipelines import sd3, sd15
+from tiny_pipelines import generators, sd3, sd15
 from tiny_trainer import make_trainer
 from tiny_videos import wan22
 

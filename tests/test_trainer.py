@@ -10,7 +10,7 @@ from datasets import Dataset, IterableDataset
 from peft import LoraConfig
 from tiny_conditioned import picture, wan22_from_image
 from tiny_images import flux
-from tiny_pipelines import sd3, sd15
+from tiny_pipelines import sample, sd3, sd15
 from tiny_trainer import PROMPTS, brightness, config, difference, make_trainer, watch_chains, watch_targets, weights
 from transformers import TrainerCallback, TrainingArguments
 
@@ -23,12 +23,6 @@ from diffusers_adjoint.model.chain import PipelineChain
 from diffusers_adjoint.model.randomness import Stream, seeded_generator, stacked_noise
 from diffusers_adjoint.rewards import WeightedReward
 from diffusers_adjoint.trainer.regress import regress
-
-
-def sample(pipeline, prompt="a cat", **kwargs):
-    generator = torch.Generator().manual_seed(0)
-    pipeline.set_progress_bar_config(disable=True)
-    return pipeline(prompt, num_inference_steps=3, generator=generator, output_type="pt", **kwargs).images
 
 
 @pytest.fixture(params=[sd3, sd15], ids=["sd3", "sd15"])

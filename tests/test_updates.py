@@ -1,24 +1,20 @@
 """What an update is made of and when it is none: an image that is no number costs itself, and a run that gets nowhere ends."""
 
-import os
-import subprocess
-import sys
 from dataclasses import dataclass
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 from datasets import IterableDataset
+from processes import TORCHRUN, run_worker
 from safetensors.torch import load_file
-from tiny_trainer import PROMPTS, brightness, difference, every_step, make_trainer, watch_targets, weights
+from tiny_trainer import PROMPTS, brightness, difference, every_step, logged, make_trainer, watch_targets, weights
 from transformers import TrainerCallback
 
 from diffusers_adjoint.core.matching import bounded
 from diffusers_adjoint.model.chain import PipelineChain
 from diffusers_adjoint.trainer.updates import UpdateCount
 
-HERE = Path(__file__).parent
 WAYS = ["adjoint_matching", "basic_adjoint_matching", "discrete_adjoint"]
 
 
@@ -38,10 +34,6 @@ class Scaled(torch.autograd.Function):
 
 def first_image(factor):
     return lambda images, prompts: Scaled.apply(images, factor)
-
-
-def logged(trainer, name):
-    return [line[name] for line in trainer.state.log_history if name in line]
 
 
 def settings(way, **changes):
@@ -252,10 +244,7 @@ def test_a_run_that_was_finished_before_is_no_error():
 
 @pytest.mark.slow
 def test_two_processes_end_together_with_the_same_error(tmp_path):
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    paths = os.pathsep.join([str(HERE.parent / "src"), str(HERE)])
-    environment = os.environ | {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}
-    subprocess.run([*command, str(HERE / "updates_worker.py"), str(tmp_path)], check=True, env=environment, timeout=300)
+    run_worker(TORCHRUN, "updates_worker.py", str(tmp_path))
     said = torch.load(tmp_path / "said.pt", weights_only=True)
     starts = {
         "a stream that ends": "no update was made, because the train_dataset never gave the 12 images",

@@ -27,7 +27,7 @@ from transformers import (
 )
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
-__all__ = ["sd3", "sd15"]
+__all__ = ["generators", "sample", "sd3", "sd15"]
 
 TEXT_WIDTH = 32
 CLIP_LENGTH = 16  # one token a byte, so longer prompts are cut
@@ -156,3 +156,13 @@ def sd15(scheduler=None, *, seed: int = 0) -> StableDiffusionPipeline:
             requires_safety_checker=False,
         )
     )
+
+
+def generators(seeds=(1, 2)) -> list[torch.Generator]:
+    return [torch.Generator().manual_seed(seed) for seed in seeds]
+
+
+def sample(pipeline, prompt="a cat", **kwargs) -> torch.Tensor:
+    """What the pipeline draws from one seed, (1, 3, H, W)."""
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline(prompt, num_inference_steps=3, generator=generators((0,))[0], output_type="pt", **kwargs).images

@@ -91,5 +91,10 @@ def weights(trainer):
     return {name: p.detach().clone() for name, p in trainer.denoiser.network.named_parameters() if p.requires_grad}
 
 
+def logged(trainer, name):
+    """The log's values of this name, in their order."""
+    return [line[name] for line in trainer.state.log_history if name in line]
+
+
 def difference(a, b):
     return max((a[name] - b[name]).abs().max().item() for name in a)

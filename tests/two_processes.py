@@ -9,18 +9,14 @@ from accelerate.state import PartialState
 from accelerate.utils import DistributedType
 from datasets import Dataset
 from peft import LoraConfig
+from processes import leave
 from tiny_pipelines import sd3
+from tiny_trainer import PROMPTS, brightness, config, logged
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from transformers import TrainerCallback
 
-from diffusers_adjoint import AdjointMatchingConfig, AdjointMatchingTrainer
-
-PROMPTS = Dataset.from_dict({"prompt": ["a cat", "a dog", "a red car", "the sea"] * 2})
-
-
-def brightness(images, prompts, **columns):
-    return images.mean((1, 2, 3))
+from diffusers_adjoint import AdjointMatchingTrainer
 
 
 class Averages(TrainerCallback):
@@ -34,38 +30,27 @@ class Averages(TrainerCallback):
 
 def build(folder: str, *, lora: bool, batch: int, accumulation: int, **kwargs) -> AdjointMatchingTrainer:
     """Updates of four images, in the dataset's order."""
-    args = AdjointMatchingConfig(
-        output_dir=folder,
-        num_inference_steps=4,
-        num_loss_steps=2,
-        reward_scale=50.0,
-        max_steps=2,
+    args = config(
+        folder,
         per_device_train_batch_size=batch,
         gradient_accumulation_steps=accumulation,
         train_sampling_strategy="sequential",
-        **{"optim": "sgd", "learning_rate": 0.1, "save_strategy": "no"} | kwargs,
         max_grad_norm=0.01,
-        logging_steps=1,
-        log_images=False,
-        report_to="none",
-        disable_tqdm=True,
-        use_cpu=True,
+        probe_base=True,
+        **{"optim": "sgd", "learning_rate": 0.1} | kwargs,
     )
     # accelerate has FSDP for accelerators only; nothing of it but this name stands against the CPU.
     if args.world_size > 1 and "FSDP_VERSION" in os.environ:
         PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
-    config = LoraConfig(r=2, lora_alpha=4) if lora else None
-    prompts = (PROMPTS, PROMPTS.select(range(2)))
-    return AdjointMatchingTrainer(sd3(), brightness, args, *prompts, callbacks=[Averages()], peft_config=config)
+    rows = Dataset.from_dict({"prompt": PROMPTS * 2})
+    adapter = LoraConfig(r=2, lora_alpha=4) if lora else None
+    given = (sd3(), brightness, args, rows, rows.select(range(2)))
+    return AdjointMatchingTrainer(*given, callbacks=[Averages()], peft_config=adapter)
 
 
 def trained(trainer: AdjointMatchingTrainer) -> dict[str, torch.Tensor]:
     parameters = {n: p.detach() for n, p in trainer.denoiser.network.named_parameters() if p.requires_grad}
     return {n: (p.full_tensor() if isinstance(p, DTensor) else p).clone() for n, p in parameters.items()}
-
-
-def logged(trainer: AdjointMatchingTrainer, name: str) -> list[float]:
-    return [line[name] for line in trainer.state.log_history if name in line]
 
 
 if __name__ == "__main__":
@@ -92,7 +77,4 @@ if __name__ == "__main__":
     result["kl_bf16"] = logged(autocast, "kl")
     if trainer.is_world_process_zero():
         torch.save(result, f"{folder}/result.pt")
-    # Everything is written. While Python winds up, torch aborts about one process in fifty here ("terminate called …").
-    torch.distributed.barrier()
-    sys.stdout.flush()
-    os._exit(0)
+    leave()
