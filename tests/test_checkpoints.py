@@ -8,8 +8,10 @@ import torch
 from datasets import Dataset, IterableDataset
 from peft import LoraConfig
 from tiny_pipelines import sd3, sd15
-from tiny_trainer import PROMPTS, brightness, difference, make_trainer, weights
+from tiny_trainer import PROMPTS, brightness, difference, evaluates_to, make_trainer, weights
 from transformers import TrainerCallback
+
+import diffusers_adjoint.trainer.host
 
 STEPS = {"save_strategy": "steps", "save_steps": 1, "max_steps": 3, "learning_rate": 1e-3}
 
@@ -106,14 +108,14 @@ def test_old_checkpoints_go_and_the_best_stays(tmp_path):
         metric_for_best_model="eval_reward",
         **STEPS | {"max_steps": 4},
     )
-    scores, kept = iter([1.0, 3.0, 2.0, 0.0]), {}
+    evaluates_to(trainer, [1.0, 3.0, 2.0, 0.0])
+    kept = {}
 
-    def measure(dataset):
-        step = trainer.state.global_step
-        kept[step] = weights(trainer)
-        return {"reward": torch.tensor([next(scores)])}, None
+    class Keeping(TrainerCallback):
+        def on_evaluate(self, args, state, control, **kwargs):
+            kept[state.global_step] = weights(trainer)
 
-    trainer._measure = measure
+    trainer.add_callback(Keeping())
     trainer.train()
     assert checkpoints(tmp_path) == ["checkpoint-2", "checkpoint-4"]
     assert trainer.state.best_model_checkpoint == str(tmp_path / "checkpoint-2")
@@ -123,15 +125,15 @@ def test_old_checkpoints_go_and_the_best_stays(tmp_path):
 
 def test_a_full_disk_leaves_the_earlier_checkpoints(tmp_path, monkeypatch):
     trainer = make_trainer(tmp_path, **STEPS)
-    original = trainer._save_rng_state
+    save = torch.save
 
-    def full(folder):
+    def full(*args):
         if trainer.state.global_step == 2:
             raise OSError(28, "No space left on device")
-        original(folder)
+        save(*args)
 
-    monkeypatch.setattr(trainer, "_save_rng_state", full)
-    with pytest.raises(OSError, match="No space left"):
+    with monkeypatch.context() as disk, pytest.raises(OSError, match="No space left"):
+        disk.setattr(torch, "save", full)
         trainer.train()
     assert [name for name in checkpoints(tmp_path) if not name.startswith("_")] == ["checkpoint-1"]
     again = make_trainer(tmp_path, **STEPS)
@@ -145,11 +147,11 @@ def test_a_save_that_fails_leaves_the_saved_model(tmp_path, monkeypatch):
     before = (tmp_path / "pytorch_lora_weights.safetensors").read_bytes()
     trainer.train()
 
-    def full(folder):
+    def full(pipeline, component, folder, *, write):
         (folder / "pytorch_lora_weights.safetensors").write_bytes(b"half")
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(trainer, "_write_weights", full)
+    monkeypatch.setattr(diffusers_adjoint.trainer.host, "save_lora", full)
     with pytest.raises(OSError, match="No space left"):
         trainer.save_model()
     assert (tmp_path / "pytorch_lora_weights.safetensors").read_bytes() == before
@@ -282,8 +284,7 @@ def test_an_interrupt_saves_whatever_is_best(tmp_path, strategy):
         save_on_interrupt=True,
         **STEPS | {"save_strategy": strategy, "max_steps": 4},
     )
-    scores = iter([1.0, 0.0, 0.0])  # the first is the best
-    trainer._measure = lambda dataset: ({"reward": torch.tensor([next(scores)])}, None)
+    evaluates_to(trainer, [1.0, 0.0, 0.0])  # the first is the best
     with pytest.raises(SystemExit):
         trainer.train()
     assert checkpoints(tmp_path) == ["checkpoint-1", "checkpoint-2"]
@@ -296,8 +297,7 @@ def test_the_end_of_training_deletes_neither_the_last_checkpoint_nor_a_folder_of
     best = {"eval_strategy": "steps", "eval_steps": 1, "save_strategy": "steps", "save_steps": 1, "load_best_model_at_end": True}
     rows = Dataset.from_dict({"prompt": PROMPTS[:1]})
     trainer = make_trainer(tmp_path, eval_dataset=rows, save_total_limit=1, max_steps=3, **best)
-    scores = iter([0.0, 1.0, 0.0])  # the second is the best
-    trainer._measure = lambda dataset: ({"reward": torch.tensor([next(scores)])}, None)
+    evaluates_to(trainer, [0.0, 1.0, 0.0])  # the second is the best
     trainer.train()
     assert checkpoints(tmp_path) == ["checkpoint-2", "checkpoint-3", "checkpoint-7-keep"]
     assert (tmp_path / "checkpoint-7-keep" / "notes").read_text() == "mine"

@@ -272,7 +272,7 @@ def test_what_looks_a_little_like_a_token_is_told(recipe, model, tmp_path, capsy
 def test_an_interrupted_start_of_a_run_that_goes_on_says_so(recipe, tmp_path, capsys, monkeypatch):
     interrupt_in(tmp_path, signal.SIGINT, 10**6)
     assert main(["train", "--config", recipe, *RUN, "--save_strategy", "steps", "--save_steps", "1"]) == 0
-    monkeypatch.setattr("diffusers_adjoint.cli._trainer._trainer", lambda arguments: signal.raise_signal(signal.SIGINT))
+    monkeypatch.setattr("diffusers_adjoint.cli.commands.trainer_of", lambda arguments: signal.raise_signal(signal.SIGINT))
     assert main(["train", "--config", recipe, *RUN, "--resume_from_checkpoint", "true"]) == 130
     said = "diffusers-adjoint: interrupted before the first update of this start; the same command goes on."
     assert capsys.readouterr().err.strip().splitlines()[-1] == said

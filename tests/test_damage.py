@@ -5,10 +5,10 @@ import json
 import shutil
 
 import pytest
-import torch
 from datasets import Dataset
 from tiny_pipelines import sd3
-from tiny_trainer import PROMPTS, difference, make_trainer, weights
+from tiny_trainer import PROMPTS, difference, evaluates_to, make_trainer, weights
+from transformers import TrainerCallback
 
 from diffusers_adjoint.trainer.checkpoint import checkpoint_to_resume
 
@@ -134,19 +134,16 @@ def test_the_best_weights_are_checked_before_they_are_loaded(tmp_path, lora):
         load_best_model_at_end=True,
         **SHORT,
     )
-    scores = iter([1.0, 0.0])
-    trainer._measure = lambda dataset: ({"reward": torch.tensor([next(scores)])}, None)
+    evaluates_to(trainer, [1.0, 0.0])
     best = tmp_path / "checkpoint-1"
     file = best / ("pytorch_lora_weights.safetensors" if lora else "transformer/diffusion_pytorch_model.safetensors")
 
-    original = trainer._save_checkpoint
+    class Damaging(TrainerCallback):
+        def on_save(self, args, state, control, **kwargs):
+            if state.global_step == 1:
+                flip(file)
 
-    def save(*args):
-        original(*args)
-        if trainer.state.global_step == 1:
-            flip(file)
-
-    trainer._save_checkpoint = save
+    trainer.add_callback(Damaging())
     with pytest.raises(ValueError, match=f"the best checkpoint .*checkpoint-1 is damaged, its {file.relative_to(best)}"):
         trainer.train()
     last = make_trainer(tmp_path, lora=lora, **SHORT)

@@ -437,12 +437,12 @@ def test_every_option_that_changes_numbers_is_remembered(here, changes):
     options = {"model": "base", "prompts": "x", "rewards": ["my.py:brightness"]}
     numbers = {name: value[0] if isinstance(value, list) else value for name, value in changes.items()}
     kept = store.Store(here / "kept", [])
-    kept.open(run._options(EvaluationArguments(**options)), overwrite=False)
+    kept.open(run.options_of(EvaluationArguments(**options)), overwrite=False)
     (here / "kept/prompts/000000").mkdir(parents=True)
     (here / "kept/prompts/000000/measured.json").touch()
     with pytest.raises(ValueError, match=f"with other {next(iter(changes))}"):
-        kept.open(run._options(EvaluationArguments(**options | numbers)), overwrite=False)
-    kept.open(run._options(EvaluationArguments(**options, batch_size=3, sheet_samples=2, num_prompts=4)), overwrite=False)
+        kept.open(run.options_of(EvaluationArguments(**options | numbers)), overwrite=False)
+    kept.open(run.options_of(EvaluationArguments(**options, batch_size=3, sheet_samples=2, num_prompts=4)), overwrite=False)
 
 
 def test_a_reward_or_a_base_that_changed_is_noticed(here, models, capsys):

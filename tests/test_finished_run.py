@@ -3,9 +3,8 @@
 import math
 
 import pytest
-import torch
 from datasets import Dataset
-from tiny_trainer import PROMPTS, brightness, difference, make_trainer, weights
+from tiny_trainer import PROMPTS, brightness, difference, evaluates_to, make_trainer, weights
 from transformers import TrainerCallback
 
 SHORT = {"save_strategy": "steps", "save_steps": 1, "num_inference_steps": 3, "num_loss_steps": 1, "learning_rate": 1e-3}
@@ -90,8 +89,7 @@ def test_what_comes_after_training_is_repeated(tmp_path):
             load_best_model_at_end=True,
             **SHORT | {"max_steps": 2, "save_strategy": "epoch", "per_device_train_batch_size": 4},
         )
-        scores = iter([0.0, 2.0, 1.0])  # at the start, and after each of two epochs of one update
-        made._measure = lambda dataset: ({"reward": torch.tensor([next(scores)])}, None)
+        evaluates_to(made, [0.0, 2.0, 1.0])  # at the start, and after each of two epochs of one update
         return made
 
     first = trainer()
@@ -115,8 +113,7 @@ def test_the_best_of_a_folder_that_was_moved_is_found(tmp_path, updates):
         settings = SHORT | {"max_steps": 2, "eval_strategy": "steps", "eval_steps": 1, "load_best_model_at_end": True}
         rows = Dataset.from_dict({"prompt": PROMPTS[:1]})
         made = make_trainer(tmp_path / folder, eval_dataset=rows, **settings | changes)
-        values = iter(scores)
-        made._measure = lambda dataset: ({"reward": torch.tensor([next(values)])}, None)
+        evaluates_to(made, scores)
         return made
 
     first = trainer("run", [2.0, 1.0])

@@ -74,7 +74,7 @@ class Counter:
         trainer.denoiser.network.register_forward_pre_hook(self.count)
 
     def count(self, *_):
-        kind = ("base" if self.denoiser._base_active else "model", "graph" if torch.is_grad_enabled() else "forward")
+        kind = ("base" if self.denoiser.base_active else "model", "graph" if torch.is_grad_enabled() else "forward")
         self.seen[kind] = self.seen.get(kind, 0) + 1
 
 

@@ -108,7 +108,7 @@ def test_the_trainer_knows_it(tmp_path):
     trainer.check_first_row = lambda: None  # the start-up check has its own evaluations
     seen = []
     trainer.denoiser.network.register_forward_pre_hook(
-        lambda *_: seen.append(("base" if trainer.denoiser._base_active else "model", torch.is_grad_enabled()))
+        lambda *_: seen.append(("base" if trainer.denoiser.base_active else "model", torch.is_grad_enabled()))
     )
     trainer.train()
     assert seen == [("model", False)] * 3 + [("base", True)] * 2 + [("model", True)] * 2  # K − 1 = 3, S = 2

@@ -11,6 +11,7 @@ from tiny_trainer import PROMPTS, brightness, config, difference, make_trainer, 
 from transformers import TrainerCallback
 
 from diffusers_adjoint import AdjointMatchingTrainer
+from diffusers_adjoint.model.chain import PipelineChain
 from diffusers_adjoint.trainer.updates import AfterOptimizerStep
 
 
@@ -145,11 +146,11 @@ def test_no_update_is_made_of_another_strength(tmp_path, moment):
 
 
 @pytest.mark.parametrize("moment", ["on_step_end", "on_step_begin", "on_substep_end"])
-def test_the_bases_adapters_are_frozen_before_each_update(tmp_path, moment):
+def test_the_bases_adapters_are_frozen_before_each_update(tmp_path, monkeypatch, moment):
     trainer = make_trainer(tmp_path, pipeline=with_style(), per_device_train_batch_size=1, gradient_accumulation_steps=2)
     trainer.add_callback(Meddling(moment, lambda: SWITCHES["off and on"](trainer.pipeline)))
-    in_rollouts, rollout = [], trainer._rollout
-    trainer._rollout = lambda batch: in_rollouts.append(weights(trainer).keys()) or rollout(batch)
+    in_rollouts, rollout = [], PipelineChain.rollout
+    monkeypatch.setattr(PipelineChain, "rollout", lambda chain: in_rollouts.append(weights(trainer).keys()) or rollout(chain))
     ours = weights(trainer).keys()
     trainer.train()
     assert in_rollouts == [ours] * 4

@@ -92,7 +92,7 @@ def test_an_image_whose_control_overflows_costs_itself_alone(tmp_path, alone, mo
 
     def huge(x, index, *rest):
         mean = forward(x, index, *rest)
-        if index == 1 and trainer.is_in_train and not denoiser._base_active and mean.requires_grad:
+        if index == 1 and trainer.is_in_train and not denoiser.base_active and mean.requires_grad:
             mean = mean + torch.tensor([1e25, 0.0]).view(-1, *[1] * (mean.ndim - 1))
         return mean
 

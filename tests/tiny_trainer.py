@@ -2,6 +2,7 @@
 
 from types import SimpleNamespace
 
+import torch
 from datasets import Dataset
 from peft import LoraConfig
 from tiny_pipelines import sd3
@@ -62,6 +63,12 @@ def make_trainer(
 def every_step(way, steps):
     """Arguments of `make_trainer` by which all steps carry the loss, of a `loss_type` or of a method of back-propagation."""
     return {"method": way} if way == "discrete_adjoint" else {"loss_type": way, "num_loss_steps": steps}
+
+
+def evaluates_to(trainer, rewards):
+    """Its evaluations find these rewards, one after the other, and sample nothing."""
+    values = iter(rewards)
+    trainer.measure = lambda dataset: ({"reward": torch.tensor([next(values)])}, None)
 
 
 def watch_targets(trainer, see):

@@ -189,7 +189,7 @@ def train(argv: Sequence[str]) -> int:
     trainer = None
     try:
         with exit_on_sigterm():
-            trainer = _trainer(arguments)
+            trainer = trainer_of(arguments)
             trainer.train(resume_from_checkpoint=arguments.resume)
             _finish(trainer, arguments)
     except (KeyboardInterrupt, SystemExit) as stop:
@@ -202,7 +202,8 @@ def train(argv: Sequence[str]) -> int:
     return 0
 
 
-def _trainer(arguments: Arguments) -> RewardTrainer:
+def trainer_of(arguments: Arguments) -> RewardTrainer:
+    """The trainer that the command starts; raises ValueError for what cannot be loaded."""
     script, config, model = arguments.script, arguments.config, arguments.model
     # What is cheap to get wrong comes before the weights are loaded.
     reward_funcs = load_rewards(script.reward_funcs)

@@ -59,7 +59,7 @@ def evaluate(args: EvaluationArguments, reward: WeightedReward, features: dict[s
     rows = _rows(dataset, args.num_prompts)
     store = Store(Path(args.output_dir), args.settings)
     if state.is_main_process:
-        store.open(_options(args), args.overwrite_output_dir)
+        store.open(options_of(args), args.overwrite_output_dir)
     state.wait_for_everyone()
     left = [i for i, row in enumerate(rows) if not store.has(i, row)]
     state.wait_for_everyone()  # before the first one is finished: all must share out the same
@@ -111,7 +111,7 @@ def _rows(dataset: Any, count: int | None) -> list[dict[str, Any]]:
     return rows
 
 
-def _options(args: EvaluationArguments) -> dict[str, Any]:
+def options_of(args: EvaluationArguments) -> dict[str, Any]:
     """What the numbers of a prompt depend on, as JSON keeps it."""
     sources = [args.model, *args.adapter, *(name.rpartition(":")[0] for name in [*args.rewards, *args.diversity])]
     files = {name: stamps for name in sources if name and (stamps := _stamps(Path(name)))}

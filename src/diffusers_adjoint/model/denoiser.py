@@ -53,7 +53,7 @@ class PipelineDenoiser(nn.Module):
             self.network.requires_grad_(True)
         self.state = TrainedState(replay.pipeline, replay.component, base_adapters)
         self.evaluations = 0  # one an image and step, for the log
-        self._base_active = False
+        self.base_active = False
         # FSDP's units. The network is one of them, because pipelines call it without this module when they sample.
         units = {type(self.network).__name__, *(self.network._no_split_modules or [])}
         self._no_split_modules = sorted(units & {type(module).__name__ for module in self.network.modules()})
@@ -77,21 +77,21 @@ class PipelineDenoiser(nn.Module):
 
     def _predicted(self, x: Tensor, index: int, conditioning: Conditioning, guided: bool, grid: Any = None) -> Tensor:
         self.evaluations += len(x)
-        network = self.frozen if self._base_active and self.frozen is not None else self.network
+        network = self.frozen if self.base_active and self.frozen is not None else self.network
         return self.replay.predict(x, index, conditioning, guided=guided, denoiser=network, grid=grid)
 
     @contextmanager
     def base(self) -> Iterator[None]:
         """Within this context `forward` is the frozen base; it may be entered again within itself."""
-        if self._base_active:
+        if self.base_active:
             yield
             return
-        self._base_active = True
+        self.base_active = True
         try:
             with contextlib.nullcontext() if self.base_adapters is None else adapter_off(self.network, self.base_adapters):
                 yield
         finally:
-            self._base_active = False
+            self.base_active = False
 
     def train(self, mode: bool = True) -> PipelineDenoiser:
         """Stays in evaluation mode whatever `Trainer` asks: dropout would make rollout, adjoint and loss three functions."""

@@ -436,7 +436,7 @@ class PipelineTrainer(PublishingTrainer):
             parts = {key: part if eval_dataset is not None else key for key, part in dataset.items()}
             evaluations = [self.evaluate(part, ignore_keys, f"{metric_key_prefix}_{key}") for key, part in parts.items()]
             return {name: value for metrics in evaluations for name, value in metrics.items()}
-        samples, self._evaluated = self._measure(dataset)
+        samples, self._evaluated = self.measure(dataset)
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in summarise(samples).items()}
         self.log(metrics)
         if self._evaluated is not None:
@@ -453,7 +453,7 @@ class PipelineTrainer(PublishingTrainer):
             require_prompts(dataset, "eval_dataset")
         return dataset
 
-    def _measure(self, dataset: Any) -> tuple[dict[str, Tensor], SampleImages | None]:
+    def measure(self, dataset: Any) -> tuple[dict[str, Tensor], SampleImages | None]:
         """Measurements of all rows, name → (N,), and the first images."""
         samples, pictures, first = SampleLog(), None, 0
         names: Collection[str] = ()
