@@ -11,7 +11,7 @@ from tiny_trainer import PROMPTS, difference, make_trainer, weights
 from transformers import TrainerCallback
 
 from diffusers_adjoint.trainer.gradients import require_checkpointing, require_gradients, warn_of_unused
-from diffusers_adjoint.trainer.host import _require_fsdp2
+from diffusers_adjoint.trainer.parallel import require_fsdp2
 
 SCALED = {sd15: "cross_attention_kwargs", sd3: "joint_attention_kwargs"}
 REFUSAL = "with gradient checkpointing.*leave a LoRA scale out of pipeline_kwargs and set lora_alpha instead, or train without"
@@ -197,7 +197,7 @@ def test_fsdp_s_own_checkpointing_is_refused():
     """It is put into the network after the comparison."""
     plugin = SimpleNamespace(fsdp_version=2, cpu_ram_efficient_loading=False, activation_checkpointing=True)
     with pytest.raises(ValueError, match="fsdp_activation_checkpointing.*pass false, and gradient_checkpointing=True."):
-        _require_fsdp2(plugin)
+        require_fsdp2(plugin)
 
 
 # ------------------------------------------------------------------------------------------------------- tensors without gradient

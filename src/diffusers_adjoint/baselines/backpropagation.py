@@ -15,6 +15,7 @@ from ..config import AdjointMatchingConfig
 from ..core.control_cost import discrete_adjoint
 from ..core.matching import LossSteps, bounded, noisy_steps
 from ..objectives.papers import ADJOINT_MATCHING, Paper
+from ..trainer.parallel import synchronised
 from ..trainer.regress import bounded_paths, zero_unless
 from ..trainer.reward_trainer import RewardTrainer
 from ..trainer.scoring import ScoredImages
@@ -106,7 +107,7 @@ class RewardBackpropagationTrainer(RewardTrainer):
             keep = self.require_images(keep & scored[0].usable & bounded(costs.detach()))  # one left out stays out
             return torch.where(keep, costs, 0.0).mean() * chain.share
 
-        synchronised, first = self._synchronised(model), steps.indices[0]
+        step, first = synchronised(self.accelerator, model), steps.indices[0]
         with self._progress("chain", 2 * len(path)):
             found = discrete_adjoint(
                 chain.mean_of(model),
@@ -116,7 +117,7 @@ class RewardBackpropagationTrainer(RewardTrainer):
                 steps=steps.indices,
                 weigh=weigh,
                 backward=self._backward,
-                around=lambda k: synchronised(k == first),
+                around=lambda k: step(k == first),
             )
         self.record(scored[0], found.kl, keep)
         self._end_micro_batch(model, chain, scored[0])

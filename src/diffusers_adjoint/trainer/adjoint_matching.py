@@ -17,6 +17,7 @@ from ..core.matching import LossSteps, choose_loss_steps
 from ..model.chain import PipelineChain
 from ..model.randomness import Stream, seeded_generator
 from ..objectives import Objective, Targets
+from .parallel import synchronised
 from .regress import regress
 from .reward_trainer import RewardTrainer
 
@@ -92,7 +93,7 @@ class AdjointMatchingTrainer(RewardTrainer):
             loss_clip=self.args.loss_clip,
             require=self.require_images,
             backward=self._backward,
-            synchronised=self._synchronised(model),
+            synchronised=synchronised(self.accelerator, model),
         )
         self.record(targets.scored, fit.kl, fit.keep)
         return fit.loss

@@ -7,14 +7,13 @@ import copy
 import math
 import time
 import uuid
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.utils import DynamoBackend, save_fsdp_optimizer
+from accelerate.utils import save_fsdp_optimizer
 from torch import Tensor, nn
-from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.distributed.tensor import DTensor
 from tqdm.auto import tqdm
 from transformers import TrainerControl, TrainerState
@@ -48,8 +47,9 @@ from .checkpoint import (
 )
 from .checks import require_prompts
 from .evaluation import evaluate_rows
-from .interrupt import SaveOnInterrupt
+from .interrupt import interruptible
 from .lock import only_trainer
+from .parallel import compile_networks, require_fsdp2, round_in_network_alone
 from .publishing import PublishingTrainer
 from .run_record import RunFacts, RunRecord, adapter_facts, facts_to_go_on, settings_of, versions
 from .sample_log import SampleLog, summarise
@@ -89,46 +89,15 @@ class PipelineTrainer(PublishingTrainer):
     def create_accelerator_and_postprocess(self) -> None:
         """The host's, then what compilation and FSDP must do otherwise for a network inside a pipeline."""
         super().create_accelerator_and_postprocess()
-        self._compile_network()
+        compile_networks(self.denoiser, self.args, self.accelerator)
         if self.is_fsdp_enabled:
             plugin = self.accelerator.state.fsdp_plugin
-            _require_fsdp2(plugin)
-            # Its own mixed precision would round states and step means, not only what the network computes.
-            if self.accelerator.mixed_precision != "no":
-                plugin.mixed_precision_policy = MixedPrecisionPolicy()
-                self.denoiser.forward = self._with_autocast(self.denoiser.forward)  # type: ignore[method-assign]
-
-    def _synchronised(self, model: nn.Module) -> Callable[[bool], contextlib.AbstractContextManager[None]]:
-        """`last` → the context of one evaluation and its backward pass: processes average with an update's last one only."""
-        ends_update = self.accelerator.gradient_state.sync_gradients
-
-        @contextlib.contextmanager
-        def step(last: bool) -> Iterator[None]:
-            self.accelerator.gradient_state._set_sync_gradients(ends_update and last)  # DeepSpeed steps in a backward pass
-            with contextlib.nullcontext() if last else self.accelerator.no_sync(model):
-                yield
-
-        return step
+            require_fsdp2(plugin)
+            round_in_network_alone(self.denoiser, plugin, self.accelerator)
 
     def _backward(self, loss: Tensor) -> None:
         """The host's, of a loss that has its share of the update already."""
         self.accelerator.backward(loss, **({"scale_wrt_gas": False} if self.is_deepspeed_enabled else {}))
-
-    def _compile_network(self) -> None:
-        """`torch_compile` for the network alone: the host would compile the pipeline's own code around it."""
-        if not self.args.torch_compile:
-            return
-        self.accelerator.state.dynamo_plugin.backend = DynamoBackend.NO
-        for network in (self.denoiser.network, self.denoiser.frozen):
-            if network is not None:
-                network.compile(backend=self.args.torch_compile_backend, mode=self.args.torch_compile_mode)
-
-    def _with_autocast(self, forward: Callable[..., Tensor]) -> Callable[..., Tensor]:
-        def inner(*args: Any, **kwargs: Any) -> Tensor:
-            with self.accelerator.autocast():
-                return forward(*args, **kwargs)
-
-        return inner
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
         """Of all processes: under FSDP, older torch makes a number of this process's share, and that would be logged."""
@@ -293,24 +262,12 @@ class PipelineTrainer(PublishingTrainer):
                 self._probe_before_training()
         self._clock = (time.perf_counter(), self.denoiser.evaluations)
         self._evaluated, self._updates = None, UpdateCount()
-        with self._interruptible():
+        with interruptible(self) if self.args.save_on_interrupt else contextlib.nullcontext():
             output = super().train(checkpoint, trial, ignore_keys_for_eval)
         if self._finished:  # the host's mean over no update is 0, which looks like a loss
             return output._replace(training_loss=math.nan, metrics=output.metrics | {"train_loss": math.nan})
         self._updates.require_one(self.state, self._images_of_an_update)
         return output
-
-    @contextlib.contextmanager
-    def _interruptible(self) -> Iterator[None]:
-        if not self.args.save_on_interrupt:
-            yield
-            return
-        with SaveOnInterrupt(self.accelerator) as interrupt:
-            self.add_callback(interrupt)
-            try:
-                yield
-            finally:
-                self.remove_callback(interrupt)
 
     @property
     def _images_of_an_update(self) -> int:
@@ -539,12 +496,3 @@ def _finite_norm(tensors: list[Tensor], order: float) -> bool:
     """The same on every process, of tensors that are equal there or divided among them."""
     norm = nn.utils.get_total_norm(tensors, norm_type=order)
     return bool((norm.full_tensor() if isinstance(norm, DTensor) else norm).isfinite())
-
-
-def _require_fsdp2(plugin: Any) -> None:
-    if plugin.fsdp_version != 2:
-        raise ValueError(f"FSDP version {plugin.fsdp_version} is not supported; pass fsdp_version: 2.")
-    if plugin.cpu_ram_efficient_loading:  # the host would leave the pipeline's other networks empty on all processes but one
-        raise ValueError("fsdp_cpu_ram_efficient_loading does not know of pipelines; pass false.")
-    if plugin.activation_checkpointing:  # put in after the check of checkpointed gradients at the start
-        raise ValueError("fsdp_activation_checkpointing cannot be checked; pass false, and gradient_checkpointing=True.")

@@ -11,10 +11,10 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from transformers import TrainerCallback, TrainerControl
+from transformers import Trainer, TrainerCallback, TrainerControl
 from transformers.utils import logging
 
-__all__ = ["SaveOnInterrupt", "exit_on_sigterm"]
+__all__ = ["SaveOnInterrupt", "exit_on_sigterm", "interruptible"]
 
 logger = logging.get_logger(__name__)
 
@@ -72,6 +72,17 @@ class SaveOnInterrupt(TrainerCallback):
             )
         if self._acted_on:
             raise SystemExit(128 + self._acted_on)
+
+
+@contextmanager
+def interruptible(trainer: Trainer) -> Iterator[None]:
+    """`SaveOnInterrupt` around a trainer's training, as one of its callbacks."""
+    with SaveOnInterrupt(trainer.accelerator) as interrupt:
+        trainer.add_callback(interrupt)
+        try:
+            yield
+        finally:
+            trainer.remove_callback(interrupt)
 
 
 @contextmanager

@@ -1,0 +1,64 @@
+"""What several devices, and compilation, need otherwise for a network inside a pipeline than for a model of its own."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from accelerate import Accelerator
+from accelerate.utils import DynamoBackend
+from torch import Tensor, nn
+from torch.distributed.fsdp import MixedPrecisionPolicy
+
+from ..config import AdjointMatchingConfig
+from ..model.denoiser import PipelineDenoiser
+
+__all__ = ["compile_networks", "require_fsdp2", "round_in_network_alone", "synchronised"]
+
+
+def compile_networks(denoiser: PipelineDenoiser, args: AdjointMatchingConfig, accelerator: Accelerator) -> None:
+    """`torch_compile` for the trained network and its frozen copy: the host would compile the pipeline's code around them."""
+    if not args.torch_compile:
+        return
+    accelerator.state.dynamo_plugin.backend = DynamoBackend.NO
+    for network in (denoiser.network, denoiser.frozen):
+        if network is not None:
+            network.compile(backend=args.torch_compile_backend, mode=args.torch_compile_mode)
+
+
+def require_fsdp2(plugin: Any) -> None:
+    """Raise ValueError for settings of accelerate's FSDP plugin that do not go with a pipeline."""
+    if plugin.fsdp_version != 2:
+        raise ValueError(f"FSDP version {plugin.fsdp_version} is not supported; pass fsdp_version: 2.")
+    if plugin.cpu_ram_efficient_loading:  # the host would leave the pipeline's other networks empty on all processes but one
+        raise ValueError("fsdp_cpu_ram_efficient_loading does not know of pipelines; pass false.")
+    if plugin.activation_checkpointing:  # put in after the check of checkpointed gradients at the start
+        raise ValueError("fsdp_activation_checkpointing cannot be checked; pass false, and gradient_checkpointing=True.")
+
+
+def round_in_network_alone(denoiser: PipelineDenoiser, plugin: Any, accelerator: Accelerator) -> None:
+    """Mixed precision under FSDP: its own would round states and step means, not only what the network computes."""
+    if accelerator.mixed_precision == "no":
+        return
+    plugin.mixed_precision_policy = MixedPrecisionPolicy()
+    forward: Callable[..., Tensor] = denoiser.forward
+
+    def inner(*args: Any, **kwargs: Any) -> Tensor:
+        with accelerator.autocast():
+            return forward(*args, **kwargs)
+
+    denoiser.forward = inner  # type: ignore[method-assign]
+
+
+def synchronised(accelerator: Accelerator, model: nn.Module) -> Callable[[bool], contextlib.AbstractContextManager[None]]:
+    """`last` → the context of one evaluation and its backward pass: processes average with an update's last one only."""
+    ends_update = accelerator.gradient_state.sync_gradients
+
+    @contextlib.contextmanager
+    def step(last: bool) -> Iterator[None]:
+        accelerator.gradient_state._set_sync_gradients(ends_update and last)  # DeepSpeed steps in a backward pass
+        with contextlib.nullcontext() if last else accelerator.no_sync(model):
+            yield
+
+    return step
