@@ -165,6 +165,28 @@ def test_no_function_is_long() -> None:
     assert {source.name: long for source in SOURCES if (long := long_functions(ast.parse(source.read_text("utf-8")), 40))} == {}
 
 
+def private_state(tree: ast.AST) -> Iterator[tuple[str, str]]:
+    """(attribute, trainer's class) of all that begin with "_" and that the class declares, or sets on itself."""
+    for owner in ast.walk(tree):
+        if isinstance(owner, ast.ClassDef) and owner.name.endswith("Trainer"):
+            targets = [getattr(node, "targets", [getattr(node, "target", None)])[0] for node in owner.body]
+            names = {target.id for target in targets if isinstance(target, ast.Name)}
+            stored = [node for node in ast.walk(owner) if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store)]
+            names |= {node.attr for node in stored if ast.unparse(node.value) == "self"}
+            yield from ((name, owner.name) for name in names if name.startswith("_"))
+
+
+def test_the_state_of_a_trainer_has_one_owner() -> None:
+    tree = ast.parse("class ATrainer:\n _a: int\n _b = 0\n\n def f(self):\n  self._c, self.d, self._e.f = 1, 2, 3\n")
+    assert sorted(private_state(tree)) == [("_a", "ATrainer"), ("_b", "ATrainer"), ("_c", "ATrainer")]
+    owners: dict[str, set[str]] = {}
+    for source in SOURCES:
+        for name, owner in private_state(ast.parse(source.read_text(encoding="utf-8"))):
+            owners.setdefault(name, set()).add(owner)
+    assert "_counts" in owners
+    assert {name: classes for name, classes in owners.items() if len(classes) > 1} == {}
+
+
 def swallowed(tree: ast.AST) -> list[int]:
     """Lines of the handlers that do nothing with what they caught."""
     handlers = [node for node in ast.walk(tree) if isinstance(node, ast.ExceptHandler)]

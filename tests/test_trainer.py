@@ -16,13 +16,14 @@ from transformers import TrainerCallback, TrainingArguments
 
 import diffusers_adjoint.trainer.adjoint_matching
 import diffusers_adjoint.trainer.regress
-import diffusers_adjoint.trainer.reward_trainer
+import diffusers_adjoint.trainer.sample_log
 from diffusers_adjoint import AdjointMatchingTrainer, LossSteps, Trajectory, choose_loss_steps, clip_loss, lean_adjoint
 from diffusers_adjoint.core.matching import path_kl
 from diffusers_adjoint.model.chain import PipelineChain
 from diffusers_adjoint.model.randomness import Stream, seeded_generator, stacked_noise
 from diffusers_adjoint.rewards import WeightedReward
 from diffusers_adjoint.trainer.regress import regress
+from diffusers_adjoint.trainer.updates import Updates
 
 
 def weights_after_updates(trainer):
@@ -466,6 +467,14 @@ def test_a_gradient_that_is_no_number_skips_the_update(tmp_path):
     trainer.train()
     assert difference(seen[0], seen[1]) == 0.0
     assert difference(seen[1], seen[2]) > 0 and all(p.isfinite().all() for p in seen[2].values())
+    model = torch.nn.Linear(2, 1)
+    model(torch.ones(1, 2)).sum().backward()
+    updates = Updates(trainer.accelerator)
+    assert not updates.can_step(model)  # no image trains
+    updates.keep(torch.tensor([True, False]))
+    assert updates.can_step(model)
+    model.weight.grad[0, 1] = torch.nan
+    assert not updates.can_step(model)
 
 
 def test_a_flat_reward_is_told(tmp_path, caplog):
@@ -534,7 +543,7 @@ def test_logged_kl_is_the_path_kl_of_the_rollouts(tmp_path):
 def test_the_tilt_is_announced_once_from_all_images_of_the_first_update(tmp_path, monkeypatch):
     announced = []
     monkeypatch.setattr(
-        diffusers_adjoint.trainer.reward_trainer, "announce_tilt", lambda scale, rewards: announced.append((scale, rewards))
+        diffusers_adjoint.trainer.sample_log, "announce_tilt", lambda scale, rewards: announced.append((scale, rewards))
     )
     options = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 4, "num_generations": 2}
     make_trainer(tmp_path, rows=PROMPTS * 2, **options).train()

@@ -1,13 +1,13 @@
-"""What `transformers.Trainer` must be told about a diffusers pipeline: devices, batches, saving, resuming, evaluation."""
+"""The base trainer: what `transformers.Trainer` must be told about a pipeline, whatever the loss."""
 
 from __future__ import annotations
 
 import contextlib
 import copy
 import math
-import time
 import uuid
 from collections.abc import Collection, Iterator
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -30,10 +30,8 @@ from ..model.devices import text_encoders_on
 from ..model.fingerprint import base_fingerprint
 from ..model.lora import ADAPTER, WEIGHTS_NAME, load_lora, save_lora
 from ..model.sharding import from_first_process, spread_like, whole_network
-from ..pictures.grid import image_grid, save_grid
-from ..pictures.pixels import drawable
 from ..pictures.samples import SampleImages
-from ..pictures.trackers import spare_training, to_trackers, warn_if_lost
+from ..pictures.trackers import spare_training, warn_if_lost
 from .checkpoint import (
     checkpoint_to_resume,
     discard_leftovers,
@@ -46,6 +44,7 @@ from .checkpoint import (
     whole_folder,
 )
 from .checks import require_prompts
+from .counts import Counts
 from .evaluation import evaluate_rows
 from .interrupt import interruptible
 from .lock import only_trainer
@@ -53,7 +52,8 @@ from .parallel import compile_networks, require_fsdp2, round_in_network_alone
 from .publishing import PublishingTrainer
 from .run_record import RunFacts, RunRecord, adapter_facts, facts_to_go_on, settings_of, versions
 from .sample_log import SampleLog, summarise
-from .updates import UpdateCount
+from .shown import show
+from .updates import require_finite_weights
 
 __all__ = ["PipelineTrainer"]
 
@@ -61,23 +61,23 @@ logger = logging.get_logger(__name__)
 
 
 class PipelineTrainer(PublishingTrainer):
-    """A `Trainer` of a pipeline's denoiser that knows no loss: the habits of the host, kept for another kind of model."""
+    """Base trainer for a diffusers denoiser: devices, batches, checkpoints, resuming, evaluation. Subclasses define the loss.
+
+    The state of a training has three owners besides the host's `state`: `_counts` is what this call of `train` has counted, made
+    anew here and filled by subclasses; `_shown` the pictures of the last rollout and evaluation; `_run` and `_finished` which run
+    this is. What concerns the Hub alone is in `PublishingTrainer`.
+    """
 
     control: TrainerControl
-    guidance: Guidance
-    _clock: tuple[float, int] = (0.0, 0)  # seconds and evaluations at the last log; set at the start of training
-    _updates: UpdateCount  # of this call of `train`
-    _dropped = False  # the update under way
-    _scale = 1.0  # of the gradient scaler, before the optimizer's step
-    _run_facts: RunFacts  # from the start of training on
-    _run_id: str | None = None
-    _constant: tuple[str, str | None] | None = None  # fingerprint of the base, and the class of an optimizer that the user made
-    _finished = False  # whether the checkpoint that training starts from has all its updates
-    _columns: Collection[str] = ()  # of the first row; set at the start of training
+    guidance: Guidance  # set by a subclass's constructor before it calls this one
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         spare_training(self.callback_handler.callbacks)
+        self._counts = Counts(self.accelerator, self.denoiser)
+        self._run: RunFacts | None = None  # that the last call of `train` began, or went on with
+        self._finished = False  # whether the checkpoint that training starts from has all its updates
+        self._columns: Collection[str] = ()  # of the first row; known from the start of training on
 
     def add_callback(self, callback: Any) -> None:
         """The host's; what a tracker cannot write is a warning."""
@@ -140,7 +140,7 @@ class PipelineTrainer(PublishingTrainer):
                 is NaN or infinite; what lies in the folder stays as it is.
         """
         self.denoiser.state.require_adapter()
-        self._require_finite_weights()
+        require_finite_weights(self.denoiser.network, self.state.global_step + self.is_in_train)
         with whole_files(Path(output_dir or self.args.output_dir), self.args.should_save, self._wait) as partial:
             if self.denoiser.base_adapters is not None:
                 self._write_weights(partial)
@@ -176,6 +176,7 @@ class PipelineTrainer(PublishingTrainer):
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         """The host's checkpoint, except that a folder `checkpoint-N` is whole or absent, and that the weights are ours."""
         self.denoiser.state.require_adapter()
+        assert self._run is not None  # checkpoints are written within `train` only
         run_dir = Path(self._get_output_dir(trial=trial))
         folder = run_dir / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
         self._find_best(run_dir, written=folder)
@@ -189,7 +190,7 @@ class PipelineTrainer(PublishingTrainer):
                 self._write_state(partial)
             self._wait()  # for the files of the other processes
             if self.args.should_save:
-                RunRecord.write(partial, self._run_facts, after=last_written(run_dir))
+                RunRecord.write(partial, self._run, after=last_written(run_dir))
         if self.args.push_to_hub:
             self._push_from_checkpoint(str(folder))
         if self.args.should_save:
@@ -202,12 +203,12 @@ class PipelineTrainer(PublishingTrainer):
             written: the checkpoint that is being written.
         """
         best = run_dir / f"{PREFIX_CHECKPOINT_DIR}-{self.state.best_global_step}"
-        if best == written or is_of(best, self._run_facts.run):
+        if best == written or (self._run is not None and is_of(best, self._run.run)):
             self.state.best_model_checkpoint = str(best)
 
     def newest_checkpoint(self) -> Path | None:
         """The last one that this run has written, before an interruption too; `None` if there is none."""
-        return None if self._run_id is None else newest_of(Path(self.args.output_dir), self._run_id)
+        return None if self._run is None else newest_of(Path(self.args.output_dir), self._run.run)
 
     def _write_state(self, folder: Path) -> None:
         """Progress, and what the callbacks want to remember."""
@@ -253,20 +254,18 @@ class PipelineTrainer(PublishingTrainer):
             folder = checkpoint_to_resume(resume_from_checkpoint, run_dir, needed)
             return folder, facts if folder is None else facts_to_go_on(Path(folder), facts)
 
-        checkpoint, self._run_facts = from_first_process(choose)
-        self._run_id = self._run_facts.run
+        checkpoint, self._run = from_first_process(choose)
         self._finished = checkpoint is not None and self._has_all_updates(Path(checkpoint))
         if not self._finished:  # otherwise nothing is evaluated
-            self._check_before_training()
+            self._columns = self._check_before_training()
             if checkpoint is None and self.state.global_step == 0:  # else it is the base no more, and was probed before
                 self._probe_before_training()
-        self._clock = (time.perf_counter(), self.denoiser.evaluations)
-        self._evaluated, self._updates = None, UpdateCount()
+        self._counts, self._shown.evaluated = Counts(self.accelerator, self.denoiser), None
         with interruptible(self) if self.args.save_on_interrupt else contextlib.nullcontext():
             output = super().train(checkpoint, trial, ignore_keys_for_eval)
         if self._finished:  # the host's mean over no update is 0, which looks like a loss
             return output._replace(training_loss=math.nan, metrics=output.metrics | {"train_loss": math.nan})
-        self._updates.require_one(self.state, self._images_of_an_update)
+        self._counts.updates.count.require_one(self.state, self._images_of_an_update)
         return output
 
     @property
@@ -277,14 +276,21 @@ class PipelineTrainer(PublishingTrainer):
 
     def _facts(self) -> RunFacts:
         """Of a new run with this network and these settings."""
-        network, base_adapters = self.denoiser.network, self.denoiser.base_adapters
-        if self._constant is None:  # later FSDP has divided the weights, and accelerate has wrapped the optimizer
-            base = base_fingerprint(network if self.denoiser.frozen is None else self.denoiser.frozen, base_adapters)
-            self._constant = base, type(self.optimizer).__name__ if self.optimizer is not None else None
-        base, optimizer = self._constant
-        adapter = None if base_adapters is None else adapter_facts(network.peft_config[ADAPTER].to_dict())
+        base, optimizer = self._base_and_optimizer
+        lora = self.denoiser.base_adapters is not None
+        adapter = adapter_facts(self.denoiser.network.peft_config[ADAPTER].to_dict()) if lora else None
         settings = settings_of(self.args, type(self).__name__, optimizer, self.reward.names)
         return RunFacts(uuid.uuid4().hex, settings, adapter, base, versions())
+
+    @cached_property
+    def _base_and_optimizer(self) -> tuple[str, str | None]:
+        """Fingerprint of the base, and the class of an optimizer that the user made.
+
+        As the first call of `train` finds them: later FSDP has divided the weights, and accelerate has wrapped the optimizer.
+        """
+        base = self.denoiser.network if self.denoiser.frozen is None else self.denoiser.frozen
+        optimizer = None if self.optimizer is None else type(self.optimizer).__name__
+        return base_fingerprint(base, self.denoiser.base_adapters), optimizer
 
     def _has_all_updates(self, checkpoint: Path) -> bool:
         """Whether a run that goes on from here is over."""
@@ -356,10 +362,12 @@ class PipelineTrainer(PublishingTrainer):
         from_first_process(lambda: require_whole(folder, self._weights_name))
         self._load_from_checkpoint(str(folder))
 
-    def _check_before_training(self) -> None:
+    def _check_before_training(self) -> Collection[str]:
+        """A subclass's checks, before any rollout; returns the names of the first row's columns, which all rows must have."""
         raise NotImplementedError
 
     def _probe_before_training(self) -> None:
+        """What a subclass measures on the base, where training starts from it."""
         raise NotImplementedError
 
     # ------------------------------------------------------------------------------------------------------------ evaluation
@@ -393,11 +401,10 @@ class PipelineTrainer(PublishingTrainer):
             parts = {key: part if eval_dataset is not None else key for key, part in dataset.items()}
             evaluations = [self.evaluate(part, ignore_keys, f"{metric_key_prefix}_{key}") for key, part in parts.items()]
             return {name: value for metrics in evaluations for name, value in metrics.items()}
-        samples, self._evaluated = self.measure(dataset)
+        samples, self._shown.evaluated = self.measure(dataset)
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in summarise(samples).items()}
         self.log(metrics)
-        if self._evaluated is not None:
-            self._show(metric_key_prefix, self._evaluated)
+        self._show(metric_key_prefix, self._shown.evaluated)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
@@ -431,13 +438,6 @@ class PipelineTrainer(PublishingTrainer):
             first += rows
         return samples.drain(), pictures
 
-    def _rate(self) -> float:
-        """Denoiser evaluations a second since the last log, one an image and step, all processes."""
-        now, count = time.perf_counter(), self.denoiser.evaluations
-        then, before = self._clock
-        self._clock = (now, count)
-        return (count - before) / (now - then) * self.args.world_size
-
     @property
     def _shows_progress(self) -> bool:
         return not self.args.disable_tqdm and self.is_local_process_zero()
@@ -446,53 +446,7 @@ class PipelineTrainer(PublishingTrainer):
         """They are on the device only while prompts are encoded, if asked so."""
         return text_encoders_on(self.pipeline, self.args.device) if self.args.offload_text_encoders else contextlib.nullcontext()
 
-    def _show(self, name: str, pictures: SampleImages) -> None:
-        """A grid in `output_dir/samples/` and in the trackers."""
-        if not (self.args.log_images and self.is_world_process_zero() and drawable(pictures.images)):
-            return
-        grid, step = image_grid(pictures), self.state.global_step
-        with warn_if_lost(f"samples/{name}-{step:06d}.png could not be written"):
-            save_grid(grid, Path(self.args.output_dir) / "samples", name, step)
-        to_trackers(self.callback_handler.callbacks, grid, f"{name}/samples", step)
-
-    def _gradient_is_finite(self, model: nn.Module) -> bool:
-        """Whether the weights survive this update; with a gradient scaler, which looks itself, `True`."""
-        gradients = [p.grad for p in model.parameters() if p.grad is not None]
-        return self.accelerator.scaler is not None or _finite_norm(gradients, 2.0)  # an optimizer squares them
-
-    def _require_finite_weights(self) -> None:
-        """Raise ValueError, on every process, if a trained weight is NaN or infinite."""
-        if not _finite_norm([p.detach() for p in self.denoiser.network.parameters() if p.requires_grad], torch.inf):
-            raise ValueError(
-                f"weights are NaN or infinite after update {self.state.global_step + self.is_in_train} and are not saved; lower "
-                f"learning_rate, and start again or from a checkpoint, where they are finite."
-            )
-
-    def _note_scale(self) -> None:
-        if self.accelerator.scaler is not None:
-            self._scale = self.accelerator.scaler.get_scale()
-
-    def _step_was_skipped(self) -> bool:
-        """Whether the optimizer has not moved, because a gradient overflowed in mixed precision."""
-        if self.accelerator.scaler is None:
-            return bool(self.accelerator.optimizer_step_was_skipped)
-        # accelerate does not notice where a fused optimizer skips its step itself; the scale falls in any case.
-        return bool(self.accelerator.scaler.get_scale() < self._scale)
-
-    def _drop_gradients(self, model: nn.Module) -> None:
-        """Make the coming step of the optimizer do nothing."""
-        self._dropped = True
-        if self.is_world_process_zero():
-            logger.warning(f"update {self.state.global_step + 1} is skipped: rewards or gradients are NaN or infinite.")
-        if self.accelerator.scaler is None:
-            model.zero_grad()
-        else:  # it insists on gradients, and skips the step itself when one overflows
-            for parameter in model.parameters():
-                if parameter.grad is not None:
-                    parameter.grad.fill_(torch.inf)
-
-
-def _finite_norm(tensors: list[Tensor], order: float) -> bool:
-    """The same on every process, of tensors that are equal there or divided among them."""
-    norm = nn.utils.get_total_norm(tensors, norm_type=order)
-    return bool((norm.full_tensor() if isinstance(norm, DTensor) else norm).isfinite())
+    def _show(self, name: str, pictures: SampleImages | None) -> None:
+        """A grid in `output_dir/samples/` and in the trackers, where `log_images` asks for it and there are pictures."""
+        if self.args.log_images and self.is_world_process_zero() and pictures is not None:
+            show(pictures, name, self.state.global_step, Path(self.args.output_dir), self.callback_handler.callbacks)

@@ -1,4 +1,4 @@
-"""What `transformers.Trainer` must be told to publish a diffusers pipeline: the card, and which files go to the Hub."""
+"""The base trainer's share of the Hub: the model card, the samples on it, and which files are uploaded."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import contextlib
 from pathlib import Path
 from typing import Any
 
-import torch
 from accelerate.utils import broadcast_object_list
 from diffusers import DiffusionPipeline
 from huggingface_hub import CommitOperationAdd, HfApi
@@ -25,22 +24,26 @@ from ..pictures.trackers import warn_if_lost
 from ..replay import PipelineReplay
 from ..rewards import WeightedReward
 from .run_record import RECORD_NAME, rehashed
+from .shown import Shown
 
 __all__ = ["PublishingTrainer"]
 
 
 class PublishingTrainer(Trainer):
-    """A `Trainer` whose model is a pipeline's denoiser, as far as the Hub is concerned."""
+    """Base trainer that publishes a diffusers pipeline: it writes the card and uploads the files. Subclasses train it."""
 
     args: AdjointMatchingConfig
+    # A subclass's constructor sets these before it calls this one.
     pipeline: DiffusionPipeline
     replay: PipelineReplay
     denoiser: PipelineDenoiser
     reward: WeightedReward
     method: Method
-    push_in_progress: Any = None
-    _pictures: SampleImages | None = None  # of the last rollout
-    _evaluated: SampleImages | None = None  # of the last evaluation
+    push_in_progress: Any = None  # the host sets it only when it makes a repository
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._shown = Shown()  # a subclass fills it
 
     def create_model_card(
         self, model_name: str | None = None, dataset_name: str | None = None, tags: str | list[str] | None = None, **kwargs: Any
@@ -60,7 +63,7 @@ class PublishingTrainer(Trainer):
     def _card_facts(
         self, model_name: str | None, dataset_name: str | None, tags: str | list[str] | None
     ) -> tuple[CardFacts, SampleImages]:
-        samples = self._evaluated or self._pictures or SampleImages(torch.zeros(0, 3, 1, 1), [], torch.zeros(0))
+        samples = self._shown.for_card()
         takes_prompt = self.replay.arguments.takes_prompt
         row = samples.row or collate_columns([first_row(self.train_dataset, "train_dataset", takes_prompt)])
         facts = card_facts(

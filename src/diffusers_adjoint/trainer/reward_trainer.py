@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from functools import partial
 from typing import Any
 
@@ -49,9 +49,9 @@ from .gradients import require_checkpointing, require_gradients, warn_of_unused
 from .host import PipelineTrainer
 from .probe import first_rows, probe_base, sampler_differences, warn_of_differences, warn_of_distillation
 from .progress import progress
-from .sample_log import SampleLog, announce_memory, announce_tilt, exceeds_target, per_prompt, summarise
+from .sample_log import Target, announce_memory, per_prompt, summarise
 from .scoring import ScoredImages, score_images
-from .updates import AfterOptimizerStep, require_asked_for
+from .updates import AfterOptimizerStep, require_asked_for, require_finite_weights
 
 __all__ = ["RewardTrainer"]
 
@@ -126,7 +126,9 @@ class RewardTrainer(PipelineTrainer):
         )
         place(pipeline, args.device, args.offload_text_encoders)
         self.reward.to(args.device)
-        self._start_records()
+        self._target = Target()
+        self._idle_steps: list[int] = []  # of the trained network; found at the start of training
+        self._probed: dict[str, float] = {}  # what the probe measured, until it is logged
         self.add_callback(AfterOptimizerStep(self._judge_update))
 
     def method_of(self, args: AdjointMatchingConfig) -> Method:
@@ -136,21 +138,6 @@ class RewardTrainer(PipelineTrainer):
     def choose_steps(self) -> LossSteps:
         """The steps that carry the loss of the coming update, the same for all of its images."""
         raise NotImplementedError
-
-    def _start_records(self) -> None:
-        """What is remembered of the run; what an update or a call of `train` counts is in `_start_counts`."""
-        self._idle_steps: list[int] = []  # of the trained network; found at the start of training
-        self._probed: dict[str, float] = {}  # what the probe measured, until it is logged
-        self._target_kl: float | None = None  # as it was announced, nats
-        self._left_target = False  # and was told so
-        self._start_counts()
-
-    def _start_counts(self) -> None:
-        """For a call of `train`: forgets what one has left that an error has ended."""
-        self._samples = SampleLog()  # since the last log line
-        self._kept = torch.zeros((), device=self.args.device)  # images of this update, on this process, that train
-        self._dropped = False  # the update under way
-        self._gradients_checked = False
 
     # ------------------------------------------------------------------------------------------- parts of a training step
 
@@ -179,7 +166,7 @@ class RewardTrainer(PipelineTrainer):
         def score(end_point: Tensor) -> ScoredImages:
             if self.state.global_step == 0:
                 memory = [correlation(start, end) for start, end in zip(chain.start, end_point, strict=True)]
-                self._samples.add("memory", chain.start.new_tensor(memory))
+                self._counts.samples.add("memory", chain.start.new_tensor(memory))
             return score_images(end_point, chain, self.reward, self.args.reward_scale, differentiate=self.method.needs_gradient)
 
         return score
@@ -204,16 +191,17 @@ class RewardTrainer(PipelineTrainer):
         self._check_gradients()
         self._skip_empty_update(model)
         if self.is_world_process_zero():
-            self._pictures = SampleImages.first(self.args.num_images_to_log, scored.images, chain.columns, scored.rewards)
+            self._shown.trained = SampleImages.first(self.args.num_images_to_log, scored.images, chain.columns, scored.rewards)
         if self.state.global_step == 0:  # an evaluation shows the base, and only now are the rewards the base's
-            self._evaluated = None
+            self._shown.evaluated = None
             self._announce()
 
     def _check_gradients(self) -> None:
         """After the backward passes of the first update: name what would never learn, before the optimizer moves the rest."""
-        if self._gradients_checked or self.is_deepspeed_enabled:  # DeepSpeed keeps the gradients elsewhere
+        updates = self._counts.updates
+        if updates.gradients_checked or self.is_deepspeed_enabled:  # DeepSpeed keeps the gradients elsewhere
             return
-        self._gradients_checked = True
+        updates.gradients_checked = True
         trained = {name: p for name, p in self.denoiser.network.named_parameters() if p.requires_grad}
         reached = torch.tensor([p.grad is not None for p in trained.values()], dtype=torch.float, device=self.args.device)
         reached = self.accelerator.reduce(reached, reduction="sum")  # so that all processes say the same
@@ -224,20 +212,19 @@ class RewardTrainer(PipelineTrainer):
 
     def _skip_empty_update(self, model: nn.Module) -> None:
         """Without one image to learn from, an optimizer would still move, by its momentum and weight decay."""
-        self._note_scale()
-        kept = self.accelerator.reduce(self._kept, reduction="sum")
-        if kept == 0 or not self._gradient_is_finite(model):
-            if self.args.on_nonfinite == "raise":
-                raise ValueError("the gradient of the loss is NaN or infinite; mend the inputs, or pass on_nonfinite='skip'.")
-            self._drop_gradients(model)
+        updates = self._counts.updates
+        if updates.can_step(model):
+            return
+        if self.args.on_nonfinite == "raise":
+            raise ValueError("the gradient of the loss is NaN or infinite; mend the inputs, or pass on_nonfinite='skip'.")
+        if self.is_world_process_zero():
+            logger.warning(f"update {self.state.global_step + 1} is skipped: rewards or gradients are NaN or infinite.")
+        updates.drop(model)
 
     def _judge_update(self) -> None:
         """When the optimizer has moved, or not: count the update, and stop before weights that are no numbers are saved."""
-        self._require_finite_weights()
-        dropped = self._dropped or self._step_was_skipped()
-        self._samples.add("skipped", self._kept if dropped else torch.zeros_like(self._kept))  # the others are counted already
-        self._kept, self._dropped = torch.zeros_like(self._kept), False
-        self._updates.add(dropped)
+        require_finite_weights(self.denoiser.network, self.state.global_step + self.is_in_train)
+        self._counts.samples.add("skipped", self._counts.updates.end())  # the images left out are counted already
 
     def _progress(self, what: str, steps: int) -> contextlib.AbstractContextManager[None]:
         return progress(self.denoiser, f"update {self.state.global_step + 1}, {what}", steps, self._shows_progress)
@@ -253,20 +240,20 @@ class RewardTrainer(PipelineTrainer):
 
     # ---------------------------------------------------------------------------------------------- checks before training
 
-    def _check_before_training(self) -> None:
+    def _check_before_training(self) -> Collection[str]:
         """Pipeline, grid and rewards on one row, before any rollout."""
         require_known_metric(self.replay, self.guidance, self.reward, self.args, self.eval_dataset)
         require_asked_for(self.args, self.train_dataset)
         # Trainer switches it on too, but later: the check must not need more memory than training.
         if self.args.gradient_checkpointing:
             self.denoiser.gradient_checkpointing_enable()
-        self.check_first_row()
-        self._start_counts()
+        names = self.check_first_row()
         warn_of_given_start(self.replay)
+        return names
 
-    def check_first_row(self) -> None:
+    def check_first_row(self) -> Collection[str]:
+        """Raise ValueError if pipeline, grid or rewards fail on the first row; find the idle steps; return its columns' names."""
         columns = columns_to_check(self.train_dataset, self.eval_dataset, self.args, self.replay.arguments, self.reward)
-        self._columns = columns.keys()
         generators = self._generators(range(rows_of(columns)), Stream.START)
         with self._text_encoders():
             check_replay(self.replay, columns, generators, check_unguided=not self.guidance.loss)
@@ -279,6 +266,7 @@ class RewardTrainer(PipelineTrainer):
         if self.method.needs_gradient:
             warn_of_flat_rewards(scored.norms)
             warn_of_quantised_rewards(self.reward, scored.images, prompts_of(columns), without_prompt(columns))
+        return columns.keys()
 
     def _probe_before_training(self) -> None:
         """Images of the base: how far λ asks it to move, and whether training starts from what its users see.
@@ -301,51 +289,47 @@ class RewardTrainer(PipelineTrainer):
             )
         self._probed = probe.summary()
         if self.is_world_process_zero():
-            self._target_kl = announce_tilt(self.args.reward_scale, probe.rewards)
-            self._probed |= self._announced_target()  # for a run that is interrupted before a line of training
+            self._target.announce(self.args.reward_scale, probe.rewards)
+            self._probed |= self._target.logged(self.state.log_history)  # for a run that is interrupted before a line of training
             warn_of_differences(sampler_differences(probe), self.args.num_inference_steps)
 
     # ------------------------------------------------------------------------------------------------ logging, evaluation
 
     def record(self, scored: ScoredImages, kl: Tensor, keep: Tensor) -> None:
         """Into the next line of the log, and count the images that train."""
-        self._kept += keep.sum()
-        self._samples.add("reward", scored.rewards)
+        self._counts.updates.keep(keep)
+        samples = self._counts.samples
+        samples.add("reward", scored.rewards)
         for name, values in scored.values.items():
-            self._samples.add(f"rewards/{name}", values)
+            samples.add(f"rewards/{name}", values)
         # An image left out has no control; the mean skips NaN.
-        self._samples.add(kl_name(self.replay, self.guidance), torch.where(keep, kl, torch.nan))
+        samples.add(kl_name(self.replay, self.guidance), torch.where(keep, kl, torch.nan))
         if self.method.needs_gradient:
-            self._samples.add("adjoint_norm", torch.where(keep, scored.norms, torch.nan))
-        self._samples.add("skipped", (~keep).float())
+            samples.add("adjoint_norm", torch.where(keep, scored.norms, torch.nan))
+        samples.add("skipped", (~keep).float())
 
     def _announce(self) -> None:
         """After the first update, from all its images: what the end points remember and, without a probe, what λ asks for."""
-        rewards, memory = (self._samples.gathered(name, self.accelerator.gather) for name in ("reward", "memory"))
-        self._samples.forget("memory")
+        samples = self._counts.samples
+        rewards, memory = (samples.gathered(name, self.accelerator.gather) for name in ("reward", "memory"))
+        samples.forget("memory")
         if self.is_world_process_zero():
             if not self.args.probe_base:
-                self._target_kl = announce_tilt(self.args.reward_scale, per_prompt(rewards, self.args.num_generations))
+                self._target.announce(self.args.reward_scale, per_prompt(rewards, self.args.num_generations))
             announce_memory(memory[memory.isfinite()])
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Adds reward, reward_std, reward_std_between, rewards/<name>/mean, /std and /missing, kl or kl_unguided
         (nats), target_kl_estimate (nats), adjoint_norm, skipped, evaluations_per_second."""
         if "loss" in logs:
-            logs |= summarise(self._samples.drain(self.accelerator.gather), self.args.num_generations)
-            logs |= {"evaluations_per_second": self._rate()} | self._announced_target()
+            logs |= summarise(self._counts.samples.drain(self.accelerator.gather), self.args.num_generations)
+            logs |= {"evaluations_per_second": self._counts.rate.since_last()}
+            logs |= self._target.logged(self.state.log_history)
             if self.is_world_process_zero():
-                self._left_target = self._left_target or exceeds_target(logs)
+                self._target.watch(logs)
         super().log(logs, start_time)
-        if "loss" in logs and self._pictures is not None:
-            self._show("train", self._pictures)
-
-    def _announced_target(self) -> dict[str, float]:
-        """By its name in the log, where it is known; a resumed run knows it from there."""
-        if self._target_kl is None:
-            known = [line["target_kl_estimate"] for line in self.state.log_history if "target_kl_estimate" in line]
-            self._target_kl = known[-1] if known else None
-        return {} if self._target_kl is None else {"target_kl_estimate": self._target_kl}
+        if "loss" in logs:
+            self._show("train", self._shown.trained)
 
 
 def _denoiser_of(replay: PipelineReplay, peft_config: LoraConfig | None) -> PipelineDenoiser:

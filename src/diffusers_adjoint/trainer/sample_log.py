@@ -1,10 +1,10 @@
-"""Per-sample metrics between two log lines: kept as tensors, averaged over all samples and processes when logged."""
+"""Per-sample metrics between two log lines, averaged over samples and processes when logged; the target KL that they give."""
 
 from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -12,7 +12,7 @@ from transformers.utils import logging
 
 from ..metrics.estimate import between_prompt_std, within_prompt_std
 
-__all__ = ["SampleLog", "announce_memory", "announce_tilt", "exceeds_target", "summarise"]
+__all__ = ["SampleLog", "Target", "announce_memory", "announce_tilt", "exceeds_target", "per_prompt", "summarise"]
 
 logger = logging.get_logger(__name__)
 
@@ -117,6 +117,29 @@ def exceeds_target(logs: dict[str, float]) -> bool:
             f"learning_rate."
         )
     return bool(found)
+
+
+class Target:
+    """How far from the base training is to end, in nats, and whether the user was told that it went further."""
+
+    def __init__(self) -> None:
+        self._kl: float | None = None
+        self._left = False
+
+    def announce(self, reward_scale: float, rewards: Tensor) -> None:
+        """Estimate it by `announce_tilt`, which says so."""
+        self._kl = announce_tilt(reward_scale, rewards)
+
+    def logged(self, history: Sequence[dict[str, float]]) -> dict[str, float]:
+        """By its name in the log, where it is known; a resumed run knows it from its `history`, the lines before."""
+        if self._kl is None:
+            known = [line["target_kl_estimate"] for line in history if "target_kl_estimate" in line]
+            self._kl = known[-1] if known else None
+        return {} if self._kl is None else {"target_kl_estimate": self._kl}
+
+    def watch(self, line: dict[str, float]) -> None:
+        """Warn if a line of the log `exceeds_target`, once."""
+        self._left = self._left or exceeds_target(line)
 
 
 def announce_memory(correlations: Tensor) -> None:

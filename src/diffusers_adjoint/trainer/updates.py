@@ -1,4 +1,4 @@
-"""Whether training gets anywhere: the updates that were made, and those that were dropped."""
+"""Whether training gets anywhere: the update under way, the updates that were made, and those that were dropped."""
 
 from __future__ import annotations
 
@@ -6,12 +6,16 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from transformers import TrainerCallback, TrainerState
 from transformers.trainer_utils import has_length
 
 from ..config import AdjointMatchingConfig
 
-__all__ = ["AfterOptimizerStep", "UpdateCount", "require_asked_for"]
+__all__ = ["AfterOptimizerStep", "UpdateCount", "Updates", "require_asked_for", "require_finite_weights"]
 
 # As many as a gradient scaler of float16 needs from its first scale, 2¹⁶, down to 1, and some more. A reward that is missing for
 # every second image leaves so many single images out in a row once in a million updates.
@@ -54,6 +58,83 @@ class UpdateCount:
                 f"no update was made, because the train_dataset never gave the {images} images of one; add rows, or lower "
                 f"per_device_train_batch_size or gradient_accumulation_steps."
             )
+
+
+class Updates:
+    """The updates of one call of `train`: the one under way, and what became of those before it.
+
+    Args:
+        accelerator: sums over processes. Where it has a gradient scaler, in float16, that one looks itself whether gradients are
+            finite, and skips the optimizer's step where they are not.
+    """
+
+    def __init__(self, accelerator: Accelerator) -> None:
+        self.count = UpdateCount()
+        self.gradients_checked = False  # whether weights without a gradient were looked for, as after the first backward passes
+        self._accelerator = accelerator
+        self._kept = torch.zeros((), device=accelerator.device)  # images of the update under way, on this process, that train
+        self._dropped = False  # the update under way
+        self._scale = 1.0  # of the gradient scaler, before the optimizer's step
+
+    def keep(self, keep: Tensor) -> None:
+        """Count the images that train; `keep` has shape (B,), bool."""
+        self._kept += keep.sum()
+
+    def can_step(self, model: nn.Module) -> bool:
+        """Whether an image trains, on any process, and the weights survive the gradients; to be asked on all processes."""
+        scaler = self._accelerator.scaler
+        if scaler is not None:
+            self._scale = scaler.get_scale()
+        if self._accelerator.reduce(self._kept, reduction="sum") == 0:
+            return False
+        gradients = [p.grad for p in model.parameters() if p.grad is not None]
+        return scaler is not None or _finite_norm(gradients, 2.0)  # an optimizer squares them
+
+    def drop(self, model: nn.Module) -> None:
+        """Make the coming step of the optimizer do nothing."""
+        self._dropped = True
+        if self._accelerator.scaler is None:
+            model.zero_grad()
+        else:  # it insists on gradients, and skips the step itself when one overflows
+            for parameter in model.parameters():
+                if parameter.grad is not None:
+                    parameter.grad.fill_(torch.inf)
+
+    def end(self) -> Tensor:
+        """After the optimizer's step: count the update, and begin the next one.
+
+        Returns:
+            Images of this process that were kept for nothing, because the optimizer has not moved, 0-dimensional.
+
+        Raises:
+            ValueError: if it is the last of too many dropped ones without one that was made.
+        """
+        dropped, kept = self._dropped or self._step_was_skipped(), self._kept
+        self._kept, self._dropped = torch.zeros_like(kept), False
+        self.count.add(dropped)
+        return kept if dropped else torch.zeros_like(kept)
+
+    def _step_was_skipped(self) -> bool:
+        """Whether the optimizer has not moved, because a gradient overflowed in mixed precision."""
+        if self._accelerator.scaler is None:
+            return bool(self._accelerator.optimizer_step_was_skipped)
+        # accelerate does not notice where a fused optimizer skips its step itself; the scale falls in any case.
+        return bool(self._accelerator.scaler.get_scale() < self._scale)
+
+
+def _finite_norm(tensors: list[Tensor], order: float) -> bool:
+    """The same on every process, of tensors that are equal there or divided among them."""
+    norm = nn.utils.get_total_norm(tensors, norm_type=order)
+    return bool((norm.full_tensor() if isinstance(norm, DTensor) else norm).isfinite())
+
+
+def require_finite_weights(network: nn.Module, update: int) -> None:
+    """Raise ValueError, on every process, if a trained weight is NaN or infinite after this update."""
+    if not _finite_norm([p.detach() for p in network.parameters() if p.requires_grad], torch.inf):
+        raise ValueError(
+            f"weights are NaN or infinite after update {update} and are not saved; lower learning_rate, and "
+            f"start again or from a checkpoint, where they are finite."
+        )
 
 
 def require_asked_for(args: AdjointMatchingConfig, train_dataset: Any) -> None:

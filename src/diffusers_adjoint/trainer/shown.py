@@ -1,0 +1,48 @@
+"""The pictures that a trainer shows: those of its last rollout and of its last evaluation."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from transformers import TrainerCallback
+
+from ..pictures.grid import image_grid, save_grid
+from ..pictures.pixels import drawable
+from ..pictures.samples import SampleImages
+from ..pictures.trackers import to_trackers, warn_if_lost
+
+__all__ = ["Shown", "show"]
+
+
+@dataclass
+class Shown:
+    """The last pictures of each kind; no number depends on them.
+
+    Args:
+        trained: of the last rollout, on the main process.
+        evaluated: of the last evaluation; `None` until there is one, and again when a call of `train` begins and after the first
+            update of a run, since the earlier ones show another model.
+    """
+
+    trained: SampleImages | None = None
+    evaluated: SampleImages | None = None
+
+    def for_card(self) -> SampleImages:
+        """Those of the last evaluation rather than of training; without either, no images, shape (0, 3, 1, 1)."""
+        return self.evaluated or self.trained or SampleImages(torch.zeros(0, 3, 1, 1), [], torch.zeros(0))
+
+
+def show(pictures: SampleImages, name: str, step: int, folder: Path, callbacks: Sequence[TrainerCallback]) -> None:
+    """A grid as `folder`/samples/`name`-`step`.png and in the trackers among the callbacks; of sound, nothing.
+
+    What cannot be written is a warning.
+    """
+    if not drawable(pictures.images):
+        return
+    grid = image_grid(pictures)
+    with warn_if_lost(f"samples/{name}-{step:06d}.png could not be written"):
+        save_grid(grid, folder / "samples", name, step)
+    to_trackers(callbacks, grid, f"{name}/samples", step)
