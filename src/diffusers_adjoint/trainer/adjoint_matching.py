@@ -1,9 +1,9 @@
 """The Adjoint Matching trainer: a diffusers pipeline and a reward in, the same pipeline sampling p_base·exp(λr) out.
 
-chain   = prepare(prompts)                     x_0 and conditioning
-steps   = choose()                             which steps of the chain carry the loss
-targets = objective.targets(chain, steps, score)   states, and the shift of the mean that is wished for at each
-loss    = regress(model, chain, targets)       ½‖((μ^θ − μ^base) − δ)/s‖², one forward and one backward pass a point
+chain = prepare_chain(inputs)                        # prompts → x_0 and conditioning
+steps = choose_steps()                               # which steps of the chain carry the loss
+targets = objective.targets(chain, steps, score)     # states, and the shift δ of the mean that is wished for at each
+loss = regress(model, chain, targets)                # ½‖((μ^θ − μ^base) − δ)/s‖², one forward and backward pass a point
 """
 
 from __future__ import annotations

@@ -61,22 +61,7 @@ logger = logging.get_logger(__name__)
 class RewardTrainer(PipelineTrainer):
     """Base of the trainers that fine-tune a diffusers pipeline on a reward; a subclass defines `training_step`.
 
-    Args:
-        model: a pipeline, or the name or folder of one. Its denoiser is trained in place; its scheduler is left alone.
-        reward_funcs: callable(s) or module(s) `f(images=, prompts=, **columns) -> Tensor (B,)`, differentiable in `images`,
-            which are (B, 3, H, W) in [0, 1] (videos (B, F, 3, H, W), waveforms (B, …)). Modules are moved to the device; a
-            closure moves its own networks.
-        args: settings; defaults write to `<pipeline>-AdjointMatching`.
-        train_dataset: rows with a "prompt" column, if the pipeline takes prompts. Columns named like an argument of the
-            pipeline's `__call__` (negative_prompt, image, class_labels, …) are passed to it; all columns reach the rewards.
-            A `datasets.Dataset` or `IterableDataset`, a torch `Dataset` of dicts, or a list of prompts or dicts.
-        eval_dataset: rows for `evaluate()`, or a dict of several such datasets.
-        processing_class: unused, for the signature other trainers have; the pipeline brings its own tokenizers.
-        callbacks, optimizers: as in `transformers.Trainer`.
-        peft_config: LoRA on the denoiser; `None` trains all its weights against a frozen copy.
-
-    Raises:
-        TypeError, ValueError: for bad input, before any training, in one sentence.
+    Arguments and errors are those of [`AdjointMatchingTrainer`].
     """
 
     def __init__(
