@@ -21,7 +21,6 @@ def train(folder: str, batch: int, accumulation: int, way: str) -> tuple[RewardT
         optim="sgd",
         learning_rate=1e-3,
         max_grad_norm=0.0,
-        log_images=True,
         probe_base=True,
         **every_step(way, 2),
     )

@@ -269,7 +269,7 @@ CASES = {
     "guidance below 1": Case("guidance_scale=0.5", "pass 1", {"guidance_scale": 0.5}),
     "no generations": Case("num_generations=0", "at least 1", {"num_generations": 0}),
     "no image in evaluation": Case("num_generations_eval=0", "at least 1", {"num_generations_eval": 0}),
-    "no image to log": Case("num_images_to_log=0", "at least 1", {"num_images_to_log": 0}),
+    "no image to log": Case("num_images_to_log=-1", "pass 0 for none", {"num_images_to_log": -1}),
     "model_init_kwargs not a dict": Case("model_init_kwargs", "dict", {"model_init_kwargs": "float16"}, error=TypeError),
     "clip everything": Case("loss_clip=0.0", "positive", {"loss_clip": 0.0}),
     "pipeline_kwargs not a dict": Case("pipeline_kwargs", "dict", {"pipeline_kwargs": "height"}, error=TypeError),
@@ -279,7 +279,7 @@ CASES = {
     "half an image": Case("num_generations=2.5 is of type float", "a whole number", {"num_generations": 2.5}, error=TypeError),
     "optional number as text": Case("loss_clip='1'", "a number or None", {"loss_clip": "1"}, error=TypeError),
     "a bool for a number": Case("num_generations=True", "whole number", {"num_generations": True}, error=TypeError),
-    "text for a bool": Case("log_images='false' is of type str", "True or False", {"log_images": "false"}, error=TypeError),
+    "text for a bool": Case("probe_base='false' is of type str", "True or False", {"probe_base": "false"}, error=TypeError),
     "a number for text": Case("integrator=1 is of type int", "text or None", {"integrator": 1}, error=TypeError),
     "a number of the host as text": Case("max_steps='2' is of type str", "a whole number", {"max_steps": "2"}, error=TypeError),
     "an accumulation as text": Case(

@@ -47,7 +47,7 @@ logging_steps: 1
 save_strategy: "no"
 report_to: none
 use_cpu: true
-log_images: false
+num_images_to_log: 0
 """
 
 

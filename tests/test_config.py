@@ -109,11 +109,11 @@ def test_a_config_is_made_again_from_its_own_values(tmp_path):
 @pytest.mark.parametrize("reader", [HfArgumentParser, TrlParser])
 def test_a_recipe_and_a_command_line_are_text_that_becomes_numbers(tmp_path, reader):
     parser = reader(AdjointMatchingConfig)
-    options = {"reward_scale": "10", "num_generations": "2", "loss_clip": "3", "log_images": "false", "max_steps": "7"}
+    options = {"reward_scale": "10", "num_generations": "2", "loss_clip": "3", "probe_base": "false", "max_steps": "7"}
     words = ["--reward_weights", "1", "0.5"] + [word for name, value in options.items() for word in (f"--{name}", value)]
     (args,) = parser.parse_args_into_dataclasses(["--output_dir", str(tmp_path), "--use_cpu", "true", *words])
     assert (args.reward_scale, args.num_generations, args.reward_weights, args.loss_clip) == (10.0, 2, [1.0, 0.5], 3.0)
-    assert args.log_images is False and args.max_steps == 7
+    assert args.probe_base is False and args.max_steps == 7
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(
         f"output_dir: {tmp_path}\nuse_cpu: true\nreward_scale: 10\nreward_weights: [1, 2]\npipeline_kwargs: {{height: 64}}\n"

@@ -423,7 +423,7 @@ def test_it_goes_on_where_it_was_interrupted(here, monkeypatch):
 @pytest.mark.parametrize(
     "changes",
     [
-        *({"guidance": 2}, {"samples_per_prompt": 2}, {"kl_paths": 0}, {"integrator": "euler"}, {"dtype": "bfloat16"}),
+        *({"guidance": 2}, {"samples_per_prompt": 2}, {"kl_paths": 0}, {"dtype": "bfloat16"}),
         *(
             {"pipeline_kwargs": '{"max_sequence_length": 9}'},
             {"split": "test"},
@@ -736,7 +736,6 @@ def test_an_infinite_reward_is_no_missing_one():
         ({"diversity": "Fuzz"}, "diversity 'Fuzz' is none of "),
         ({"pipeline_kwargs": '{"prompt": "x"}'}, "pipeline_kwargs contains 'prompt'"),
         ({"reward_weights": [1, 2]}, "reward_weights has 2 entries for 1 reward functions"),
-        ({"integrator": "magic"}, "magic"),
     ],
 )
 def test_one_sentence_for_what_cannot_be_evaluated(here, capsys, options, message):

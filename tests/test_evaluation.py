@@ -169,7 +169,6 @@ def test_pictures_of_training_and_evaluation(tmp_path):
     trainer = make_trainer(
         tmp_path,
         eval_dataset=rows(),
-        log_images=True,
         num_images_to_log=3,
         max_steps=4,
         logging_steps=2,

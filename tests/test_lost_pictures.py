@@ -6,7 +6,7 @@ from torch.utils.tensorboard import SummaryWriter
 from transformers import TrainerCallback
 from transformers.integrations import TensorBoardCallback
 
-SHORT = {"num_inference_steps": 3, "num_loss_steps": 1, "log_images": True}
+SHORT = {"num_inference_steps": 3, "num_loss_steps": 1, "num_images_to_log": 8}
 
 
 def warnings_in(caplog, what):

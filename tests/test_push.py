@@ -16,7 +16,7 @@ from tiny_pipelines import sample, sd3
 from tiny_trainer import PROMPTS, make_trainer
 
 TOKEN = "hf_" + "x" * 34
-PUSH = {"push_to_hub": True, "hub_model_id": "me/bright", "hub_token": TOKEN, "report_to": "tensorboard", "log_images": True}
+PUSH = {"push_to_hub": True, "hub_model_id": "me/bright", "hub_token": TOKEN, "report_to": "tensorboard", "num_images_to_log": 8}
 
 
 class Hub:

@@ -146,7 +146,7 @@ def test_a_run_and_its_pictures_do_not_depend_on_what_a_looked_at_reward_writes(
 
     found = []
     for name, second in (("writes", paints_over), ("reads", lambda images, prompts: images.mean((1, 2, 3)))):
-        changes = {"reward_weights": [1.0, 0.0], "log_images": True, "max_steps": 1}
+        changes = {"reward_weights": [1.0, 0.0], "num_images_to_log": 8, "max_steps": 1}
         trainer = make_trainer(tmp_path / name, reward=[brightness, second], eval_dataset=Tasks(PROMPTS[:2]), **changes)
         trainer.train()
         metrics = trainer.evaluate()

@@ -26,7 +26,7 @@ def config(folder, **changes):
         "per_device_train_batch_size": 2,
         "learning_rate": 1e-2,
         "logging_steps": 1,
-        "log_images": False,
+        "num_images_to_log": 0,
         "save_strategy": "no",
         "report_to": "none",
         "disable_tqdm": True,

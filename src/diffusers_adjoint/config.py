@@ -99,11 +99,10 @@ class AdjointMatchingConfig(TrainingArguments):
     Args:
         num_generations_eval (`int`, defaults to 2):
             Images per prompt in `evaluate()`; with 2 or more, the diversity of one prompt's images is reported.
-        log_images (`bool`, defaults to `True`):
-            Draw grids of samples, with rewards and prompts, at each log line and evaluation: into `output_dir/samples/` and to
-            the trackers of `report_to` (tensorboard, wandb, trackio).
         num_images_to_log (`int`, defaults to 8):
-            Images in such a grid; they also go to the Hub, with the model.
+            Images in the grids of samples, with rewards and prompts, that are drawn at each log line and evaluation: into
+            `output_dir/samples/` and to the trackers of `report_to` (tensorboard, wandb, trackio). They also go to the Hub, with
+            the model. 0 draws none.
         save_on_interrupt (`bool`, defaults to `False`):
             On Ctrl-C or SIGTERM finish the update, write a checkpoint, and end; the second signal ends at once. `True` is the
             default of the command `diffusers-adjoint train`.
@@ -189,10 +188,7 @@ class AdjointMatchingConfig(TrainingArguments):
     num_generations_eval: int = field(
         default=2, metadata={"help": "Images per prompt in evaluation; 2 or more measure their diversity."}
     )
-    log_images: bool = field(
-        default=True, metadata={"help": "Draw grids of samples into output_dir/samples/ and to the trackers of report_to."}
-    )
-    num_images_to_log: int = field(default=8, metadata={"help": "Images in a grid, and on the Hub."})
+    num_images_to_log: int = field(default=8, metadata={"help": "Images in the grids of samples, and on the Hub; 0 for none."})
     save_on_interrupt: bool = field(
         default=False, metadata={"help": "On Ctrl-C or SIGTERM finish the update, write a checkpoint, and end."}
     )
@@ -272,9 +268,11 @@ class AdjointMatchingConfig(TrainingArguments):
             raise ValueError(f"reward_weights={self.reward_weights} are not all finite; pass numbers, 0 to log a reward only.")
         if self.remove_unused_columns:
             raise ValueError("remove_unused_columns=True would take the columns from the rewards; leave it out.")
-        for name in ("num_generations", "num_generations_eval", "num_images_to_log"):
+        for name in ("num_generations", "num_generations_eval"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} makes no image; pass at least 1.")
+        if self.num_images_to_log < 0:
+            raise ValueError(f"num_images_to_log={self.num_images_to_log} is no number of images; pass 0 for none, or more.")
         self._check_objective()
         if self.loss_clip is not None and not self.loss_clip > 0:
             raise ValueError(f"loss_clip={self.loss_clip} would silence every term; pass a positive number or None.")

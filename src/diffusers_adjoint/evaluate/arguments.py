@@ -77,7 +77,6 @@ class EvaluationArguments:
     pipeline_kwargs: dict[str, Any] | str | None = field(
         default=None, metadata={"help": "Further arguments of the pipeline's call, as JSON: '{\"height\": 512}'."}
     )
-    integrator: str | None = field(default=None, metadata={"help": "Of the memoryless scheduler; default 'posterior'."})
     trained_component: str | None = field(default=None, metadata={"help": "The denoiser that was trained, as in training."})
     dtype: str = field(default="float32", metadata={"help": "Of the pipeline: float32, bfloat16 or float16."})
     model_revision: str = field(default="main", metadata={"help": "Of the base on the Hub."})

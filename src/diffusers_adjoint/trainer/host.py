@@ -447,6 +447,6 @@ class PipelineTrainer(PublishingTrainer):
         return text_encoders_on(self.pipeline, self.args.device) if self.args.offload_text_encoders else contextlib.nullcontext()
 
     def _show(self, name: str, pictures: SampleImages | None) -> None:
-        """A grid in `output_dir/samples/` and in the trackers, where `log_images` asks for it and there are pictures."""
-        if self.args.log_images and self.is_world_process_zero() and pictures is not None:
+        """A grid in `output_dir/samples/` and in the trackers, where there are pictures."""
+        if self.is_world_process_zero() and pictures is not None:
             show(pictures, name, self.state.global_step, Path(self.args.output_dir), self.callback_handler.callbacks)

@@ -36,11 +36,11 @@ class Shown:
 
 
 def show(pictures: SampleImages, name: str, step: int, folder: Path, callbacks: Sequence[TrainerCallback]) -> None:
-    """A grid as `folder`/samples/`name`-`step`.png and in the trackers among the callbacks; of sound, nothing.
+    """A grid as `folder`/samples/`name`-`step`.png and in the trackers among the callbacks; of sound, or of no image, nothing.
 
     What cannot be written is a warning.
     """
-    if not drawable(pictures.images):
+    if not (len(pictures.images) and drawable(pictures.images)):
         return
     grid = image_grid(pictures)
     with warn_if_lost(f"samples/{name}-{step:06d}.png could not be written"):
