@@ -33,12 +33,12 @@ def test_bars_of_training_and_evaluation(tmp_path, monkeypatch, patience):
     monkeypatch.setattr(sys, "stderr", screen := io.StringIO())
     trainer.train()
     assert "evaluation" in screen.getvalue()
-    shown = [what in screen.getvalue() for what in ("update 1, rollout", "update 1, adjoint", "update 1, loss")]
-    assert shown == [patience == 0.0] * 3  # an update of a tenth of a second needs no bar
+    shown = [what in screen.getvalue() for what in ("update 1, paths and targets", "update 1, loss")]
+    assert shown == [patience == 0.0] * 2  # an update of a tenth of a second needs no bar
 
 
 def test_no_bars_when_asked(tmp_path, monkeypatch):
     monkeypatch.setattr(diffusers_adjoint.trainer.progress, "PATIENCE", 0.0)
     monkeypatch.setattr(sys, "stderr", screen := io.StringIO())
     make_trainer(tmp_path, eval_dataset=Dataset.from_dict({"prompt": PROMPTS[:1]}), max_steps=1).train()
-    assert "rollout" not in screen.getvalue()
+    assert "update 1" not in screen.getvalue()

@@ -100,7 +100,7 @@ def test_a_lora_repository(tmp_path, hub):
 def test_numpys_strings_are_written_as_plain_ones(tmp_path):
     """`numpy.random.choice` draws such prompts; YAML and `repr` write them as calls."""
     rows = tuple({"prompt": np.str_(prompt), "negative_prompt": np.str_("grey")} for prompt in ("a cat", "a dog"))
-    trainer = make_trainer(tmp_path, rows=rows, max_steps=1)
+    trainer = make_trainer(tmp_path, rows=rows, max_steps=1, num_images_to_log=2)
     trainer.train()
     trainer.create_model_card()
     card = ModelCard.load(tmp_path / "README.md")
@@ -180,7 +180,7 @@ def test_a_downloaded_checkpoint_goes_on(tmp_path, hub):
 
 
 def test_a_card_is_written_with_the_model(tmp_path):
-    trainer = make_trainer(tmp_path)
+    trainer = make_trainer(tmp_path, num_images_to_log=8)
     trainer.train()
     trainer.save_model()
     card = ModelCard.load(tmp_path / "README.md")
