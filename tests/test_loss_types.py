@@ -186,13 +186,15 @@ class ByNumbers:
 
     needs_gradient: ClassVar[bool] = False
     switches_adapter: ClassVar[bool] = False
+    scores_end_points: ClassVar[bool] = True
+    tilts: ClassVar[bool] = False
     paper: ClassVar[Paper] = ADJOINT_MATCHING
 
     def targets(self, chain, steps, score):
         path, chosen = chain.rollout(), list(steps.indices)
         scored = score(chain.end_point(path, of="model").state)
         base_means = torch.stack([chain.base_mean(k, path.states[k]).detach() for k in chosen])
-        shifts = self.strength * scored.rewards.view(1, -1, 1, 1, 1).expand_as(base_means)
+        shifts = self.strength * scored.exponent.view(1, -1, 1, 1, 1).expand_as(base_means)
         return Targets(path.states[chosen], steps, shifts, base_means, path.stds[chosen], scored)
 
 
@@ -204,13 +206,14 @@ def test_an_objective_without_need_of_a_gradient_takes_any_reward(tmp_path, monk
         assert not images.requires_grad
         return (images.mean((1, 2, 3)) * 255).round()
 
-    trainer = make_trainer(tmp_path, reward=rounded, loss_type="by_numbers", loss_kwargs={"strength": 0.1})
+    trainer = make_trainer(tmp_path, reward=rounded, loss_type="by_numbers", loss_kwargs={"strength": 0.002})
     start = weights(trainer)
     trainer.train()
     assert difference(weights(trainer), start) > 0
     assert "adjoint_norm" not in trainer.state.log_history[0]
     trainer.save_model()
-    assert "which tunes a model to a reward." in (tmp_path / "README.md").read_text(encoding="utf-8")
+    card = (tmp_path / "README.md").read_text(encoding="utf-8")
+    assert "which tunes a model to a reward." in card and "The method is biased" in card
     # And Adjoint Matching still refuses it.
     with pytest.raises(ValueError, match="reward 'detached' is not differentiable in the images"):
         make_trainer(tmp_path / "other", reward=detached).train()
@@ -248,6 +251,14 @@ def test_leftover_memory_is_announced_once_from_all_images_of_the_first_update(t
     assert [len(memory) for memory in announced] == [4]
     assert all(-1 <= value <= 1 for value in announced[0])
     assert not any("memory" in name for line in trainer.state.log_history for name in line)
+
+
+def test_what_is_no_end_point_says_nothing_of_memory(tmp_path, monkeypatch):
+    """The one-step adjoint scores clean predictions in the middle of paths."""
+    announced = []
+    monkeypatch.setattr(diffusers_adjoint.trainer.reward_trainer, "announce_memory", announced.append)
+    make_trainer(tmp_path, max_steps=1, loss_type="one_step").train()
+    assert announced == []
 
 
 def test_the_end_points_of_a_trained_pipeline_do_not_remember_their_noise(tmp_path, monkeypatch):

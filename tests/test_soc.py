@@ -14,7 +14,7 @@ from diffusers_adjoint.core.adjoint import lean_adjoint
 from diffusers_adjoint.core.control_cost import continuous_adjoint, discrete_adjoint
 from diffusers_adjoint.core.matching import LossSteps, matching_loss, path_kl
 from diffusers_adjoint.core.trajectory import rollout
-from diffusers_adjoint.objectives import AdjointMatching, BasicAdjointMatching
+from diffusers_adjoint.objectives import AdjointMatching, BasicAdjointMatching, OneStep
 from diffusers_adjoint.schedulers.integrators import posterior
 from diffusers_adjoint.soc import (
     COSINE,
@@ -472,6 +472,7 @@ def test_the_sound_problem_is_solved():
             TypeError,
             "is no objective; pass an object, such as AdjointMatching()",
         ),
+        (lambda: run(make(), objective=OneStep()), ValueError, "which a control problem does not predict; pass AdjointMatching"),
         (lambda: run(make(), objective=discrete_adjoint, num_loss_steps=2), ValueError, "leave num_loss_steps out"),
         (lambda: run(make(), num_loss_steps=5), ValueError, "num_loss_steps=5 does not fit a grid with 4 noisy steps"),
         (lambda: PathSampler(FLOW, lambda t: 1.0, grid(4) * 2), ValueError, r"a path is defined on \[0, 1\]"),

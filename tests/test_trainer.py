@@ -340,7 +340,7 @@ def test_small_gradients_survive_a_16_bit_network(tmp_path, dtype):
         path = chain.rollout()
         with chain.base():
             end = chain.end_point(path, of="base")
-            return lean_adjoint(chain.base_mean, path, -trainer.score(chain)(end.state).tilt, 1, end=end).adjoints[1:]
+            return lean_adjoint(chain.base_mean, path, -trainer.scorer(chain)(end.state).tilt, 1, end=end).adjoints[1:]
 
     exact, rounded = adjoint(sd3()), adjoint(sd3().to(dtype))
     error = (rounded - exact).flatten(1).norm(dim=1) / exact.flatten(1).norm(dim=1)

@@ -1,7 +1,5 @@
 """A trainer of a tiny pipeline, as most tests want it."""
 
-from types import SimpleNamespace
-
 import torch
 from datasets import Dataset
 from peft import LoraConfig
@@ -71,15 +69,23 @@ def evaluates_to(trainer, rewards):
     trainer.measure = lambda dataset: ({"reward": torch.tensor([next(values)])}, None)
 
 
+class Watched:
+    """An objective of which a test sees, or changes, the targets."""
+
+    def __init__(self, objective, see):
+        self._objective, self._see = objective, see
+
+    def __getattr__(self, name):
+        return getattr(self._objective, name)
+
+    def targets(self, chain, steps, score):
+        found = self._objective.targets(chain, steps, score)
+        return self._see(chain, found) or found
+
+
 def watch_targets(trainer, see):
     """`see(chain, targets)` at each micro-batch; what it returns, if anything, takes the targets' place."""
-    objective = trainer.objective
-
-    def targets(chain, steps, score):
-        found = objective.targets(chain, steps, score)
-        return see(chain, found) or found
-
-    trainer.objective = SimpleNamespace(targets=targets)
+    trainer.method = Watched(trainer.method, see)
 
 
 def watch_chains(trainer, see):

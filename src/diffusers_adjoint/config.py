@@ -77,8 +77,8 @@ class AdjointMatchingConfig(TrainingArguments):
 
     Args:
         loss_type (`str`, defaults to `"adjoint_matching"`):
-            `"adjoint_matching"`, or another objective of `diffusers_adjoint.objectives`: `"basic_adjoint_matching"` (the full
-            adjoint: two networks a step instead of one), for comparison.
+            `"adjoint_matching"`, or another objective of `diffusers_adjoint.objectives`, for comparison:
+            `"basic_adjoint_matching"` (the full adjoint: two networks a step instead of one) or `"one_step"` (biased).
         loss_kwargs (`dict`, *optional*):
             Options of that objective, such as `{"pairing": "paper"}` of `"adjoint_matching"`: the fields of its dataclass.
         num_loss_steps (`int`, *optional*):
@@ -280,14 +280,14 @@ class AdjointMatchingConfig(TrainingArguments):
     @property
     def objective(self) -> Objective:
         """The one that `loss_type` and `loss_kwargs` name."""
-        return objective_of(self.loss_type, cast("dict[str, Any] | None", self.loss_kwargs))
+        return objective_of(self.loss_type, parsed(self.loss_kwargs))
 
     def _check_objective(self) -> None:
         if self.adjoint_pairing is not None:
             raise ValueError(f"adjoint_pairing has moved; pass loss_kwargs={{'pairing': {self.adjoint_pairing!r}}} instead.")
         if self.loss_type in MOVED:
             raise ValueError(f"loss_type={self.loss_type!r} has moved; {MOVED[self.loss_type]}.")
-        objective_of(self.loss_type, cast("dict[str, Any] | None", self.loss_kwargs))
+        objective_of(self.loss_type, parsed(self.loss_kwargs))
 
 
 def parsed(kwargs: dict[str, Any] | str | None) -> dict[str, Any] | None:

@@ -14,13 +14,15 @@ class Guidance:
     Args:
         rollout: the paths that training draws.
         loss: the step means that the loss compares.
+
+    The loss is never guided alone. So `rollout` says whether anything is guided, and `not loss` whether anything is not.
     """
 
     rollout: bool
     loss: bool
 
     @property
-    def unlike(self) -> bool:
+    def biased(self) -> bool:
         """Whether the paths are not those of the model that the loss trains, so that no tilted law is its optimum."""
         return self.rollout and not self.loss
 

@@ -23,13 +23,7 @@ from ..trainer.scoring import ScoredImages
 __all__ = ["METHODS", "BackpropagationMethod", "RewardBackpropagationTrainer"]
 
 METHODS = ("discrete_adjoint",)
-UNUSED: dict[str, Any] = {
-    "loss_type": "adjoint_matching",
-    "loss_kwargs": None,
-    "loss_clip": None,
-    "num_loss_steps": None,
-    "loss_step_selection": "uniform",
-}
+UNUSED = ("loss_type", "loss_kwargs", "loss_clip", "num_loss_steps", "loss_step_selection")  # fields of a regression
 
 
 @dataclass(frozen=True)
@@ -40,6 +34,8 @@ class BackpropagationMethod:
 
     needs_gradient: ClassVar[bool] = True
     switches_adapter: ClassVar[bool] = True
+    scores_end_points: ClassVar[bool] = True
+    tilts: ClassVar[bool] = True
     paper: ClassVar[Paper] = ADJOINT_MATCHING
 
     def __post_init__(self) -> None:
@@ -82,8 +78,8 @@ class RewardBackpropagationTrainer(RewardTrainer):
     def method_of(self, args: AdjointMatchingConfig) -> BackpropagationMethod:
         """The one of the constructor, when nothing is asked of it that it does not have."""
         method = self._asked
-        for name, default in UNUSED.items():
-            if (value := getattr(args, name)) != default:
+        for name in UNUSED:
+            if (value := getattr(args, name)) != AdjointMatchingConfig.__dataclass_fields__[name].default:
                 raise ValueError(f"{name}={value!r} has no meaning for method={method.name!r}; leave it out.")
         if args.fp16:  # the gradient scaler would scale what one step hands to the next
             raise ValueError(f"method={method.name!r} does not go with fp16=True; pass bf16=True.")
@@ -95,7 +91,7 @@ class RewardBackpropagationTrainer(RewardTrainer):
         chain, steps = self.prepare_chain(inputs), self.choose_steps()
         with self._progress("rollout", len(self.replay.stds) - 1):
             path = chain.rollout()
-        keep, score, scored = bounded_paths(path.states), self.score(chain), list[ScoredImages]()
+        keep, score, scored = bounded_paths(path.states), self.scorer(chain), list[ScoredImages]()
         path = replace(path, states=zero_unless(keep, path.states))
 
         def terminal(end_point: Tensor) -> Tensor:

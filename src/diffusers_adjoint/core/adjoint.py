@@ -105,8 +105,8 @@ def lean_adjoint(
     """Solve the lean adjoint backwards along a trajectory, down to `lowest` (2409.08861, eqs. 38–39, 221; app. G.1).
 
     Args:
-        base_mean: (k, x) → μ_k^base(x), differentiable in x; evaluated once for each step from K − 1 down, and no
-            other.
+        base_mean: (k, x) → μ_k^base(x), differentiable in x; evaluated once for each step from K − 1 (K − 2 with `end`) down to
+            the lower of `lowest` and `lowest_base_mean`.
         trajectory: paths x_0 … x_{K−1}; x_K is not read.
         terminal: ã_K = −λ∇r at the end point, shape (B, …).
         lowest: adjoints are filled for k ≥ lowest; with the loss on step k paired with ã_{k+1}, pass (earliest chosen

@@ -120,10 +120,8 @@ def discrete_adjoint(
     steps = noisy_steps(trajectory.stds) if steps is None else steps
     total, kl = states.new_zeros(()), states.new_zeros(states.shape[1])
     for k in reversed(range(steps[0], len(trajectory))):
-        x, taught = (
-            states[k].detach().requires_grad_(k > steps[0]),
-            k in steps,
-        )  # before the first control nothing is to be learnt
+        taught = k in steps
+        x = states[k].detach().requires_grad_(k > steps[0])  # before the first control nothing is to be learnt
         with around(k) if taught else nullcontext():
             moved = mean(k, x)
             cost = step_kl(moved, base_mean(k, x), trajectory.stds[k]) if taught else moved.new_zeros(len(x))

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..data.columns import repeat_rows
-from ..guidance import GUIDANCE
+from ..guidance import Guidance
 from ..metrics import image_statistics, pairwise_diversity, vendi_score
 from ..metrics.diversity import prompt_diversity
 from ..metrics.images import as_three_channels
@@ -203,5 +203,5 @@ def _path_kl(subject: Subject, prompt: Prompt, plan: Plan) -> list[float]:
     kl: list[float] = []
     for numbers in _batches(plan.kl_paths, plan.batch_size):
         columns = repeat_rows(prompt.columns, len(numbers))
-        kl += path_kl_of_rows(denoiser, GUIDANCE["full"], columns, plan.seed, prompt.number, numbers).tolist()
+        kl += path_kl_of_rows(denoiser, Guidance(rollout=True, loss=True), columns, plan.seed, prompt.number, numbers).tolist()
     return kl

@@ -52,7 +52,7 @@ class CardFacts:
         call: arguments of the pipeline's call that made the first sample.
         settings: what the settings table shows, name → value; reward_scale is among them.
         rewards: name → weight.
-        paper: of the method; needs_gradient: whether it differentiates the reward.
+        paper: of the method; needs_gradient: whether it differentiates the reward; tilts: whether the target is its fixed point.
         log_history: lines of the trainer's log.
         base_adapters: names of the adapters that the base carried; `None` for a full fine-tuning.
         guided: whether classifier-free guidance acted.
@@ -71,6 +71,7 @@ class CardFacts:
     rewards: Mapping[str, float]
     paper: Paper
     needs_gradient: bool = True
+    tilts: bool = True
     log_history: Sequence[Mapping[str, Any]] = ()
     base_adapters: Sequence[str] | None = None
     guided: bool = False
@@ -179,6 +180,7 @@ def _target(facts: CardFacts) -> str:
         f"## What it was tuned for\n\nThe target is p_base(x)·exp(λ r(x)), with λ = {facts.settings['reward_scale']:g} nats per "
         f"unit of reward and r = {reward}: the base's own distribution, in which a sample gains likelihood with its reward; not "
         f"the sample of the highest reward."
+        + ("" if facts.tilts else " The method is biased: what it converges to is near this target, but is not it.")
     )
 
 

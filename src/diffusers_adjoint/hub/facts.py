@@ -26,20 +26,9 @@ __all__ = ["base_model_of", "card_facts", "hub_id", "licence_of", "medium_of", "
 logger = logging.get_logger(__name__)
 
 # A list of what may be told: the other arguments hold local paths, tokens and names of machines.
-SETTINGS = (
-    *("reward_scale", "guidance_scale", "cfg_mode", "num_inference_steps", "integrator", "num_loss_steps"),
-    *(
-        "loss_type",
-        "loss_kwargs",
-        "loss_step_selection",
-        "loss_clip",
-        "learning_rate",
-        "lr_scheduler_type",
-        "optim",
-        "weight_decay",
-    ),
-    *("max_grad_norm", "num_generations", "seed", "bf16", "fp16"),
-)
+SETTINGS = ["reward_scale", "guidance_scale", "cfg_mode", "num_inference_steps", "integrator", "num_loss_steps"]
+SETTINGS += ["loss_type", "loss_kwargs", "loss_step_selection", "loss_clip", "learning_rate", "lr_scheduler_type", "optim"]
+SETTINGS += ["weight_decay", "max_grad_norm", "num_generations", "seed", "bf16", "fp16"]
 TAGS: dict[tuple[Medium, str], str] = {
     ("image", "text"): "text-to-image",
     ("image", "image"): "image-to-image",
@@ -89,6 +78,7 @@ def card_facts(
         rewards=dict(zip(reward.names, reward.weights, strict=True)),
         paper=method.paper,
         needs_gradient=method.needs_gradient,
+        tilts=method.tilts,
         log_history=state.log_history,
         base_adapters=base_adapters,
         guided=replay.arguments.guides,

@@ -40,6 +40,8 @@ class AdjointMatching:
 
     needs_gradient: ClassVar[bool] = True
     switches_adapter: ClassVar[bool] = False
+    scores_end_points: ClassVar[bool] = True
+    tilts: ClassVar[bool] = True
     paper: ClassVar[Paper] = ADJOINT_MATCHING
 
     def __post_init__(self) -> None:

@@ -1,4 +1,4 @@
-"""`loss_type` and `loss_kwargs` → an objective: the only place that compares names."""
+"""`loss_type` and `loss_kwargs` → an objective: the one place where a name becomes one."""
 
 from __future__ import annotations
 

@@ -29,6 +29,8 @@ class OneStep:
 
     needs_gradient: ClassVar[bool] = True
     switches_adapter: ClassVar[bool] = False
+    scores_end_points: ClassVar[bool] = False
+    tilts: ClassVar[bool] = False
     paper: ClassVar[Paper] = ADJOINT_MATCHING
 
     def targets(self, chain: DiffusionChain, steps: LossSteps, score: Callable[[Tensor], Scored]) -> Targets:

@@ -3,7 +3,7 @@ r"""The seam: an objective makes targets, and one regression fits them.
     L = ½ ‖ ((μ_k^θ(x) − μ_k^base(x)) − δ) / scale ‖²    at points (x, k) that the objective chose, with a wished shift δ for each
 
 An objective is a frozen dataclass of its own options. It sees the model and its base through a `Chain`, and the reward through a
-function that it calls once, at the end points. A pipeline and a control problem are both chains.
+function that it calls at the end points, or at other clean data. A pipeline and a control problem are both chains.
 """
 
 from __future__ import annotations
@@ -27,8 +27,13 @@ class Scored(Protocol):
     """What a reward said of end points; whoever scores may keep more in it."""
 
     @property
+    def exponent(self) -> Tensor:
+        """λr at the end points, (B,), nats; not finite for a sample that has no reward to learn from."""
+
+    @property
     def tilt(self) -> Tensor:
-        """λ∇r at the end points, shape (B, …), nats per state unit; 0 for a sample that has no reward to learn from."""
+        """λ∇r at the end points, shape (B, …), nats per state unit; 0 for a sample that has no reward to learn from, and NaN for
+        all of them if the objective does not need it."""
 
     @property
     def usable(self) -> Tensor:
@@ -84,7 +89,7 @@ class Chain(Protocol):
 
 
 class DiffusionChain(Chain, Protocol):
-    """A chain that samples a diffusion or flow model, whose steps predict clean data."""
+    """A chain that samples a diffusion or flow model, whose steps predict clean data; more than the objectives here use."""
 
     @property
     def gains(self) -> Tensor:
@@ -113,6 +118,10 @@ class Method(Protocol):
     """Whether it differentiates the reward; otherwise any number will do."""
     switches_adapter: ClassVar[bool]
     """Whether it differentiates model and base side by side, which checkpointed layers with an adapter do not stand."""
+    scores_end_points: ClassVar[bool]
+    """Whether what it scores are ends of paths x̂_K, which may remember the noise that the paths came from."""
+    tilts: ClassVar[bool]
+    """Whether p_base·e^{λr} is its fixed point; a model card says so where it is not."""
     paper: ClassVar[Paper]
     """What a model card cites."""
 
@@ -126,5 +135,5 @@ class Objective(Method, Protocol):
         Args:
             chain: the model and its base, a `Chain`, or a `DiffusionChain` where clean predictions are needed.
             steps: those that carry the loss.
-            score: end points (B, …) → what the reward says of them; called once.
+            score: end points, or other clean data, (B, …) → what the reward says of them.
         """

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -23,7 +23,7 @@ __all__ = ["CostGradient", "ProblemChain", "accumulate_gradient", "solve"]
 CostGradient = Callable[..., ChainLoss]
 """`discrete_adjoint` or `continuous_adjoint`: adds the gradient of the control cost itself to the parameters."""
 
-ADJOINT_MATCHING = AdjointMatching()
+DEFAULT = AdjointMatching()
 
 
 def solve(
@@ -33,7 +33,7 @@ def solve(
     start: Callable[[torch.Generator], Tensor],
     updates: int,
     *,
-    objective: Objective | CostGradient = ADJOINT_MATCHING,
+    objective: Objective | CostGradient = DEFAULT,
     num_loss_steps: int | None = None,
     seed: int = 0,
     on_update: Callable[[int, Tensor], None] | None = None,
@@ -47,8 +47,8 @@ def solve(
         optimizer: over the parameters; its learning rate may be changed by a scheduler in `on_update`.
         start: generator → x_0, shape (B, …): the batch of one update.
         updates: number of updates.
-        objective: an object of `objectives`, such as `BasicAdjointMatching()`; or the function `discrete_adjoint` or
-            `continuous_adjoint`.
+        objective: an object of `objectives` that asks for no clean data, such as `BasicAdjointMatching()`; or the function
+            `discrete_adjoint` or `continuous_adjoint`.
         num_loss_steps: S, steps of each path that carry the loss; all of them if `None`, as the two functions take.
         seed: of paths and loss steps.
         on_update: called after each update with its number, from 0, and its loss.
@@ -58,8 +58,8 @@ def solve(
 
     Raises:
         TypeError: for a class in place of an objective.
-        ValueError: for no updates, S that does not fit, states whose shape the noise does not have, or a
-            loss that is not finite.
+        ValueError: for an objective that asks for clean data, no updates, S that does not fit, states whose shape the noise does
+            not have, or a loss that is not finite.
     """
     if isinstance(objective, type | str):
         raise TypeError(f"objective={objective!r} is no objective; pass an object, such as AdjointMatching().")
@@ -86,10 +86,17 @@ def solve(
 
 
 @dataclass(frozen=True)
-class _Slope:
-    """−∇g at the end points, as `objectives.Scored` has it."""
+class _Cost:
+    """The terminal cost at end points, as `objectives.Scored` has a reward: −g and −∇g."""
 
+    problem: ControlProblem
+    end_point: Tensor
     tilt: Tensor
+
+    @property
+    def exponent(self) -> Tensor:
+        with torch.no_grad():
+            return -self.problem.terminal_cost(self.end_point)
 
     @property
     def usable(self) -> Tensor:
@@ -128,13 +135,22 @@ class ProblemChain:
         """x_K itself: a control problem has its cost at the noisy end of the chain."""
         return EndPoint(path.states[-1])
 
+    def _predicts_no_clean_data(self, *_: Any, **__: Any) -> Any:
+        raise ValueError(
+            "the objective asks for clean data, which a control problem does not predict; pass AdjointMatching() or "
+            "BasicAdjointMatching()."
+        )
+
+    gains = property(_predicts_no_clean_data)
+    clean = toward = sample = noised = base_score = _predicts_no_clean_data
+
 
 def accumulate_gradient(
     problem: ControlProblem,
     mean: MeanFunction,
     path: Trajectory,
     steps: LossSteps,
-    objective: Objective | CostGradient = ADJOINT_MATCHING,
+    objective: Objective | CostGradient = DEFAULT,
 ) -> Tensor:
     """Add the gradient of one objective along given paths to the parameters; returns the batch's mean loss.
 
@@ -143,7 +159,11 @@ def accumulate_gradient(
     if callable(objective):
         end, running_cost = problem.terminal_adjoint(path.states[-1]), problem.checked_running_cost
         return objective(mean, problem.base_mean, path, end, steps=steps.indices, running_cost=running_cost).loss
-    targets = objective.targets(ProblemChain(problem, mean, path), steps, lambda x: _Slope(-problem.terminal_adjoint(x)))
+
+    def score(x: Tensor) -> _Cost:
+        return _Cost(problem, x, -problem.terminal_adjoint(x) if objective.needs_gradient else torch.full_like(x, torch.nan))
+
+    targets = objective.targets(ProblemChain(problem, mean, path), steps, score)
     total = path.states.new_zeros(())
     points = zip(targets.states, targets.base_means, targets.shifts, targets.scales, strict=True)
     for (x, base_mean, shift, scale), k, inclusion in zip(points, steps.indices, steps.inclusion, strict=True):

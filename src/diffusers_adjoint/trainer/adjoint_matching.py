@@ -2,7 +2,7 @@
 
 chain = prepare_chain(inputs)                        # prompts → x_0 and conditioning
 steps = choose_steps()                               # which steps of the chain carry the loss
-targets = objective.targets(chain, steps, score)     # states, and the shift δ of the mean that is wished for at each
+targets = method.targets(chain, steps, score)        # states, and the shift δ of the mean that is wished for at each
 loss = regress(model, chain, targets)                # ½‖((μ^θ − μ^base) − δ)/s‖², one forward and backward pass a point
 """
 
@@ -53,12 +53,11 @@ class AdjointMatchingTrainer(RewardTrainer):
         TypeError, ValueError: for bad input, before any training, in one sentence.
     """
 
-    objective: Objective  # makes the targets of each update
+    method: Objective
 
     def method_of(self, args: AdjointMatchingConfig) -> Objective:
         """The objective of `loss_type` and `loss_kwargs`."""
-        self.objective = args.objective
-        return self.objective
+        return args.objective
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None = None) -> Tensor:
         """Rollout → reward → targets → regression; returns the micro-batch's share of the loss.
@@ -69,8 +68,8 @@ class AdjointMatchingTrainer(RewardTrainer):
         self._begin_micro_batch()
         chain = self.prepare_chain(inputs)
         steps = self.choose_steps()
-        with self._progress("paths and targets", 2 * len(self.replay.stds)):
-            targets = self.objective.targets(chain, steps, self.score(chain))
+        with self._progress("paths and targets", 2 * len(self.replay.stds)):  # of the lean adjoint; a bar may run over
+            targets = self.method.targets(chain, steps, self.scorer(chain))
         with self._progress("loss", len(steps.indices)):
             loss = self.regress(model, chain, targets)
         self._end_micro_batch(model, chain, targets.scored)

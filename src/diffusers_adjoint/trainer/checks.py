@@ -97,7 +97,7 @@ def require_unswitched_layers(args: AdjointMatchingConfig, denoiser: PipelineDen
 
 def warn_of_guidance(replay: PipelineReplay, guidance_scale: float, guidance: Guidance) -> None:
     """Say what guidance makes of the target, where that may surprise."""
-    if replay.arguments.guides and guidance.unlike:
+    if replay.arguments.guides and guidance.biased:
         logger.warning(
             "cfg_mode='rollout' guides the trajectories but not the loss: the result is not the tilted distribution; 'none' and "
             "guidance_scale=1 are exact for the unguided model."

@@ -73,7 +73,7 @@ def _sample(
 
 def kl_name(replay: PipelineReplay, guidance: Guidance) -> str:
     """Guided trajectories are not those of the model whose KL the unguided loss measures."""
-    return "kl_unguided" if replay.arguments.guides and guidance.unlike else "kl"
+    return "kl_unguided" if replay.arguments.guides and guidance.biased else "kl"
 
 
 def require_known_metric(

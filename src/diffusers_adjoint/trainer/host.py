@@ -63,9 +63,9 @@ logger = logging.get_logger(__name__)
 class PipelineTrainer(PublishingTrainer):
     """Base trainer for a diffusers denoiser: devices, batches, checkpoints, resuming, evaluation. Subclasses define the loss.
 
-    The state of a training has three owners besides the host's `state`: `_counts` is what this call of `train` has counted, made
-    anew here and filled by subclasses; `_shown` the pictures of the last rollout and evaluation; `_run` and `_finished` which run
-    this is. What concerns the Hub alone is in `PublishingTrainer`.
+    State besides the host's `state`: `_counts` is what this call of `train` has counted, made anew in `_train`; `_shown` the
+    pictures of the last rollout and evaluation; `_run`, `_finished` and `_columns` which run this is and what its rows hold.
+    `RewardTrainer` adds what it finds out before the first update. What concerns the Hub alone is in `PublishingTrainer`.
     """
 
     control: TrainerControl

@@ -145,11 +145,11 @@ class RewardTrainer(PipelineTrainer):
     def _generators(self, images: Sequence[int], stream: Stream) -> list[torch.Generator]:
         return seeded_generators(self.args.seed, self.state.global_step, images, stream)
 
-    def score(self, chain: PipelineChain) -> Callable[[Tensor], ScoredImages]:
-        """The reward of a chain's end points: x̂_K → what all images say of it."""
+    def scorer(self, chain: PipelineChain) -> Callable[[Tensor], ScoredImages]:
+        """What an objective calls: end points of the chain, (B, …) → what the rewards say of their images."""
 
         def score(end_point: Tensor) -> ScoredImages:
-            if self.state.global_step == 0:
+            if self.state.global_step == 0 and self.method.scores_end_points:
                 memory = [correlation(start, end) for start, end in zip(chain.start, end_point, strict=True)]
                 self._counts.samples.add("memory", chain.start.new_tensor(memory))
             return score_images(end_point, chain, self.reward, self.args.reward_scale, differentiate=self.method.needs_gradient)
@@ -260,7 +260,9 @@ class RewardTrainer(PipelineTrainer):
         """
         if not self.args.probe_base:
             return
-        replay = _replay_of(self.pipeline, self.args, "posterior")  # whichever trains: of all it is nearest to the base
+        replay = _replay_of(
+            self.pipeline, self.args, "posterior"
+        )  # whatever integrator trains: this one is nearest to the base's own law
         together = self.args.per_device_train_batch_size * self.args.num_generations
         with self.denoiser.base(), self._text_encoders(), random_numbers_kept(self.args.device):
             probe = probe_base(
@@ -295,13 +297,15 @@ class RewardTrainer(PipelineTrainer):
 
     def _announce(self) -> None:
         """After the first update, from all its images: what the end points remember and, without a probe, what λ asks for."""
-        samples = self._counts.samples
-        rewards, memory = (samples.gathered(name, self.accelerator.gather) for name in ("reward", "memory"))
-        samples.forget("memory")
-        if self.is_world_process_zero():
-            if not self.args.probe_base:
-                self._target.announce(self.args.reward_scale, per_prompt(rewards, self.args.num_generations))
-            announce_memory(memory[memory.isfinite()])
+        samples, main = self._counts.samples, self.is_world_process_zero()
+        rewards = samples.gathered("reward", self.accelerator.gather)
+        if main and not self.args.probe_base:
+            self._target.announce(self.args.reward_scale, per_prompt(rewards, self.args.num_generations))
+        if self.method.scores_end_points:
+            memory = samples.gathered("memory", self.accelerator.gather)
+            samples.forget("memory")
+            if main:
+                announce_memory(memory[memory.isfinite()])
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Adds reward, reward_std, reward_std_between, rewards/<name>/mean, /std and /missing, kl or kl_unguided

@@ -24,14 +24,16 @@ class ScoredImages:
         rewards: r, shape (B,), NaN for an image without one; detached, as all of these.
         values: name → f_i, shape (B,).
         images: the decoded end points.
+        exponent: λr, shape (B,).
         tilt: λ∇r, shape (B, …), 0 for the images that are not usable; NaN where nothing is differentiated.
-        usable: which images have a finite reward, and a bounded ½‖λ∇r‖², (B,) bool.
-        norms: ‖λ∇r‖ of each image, (B,), of ã_K; NaN where nothing is differentiated.
+        usable: which images have a finite reward and, where it is differentiated, a bounded ½‖λ∇r‖², (B,) bool.
+        norms: ‖λ∇r‖ = ‖ã_K‖ of each image, (B,); NaN where nothing is differentiated.
     """
 
     rewards: Tensor
     values: dict[str, Tensor]
     images: Tensor
+    exponent: Tensor
     tilt: Tensor
     usable: Tensor
     norms: Tensor
@@ -50,9 +52,11 @@ def score_images(
             images, values = scored(reward, chain.decode(end_point), chain.columns)
         rewards = reward.total(values)
         unknown = torch.full_like(end_point, torch.nan)
-        return ScoredImages(rewards, values, images, unknown, rewards.isfinite(), torch.full_like(rewards, torch.nan))
+        exponent, norms = reward_scale * rewards, torch.full_like(rewards, torch.nan)
+        return ScoredImages(rewards, values, images, exponent, unknown, rewards.isfinite(), norms)
     found = reward_gradient(end_point, chain.decode, reward, prompts_of(chain.columns), without_prompt(chain.columns))
     slope = reward_scale * found.gradient
     usable = found.rewards.isfinite() & bounded(half_square(slope))
     tilt = torch.where(usable.view(-1, *[1] * (slope.ndim - 1)), slope, 0.0)
-    return ScoredImages(found.rewards, found.values, found.images, tilt, usable, slope.flatten(1).norm(dim=1))
+    exponent, norms = reward_scale * found.rewards, slope.flatten(1).norm(dim=1)
+    return ScoredImages(found.rewards, found.values, found.images, exponent, tilt, usable, norms)
