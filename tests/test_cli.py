@@ -17,6 +17,7 @@ from trl import ModelConfig
 
 from diffusers_adjoint import AdjointMatchingConfig
 from diffusers_adjoint.cli.commands import TrainArguments, load_prompts, load_rewards, lora_config, main, parse_arguments
+from diffusers_adjoint.objectives import AdjointMatching
 from diffusers_adjoint.rewards import PickScore
 
 REWARDS = """
@@ -98,6 +99,25 @@ def refusal(capsys, *argv) -> str:
 
 
 # ----------------------------------------------------------------------------------------------------------------------- train
+
+
+def test_a_method_of_back_propagation_trains_by_the_same_recipe(recipe, tmp_path, capsys):
+    assert main(["train", "--config", recipe, "--method", "discrete_adjoint"]) == 0
+    weights = load_file(tmp_path / "out" / "pytorch_lora_weights.safetensors")
+    assert any(value.any() for name, value in weights.items() if "lora_B" in name)
+    assert "differentiable reward" in (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
+    line = failure(capsys, "train", "--config", recipe, "--method", "discrete_adjoint", "--num_loss_steps", "2")
+    assert "num_loss_steps=2 has no meaning for method='discrete_adjoint'; leave it out." in line
+    line = refusal(capsys, "train", "--config", recipe, "--method", "reinforce")
+    assert "method='reinforce' is unknown; pass adjoint_matching or discrete_adjoint." in line
+
+
+def test_options_of_an_objective_come_from_the_command_line(recipe, capsys):
+    paper = ["--loss_type", "adjoint_matching", "--loss_kwargs", '{"pairing": "paper"}']
+    arguments = parse_arguments(["--config", recipe, *paper])
+    assert arguments.config.objective == AdjointMatching(pairing="paper")
+    line = refusal(capsys, "train", "--config", recipe, "--loss_kwargs", '{"pairing": "previous"}')
+    assert "pairing='previous' is unknown; pass 'next' or 'paper'." in line
 
 
 def test_a_recipe_trains_and_saves_a_lora_that_loads(recipe, model, tmp_path):

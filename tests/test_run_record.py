@@ -202,6 +202,12 @@ def test_other_settings_are_one_warning(old, caplog):
     assert "logging" not in line and line.count(" now ") == 6
 
 
+def test_another_way_to_train_is_in_the_warning(old, caplog):
+    make_trainer(old, method="discrete_adjoint", **SHORT | {"num_loss_steps": None}).train(resume_from_checkpoint=True)
+    (line,) = [record.getMessage() for record in caplog.records if "other settings" in record.getMessage()]
+    assert "trainer AdjointMatchingTrainer, now RewardBackpropagationTrainer" in line
+
+
 def test_an_optimizer_with_other_groups_cannot_go_on(tmp_path):
     trainer = make_trainer(tmp_path, **ONE)
     trainer.optimizer = torch.optim.AdamW([p for p in trainer.denoiser.network.parameters() if p.requires_grad], lr=1e-3)
