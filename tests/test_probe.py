@@ -27,7 +27,8 @@ from diffusers_adjoint.model.randomness import Stream, seeded_generators
 from diffusers_adjoint.replay import PipelineReplay
 from diffusers_adjoint.rewards import WeightedReward
 from diffusers_adjoint.trainer.probe import SamplerDifference, first_rows, probe_base, sampler_difference
-from diffusers_adjoint.trainer.sample_log import announce_tilt, exceeds_target, summarise
+from diffusers_adjoint.trainer.sample_log import summarise
+from diffusers_adjoint.trainer.target_kl import announce_tilt, exceeds_target
 
 DIGITS = Path(__file__).parents[1] / "examples" / "digits" / "pipeline"
 

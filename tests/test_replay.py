@@ -26,7 +26,7 @@ from transformers import CLIPConfig, CLIPImageProcessorPil
 from diffusers_adjoint import memoryless_scheduler
 from diffusers_adjoint.replay import PipelineReplay
 from diffusers_adjoint.replay.conditioning import slot_of
-from diffusers_adjoint.replay.probe import ReplayedTimesteps, ReplayStop
+from diffusers_adjoint.replay.stand_in import ReplayedTimesteps, ReplayStop
 
 STEPS = 4
 PROMPTS = ["a cat", "two dogs"]

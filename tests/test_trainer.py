@@ -16,7 +16,7 @@ from transformers import TrainerCallback, TrainingArguments
 
 import diffusers_adjoint.trainer.adjoint_matching
 import diffusers_adjoint.trainer.regress
-import diffusers_adjoint.trainer.sample_log
+import diffusers_adjoint.trainer.target_kl
 from diffusers_adjoint import AdjointMatchingTrainer, LossSteps, Trajectory, choose_loss_steps, clip_loss, lean_adjoint
 from diffusers_adjoint.core.matching import path_kl
 from diffusers_adjoint.model.chain import PipelineChain
@@ -543,7 +543,7 @@ def test_logged_kl_is_the_path_kl_of_the_rollouts(tmp_path):
 def test_the_tilt_is_announced_once_from_all_images_of_the_first_update(tmp_path, monkeypatch):
     announced = []
     monkeypatch.setattr(
-        diffusers_adjoint.trainer.sample_log, "announce_tilt", lambda scale, rewards: announced.append((scale, rewards))
+        diffusers_adjoint.trainer.target_kl, "announce_tilt", lambda scale, rewards: announced.append((scale, rewards))
     )
     options = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 4, "num_generations": 2}
     make_trainer(tmp_path, rows=PROMPTS * 2, **options).train()

@@ -17,7 +17,7 @@ from ..metrics.diversity import prompt_diversity
 from ..metrics.images import as_three_channels
 from ..model.denoiser import PipelineDenoiser
 from ..model.randomness import Stream, seeded_generators
-from ..model.samples import path_kl_of_rows, scored
+from ..model.samples import images_and_rewards, path_kl_of_rows
 from ..replay import PipelineReplay
 from ..rewards import WeightedReward
 from .models import Model
@@ -144,7 +144,9 @@ def measure(subject: Subject, prompt: Prompt, plan: Plan) -> tuple[Measured, Ten
     with torch.no_grad(), subject.model.active():
         for numbers in _batches(plan.samples, plan.batch_size):
             columns = repeat_rows(prompt.columns, len(numbers))
-            images, scores = scored(plan.reward, _sample(subject, columns, plan.seed, prompt.number, numbers), columns)
+            images, scores = images_and_rewards(
+                plan.reward, _sample(subject, columns, plan.seed, prompt.number, numbers), columns
+            )
             for name, values in scores.items():
                 rewards[name] += values.tolist()
             visible = as_three_channels(images)

@@ -15,10 +15,10 @@ from .denoiser import PipelineDenoiser
 from .paths import sampled_path_kl
 from .randomness import Stream, seeded_generators
 
-__all__ = ["path_kl_of_rows", "scored"]
+__all__ = ["path_kl_of_rows", "images_and_rewards"]
 
 
-def scored(reward: WeightedReward, images: Tensor, columns: dict[str, list[Any]]) -> tuple[Tensor, dict[str, Tensor]]:
+def images_and_rewards(reward: WeightedReward, images: Tensor, columns: dict[str, list[Any]]) -> tuple[Tensor, dict[str, Tensor]]:
     """The images in float32 or better, as rewards see them in training, and name → rewards (B,).
 
     Args:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from .casting import vae_dtype
 from .conditioning import Preparations, Recording, Returned, copied, fresh, in_order, remembering
-from .probe import ReplayStop, replayable_call
+from .stand_in import ReplayStop, replayable_call
 from .view import (
     called_in_place_of,
     make_view,

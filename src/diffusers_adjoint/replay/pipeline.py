@@ -1,6 +1,6 @@
 """Replay of a diffusers pipeline: its own `__call__` as prepare → x_0, predict → m(x, t_k), decode → images.
 
-Every pipeline hands its guided prediction to `scheduler.step`. With a scheduler that catches it (`probe.py`), the pipeline's
+Every pipeline hands its guided prediction to `scheduler.step`. With a scheduler that catches it (`stand_in.py`), the pipeline's
 call, taken out of `torch.no_grad`, is the differentiable function that Adjoint Matching needs, whatever the network, its
 guidance and its latents look like. Text encodings and starting latents are recorded once and replayed.
 """
@@ -19,7 +19,7 @@ from ..core.transition import Transition
 from .arguments import CallArguments
 from .calls import PipelineCalls
 from .conditioning import Conditioning, Preparations, Recording, copied, latents_in, slot_of
-from .probe import RecordedStep, ReplayStop, make_probe, make_recorder, probe_class
+from .stand_in import RecordedStep, ReplayStop, make_probe, make_recorder, probe_class
 from .view import counting_rows, denoiser_names, no_guidance, set_differentiable
 
 __all__ = ["PipelineReplay"]

@@ -19,8 +19,8 @@ from torch import Tensor
 from .conditioning import copied
 from .explain import ONE_SAMPLE, errors_explained, refusal, said
 from .pipeline import PipelineReplay
-from .probe import RecordedStep
 from .quantised import quantisation_of
+from .stand_in import RecordedStep
 from .tiling import noting_tiles, warn_of_tiles
 from .view import counting_rows
 

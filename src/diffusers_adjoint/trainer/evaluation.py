@@ -16,7 +16,7 @@ from ..metrics.diversity import prompt_diversity
 from ..metrics.images import over_frames
 from ..model.denoiser import PipelineDenoiser
 from ..model.randomness import Stream, seeded_generators
-from ..model.samples import path_kl_of_rows, scored
+from ..model.samples import images_and_rewards, path_kl_of_rows
 from ..replay import PipelineReplay
 from ..rewards import WeightedReward
 from .sample_log import summarise
@@ -64,7 +64,7 @@ def _sample(
     denoiser: PipelineDenoiser, reward: WeightedReward, columns: dict[str, list[Any]], generators: list[torch.Generator]
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """One image of each row, and what is measured on it alone, (B,)."""
-    images, values = scored(reward, denoiser.replay.sample(columns, generators), columns)
+    images, values = images_and_rewards(reward, denoiser.replay.sample(columns, generators), columns)
     measured = {"reward": reward.total(values)} | {f"rewards/{name}": value for name, value in values.items()}
     if images.ndim in (4, 5):  # images and videos; sound has no range to be saturated in
         measured |= over_frames({"saturated": saturated_share}, images)

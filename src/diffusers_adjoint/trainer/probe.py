@@ -23,7 +23,7 @@ from ..metrics import Estimate, image_statistics, prompt_mean
 from ..metrics.estimate import within_prompt_std
 from ..metrics.images import as_three_channels
 from ..model.randomness import Stream, seeded_generators
-from ..model.samples import scored
+from ..model.samples import images_and_rewards
 from ..replay import PipelineReplay
 from ..rewards import WeightedReward
 
@@ -150,7 +150,7 @@ def probe_base(
 
 def _measure(reward: WeightedReward, images: Tensor, columns: dict[str, list[Any]]) -> dict[str, Tensor]:
     """name → (B,)."""
-    images, values = scored(reward, images, columns)
+    images, values = images_and_rewards(reward, images, columns)
     measured = {"reward": reward.total(values)}
     measured |= {f"rewards/{name}": value for name, value in values.items()} if len(values) > 1 else {}
     visible = as_three_channels(images)

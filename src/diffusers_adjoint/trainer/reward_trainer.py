@@ -49,8 +49,9 @@ from .gradients import require_checkpointing, require_gradients, warn_of_unused
 from .host import PipelineTrainer
 from .probe import first_rows, probe_base, sampler_differences, warn_of_differences, warn_of_distillation
 from .progress import progress
-from .sample_log import Target, announce_memory, per_prompt, summarise
+from .sample_log import announce_memory, per_prompt, summarise
 from .scoring import ScoredImages, score_images
+from .target_kl import TargetKL
 from .updates import AfterOptimizerStep, require_asked_for, require_finite_weights
 
 __all__ = ["RewardTrainer"]
@@ -111,7 +112,7 @@ class RewardTrainer(PipelineTrainer):
         )
         place(pipeline, args.device, args.offload_text_encoders)
         self.reward.to(args.device)
-        self._target = Target()
+        self._target_kl = TargetKL()
         self._idle_steps: list[int] = []  # of the trained network; found at the start of training
         self._probed: dict[str, float] = {}  # what the probe measured, until it is logged
         self.add_callback(AfterOptimizerStep(self._judge_update))
@@ -276,8 +277,10 @@ class RewardTrainer(PipelineTrainer):
             )
         self._probed = probe.summary()
         if self.is_world_process_zero():
-            self._target.announce(self.args.reward_scale, probe.rewards)
-            self._probed |= self._target.logged(self.state.log_history)  # for a run that is interrupted before a line of training
+            self._target_kl.announce(self.args.reward_scale, probe.rewards)
+            self._probed |= self._target_kl.logged(
+                self.state.log_history
+            )  # for a run that is interrupted before a line of training
             warn_of_differences(sampler_differences(probe), self.args.num_inference_steps)
 
     # ------------------------------------------------------------------------------------------------ logging, evaluation
@@ -300,7 +303,7 @@ class RewardTrainer(PipelineTrainer):
         samples, main = self._counts.samples, self.is_world_process_zero()
         rewards = samples.gathered("reward", self.accelerator.gather)
         if main and not self.args.probe_base:
-            self._target.announce(self.args.reward_scale, per_prompt(rewards, self.args.num_generations))
+            self._target_kl.announce(self.args.reward_scale, per_prompt(rewards, self.args.num_generations))
         if self.method.scores_end_points:
             memory = samples.gathered("memory", self.accelerator.gather)
             samples.forget("memory")
@@ -313,9 +316,9 @@ class RewardTrainer(PipelineTrainer):
         if "loss" in logs:
             logs |= summarise(self._counts.samples.drain(self.accelerator.gather), self.args.num_generations)
             logs |= {"evaluations_per_second": self._counts.rate.since_last()}
-            logs |= self._target.logged(self.state.log_history)
+            logs |= self._target_kl.logged(self.state.log_history)
             if self.is_world_process_zero():
-                self._target.watch(logs)
+                self._target_kl.watch(logs)
         super().log(logs, start_time)
         if "loss" in logs:
             self._show("train", self._shown.trained)

@@ -10,7 +10,7 @@ from torch import Tensor
 from ..core.matching import bounded, half_square
 from ..data.columns import prompts_of, without_prompt
 from ..model.chain import PipelineChain
-from ..model.samples import scored
+from ..model.samples import images_and_rewards
 from ..rewards import WeightedReward, reward_gradient
 
 __all__ = ["ScoredImages", "score_images"]
@@ -49,7 +49,7 @@ def score_images(
     """
     if not differentiate:
         with torch.no_grad():
-            images, values = scored(reward, chain.decode(end_point), chain.columns)
+            images, values = images_and_rewards(reward, chain.decode(end_point), chain.columns)
         rewards = reward.total(values)
         unknown = torch.full_like(end_point, torch.nan)
         exponent, norms = reward_scale * rewards, torch.full_like(rewards, torch.nan)
