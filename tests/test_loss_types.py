@@ -178,6 +178,16 @@ def test_the_gradient_scaler_does_not_go_with_back_propagation(tmp_path):
         make_trainer(tmp_path, fp16=True, **every_step("discrete_adjoint", K))
 
 
+def test_the_card_of_back_propagation_says_so(tmp_path):
+    trainer = make_trainer(tmp_path, max_steps=1, **every_step("discrete_adjoint", K))
+    trainer.train()
+    trainer.create_model_card()
+    text = (tmp_path / "README.md").read_text()
+    assert "made with [the discrete adjoint](https://arxiv.org/abs/2409.08861)" in text
+    assert "| `method` | discrete_adjoint |" in text and "`reward_scale`" in text
+    assert "`loss_type`" not in text and "`loss_step_selection`" not in text
+
+
 @dataclass(frozen=True)
 class ByNumbers:
     """A toy of an objective that asks only for the value of a reward: every step is pushed by it."""

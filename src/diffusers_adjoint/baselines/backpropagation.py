@@ -14,7 +14,9 @@ from torch import Tensor, nn
 from ..config import AdjointMatchingConfig
 from ..core.control_cost import discrete_adjoint
 from ..core.matching import LossSteps, bounded, noisy_steps
+from ..hub import CardFacts
 from ..objectives.papers import ADJOINT_MATCHING, Paper
+from ..pictures.samples import SampleImages
 from ..trainer.parallel import synchronised
 from ..trainer.regress import bounded_paths, zero_unless
 from ..trainer.reward_trainer import RewardTrainer
@@ -36,7 +38,7 @@ class BackpropagationMethod:
     switches_adapter: ClassVar[bool] = True
     scores_end_points: ClassVar[bool] = True
     tilts: ClassVar[bool] = True
-    paper: ClassVar[Paper] = ADJOINT_MATCHING
+    paper: ClassVar[Paper] = replace(ADJOINT_MATCHING, method="the discrete adjoint")
 
     def __post_init__(self) -> None:
         if self.name not in METHODS:
@@ -57,6 +59,8 @@ class RewardBackpropagationTrainer(RewardTrainer):
     Raises:
         TypeError, ValueError: for bad input, before any training, in one sentence.
     """
+
+    method: BackpropagationMethod
 
     def __init__(
         self,
@@ -123,3 +127,9 @@ class RewardBackpropagationTrainer(RewardTrainer):
         """All that have noise."""
         steps = noisy_steps(self._trainable_stds())
         return LossSteps(tuple(steps), (1.0,) * len(steps))
+
+    def _card_facts(self, *given: Any) -> tuple[CardFacts, SampleImages]:
+        """With the method in place of what a regression is set to."""
+        facts, samples = super()._card_facts(*given)
+        settings = {name: value for name, value in facts.settings.items() if name not in UNUSED}
+        return replace(facts, settings={"method": self.method.name, **settings}), samples
