@@ -5,6 +5,7 @@ import os
 import re
 import shutil
 import time
+from dataclasses import replace
 from hashlib import sha256
 
 import pytest
@@ -15,6 +16,7 @@ from tiny_trainer import PROMPTS, brightness, difference, make_trainer, weights
 
 from diffusers_adjoint.model.fingerprint import base_fingerprint
 from diffusers_adjoint.trainer.checkpoint import checkpoint_to_resume, rotate
+from diffusers_adjoint.trainer.run_record import RunRecord
 
 SHORT = {"save_strategy": "steps", "save_steps": 1, "num_inference_steps": 3, "num_loss_steps": 1, "learning_rate": 1e-3}
 ONE = SHORT | {"max_steps": 1}
@@ -206,6 +208,23 @@ def test_another_way_to_train_is_in_the_warning(old, caplog):
     make_trainer(old, method="discrete_adjoint", **SHORT | {"num_loss_steps": None}).train(resume_from_checkpoint=True)
     (line,) = [record.getMessage() for record in caplog.records if "other settings" in record.getMessage()]
     assert "trainer AdjointMatchingTrainer, now RewardBackpropagationTrainer" in line
+
+
+@pytest.mark.parametrize(("then", "now"), [("paper", None), ("paper", "paper"), ("next", None), ("next", "paper")])
+def test_an_option_of_an_earlier_version_is_compared_where_it_is_now(old, caplog, then, now):
+    folder = old / "checkpoint-1"
+    record = RunRecord.read(folder)
+    settings = {name: value for name, value in record.settings.items() if name != "loss_kwargs"} | {"adjoint_pairing": then}
+    (folder / "run.json").write_bytes(replace(record, settings=settings)._as_json())
+    trainer = make_trainer(old, loss_kwargs=None if now is None else {"pairing": now}, **SHORT)
+    trainer.train(resume_from_checkpoint=True)
+    said = f"loss_kwargs {{'pairing': '{then}'}}, now {{'pairing': '{now or 'next'}'}}" in caplog.text
+    assert said == (then != (now or "next"))
+
+
+def test_options_left_out_are_those_by_default(old, caplog):
+    make_trainer(old, loss_kwargs={"pairing": "next"}, **SHORT).train(resume_from_checkpoint=True)
+    assert "other settings" not in caplog.text
 
 
 def test_an_optimizer_with_other_groups_cannot_go_on(tmp_path):

@@ -133,6 +133,7 @@ def settings_of(args: AdjointMatchingConfig, trainer: str, optimizer: str | None
     settings = {name: _harmless(getattr(args, name)) for name in [*own, *OF_THE_HOST]}
     settings |= {"optim": optimizer} if optimizer else {}  # which then has no effect
     batch = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
+    settings["loss_kwargs"] = _harmless(asdict(args.objective))  # type: ignore[call-overload]  # with those left out
     return settings | {"trainer": trainer, "prompts per update": batch, "rewards": list(rewards)}
 
 
@@ -183,12 +184,19 @@ def facts_to_go_on(checkpoint: Path, now: RunFacts) -> RunFacts:
         )
     if found := _differences(then.adapter or {}, now.adapter or {}):
         raise ValueError(f"{checkpoint} has another adapter ({found}); resume with the peft_config it was trained with.")
-    if found := _differences(then.settings | then.versions, now.settings | now.versions):
+    if found := _differences(_as_named_now(then.settings) | then.versions, now.settings | now.versions):
         logger.warning(
             f"{checkpoint} was written with other settings ({found}); training goes on with those of now, but the optimizer "
             f"with the learning rate and other numbers that it has saved."
         )
     return replace(now, run=then.run)
+
+
+def _as_named_now(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Of an earlier version, whose only option of an objective stood among the other settings."""
+    if "adjoint_pairing" not in settings:
+        return dict(settings)
+    return {**settings, "loss_kwargs": {"pairing": settings["adjoint_pairing"]}}
 
 
 def _differences(then: Mapping[str, Any], now: Mapping[str, Any]) -> str:
