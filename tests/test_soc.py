@@ -472,6 +472,7 @@ def test_the_sound_problem_is_solved():
             TypeError,
             "is no objective; pass an object, such as AdjointMatching()",
         ),
+        (lambda: run(make(), objective=None), TypeError, "objective=None is no objective; pass an object"),
         (lambda: run(make(), objective=OneStep()), ValueError, "which a control problem does not predict; pass AdjointMatching"),
         (lambda: run(make(), objective=discrete_adjoint, num_loss_steps=2), ValueError, "leave num_loss_steps out"),
         (lambda: run(make(), num_loss_steps=5), ValueError, "num_loss_steps=5 does not fit a grid with 4 noisy steps"),

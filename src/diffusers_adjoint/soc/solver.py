@@ -57,11 +57,11 @@ def solve(
         Mean loss of each update, shape (updates,).
 
     Raises:
-        TypeError: for a class in place of an objective.
+        TypeError: for anything else in place of an objective, such as its class.
         ValueError: for an objective that asks for clean data, no updates, S that does not fit, states whose shape the noise does
             not have, or a loss that is not finite.
     """
-    if isinstance(objective, type | str):
+    if isinstance(objective, type) or not (callable(objective) or hasattr(objective, "targets")):
         raise TypeError(f"objective={objective!r} is no objective; pass an object, such as AdjointMatching().")
     if callable(objective) and num_loss_steps is not None:
         raise ValueError(f"{objective.__name__} goes through every step; leave num_loss_steps out.")
