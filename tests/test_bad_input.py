@@ -251,9 +251,12 @@ CASES = {
     "unknown pairing": Case("'previous'", "'next'", {"loss_kwargs": {"pairing": "previous"}}),
     "unknown option": Case("'paring'", "pass 'pairing'", {"loss_kwargs": {"paring": "next"}}),
     "options that are no dict": Case("loss_kwargs is a list", "pass a dict", {"loss_kwargs": ["next"]}, error=TypeError),
+    "an option by a number": Case("loss_kwargs has 3", "pass 'pairing'", {"loss_kwargs": {3: "next", "paring": 1}}),
+    "options cut short": Case("loss_kwargs is no JSON", "pass a dict", {"loss_kwargs": '{"pairing": '}),
+    "Python for JSON": Case("pipeline_kwargs is no JSON", 'like {"name": "value"}', {"pipeline_kwargs": "{'height': 8}"}),
     "an option that has moved": Case("adjoint_pairing has moved", "loss_kwargs={'pairing'", {"adjoint_pairing": "paper"}),
     "an objective that has moved": Case(
-        "loss_type='discrete_adjoint' has moved", "RewardBackpropagationTrainer", {"loss_type": "discrete_adjoint"}
+        "loss_type='discrete_adjoint' has moved", "or --method discrete_adjoint", {"loss_type": "discrete_adjoint"}
     ),
     "unknown on_nonfinite": Case("'ignore'", "'skip'", {"on_nonfinite": "ignore"}),
     "negative scale": Case("reward_scale=-1.0", "≥ 0", {"reward_scale": -1.0}),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import math
 import os
 from dataclasses import dataclass, field, fields
@@ -20,8 +21,9 @@ __all__ = ["AdjointMatchingConfig", "parsed", "with_learning_rate"]
 
 MOVED = {
     "continuous_adjoint": "its gradient is that of 'basic_adjoint_matching', which a trainer takes instead",
-    "discrete_adjoint": "train with RewardBackpropagationTrainer(method='discrete_adjoint')",
+    "discrete_adjoint": "train with RewardBackpropagationTrainer(method='discrete_adjoint'), or --method discrete_adjoint",
 }
+OWN_DICTS = ["pipeline_kwargs", "model_init_kwargs", "loss_kwargs"]  # text of JSON on the command line
 LORA_LEARNING_RATE, FULL_LEARNING_RATE = 1e-4, 2e-5  # the second is the paper's (2409.08861)
 
 CHOICES: dict[str, tuple[str, ...]] = {
@@ -121,7 +123,7 @@ class AdjointMatchingConfig(TrainingArguments):
         model_init_kwargs (`dict`, *optional*): for `DiffusionPipeline.from_pretrained`, when the model is given by name.
     """
 
-    _VALID_DICT_FIELDS = TrainingArguments._VALID_DICT_FIELDS + ["pipeline_kwargs", "model_init_kwargs", "loss_kwargs"]
+    _VALID_DICT_FIELDS = TrainingArguments._VALID_DICT_FIELDS + OWN_DICTS
 
     logging_steps: float = field(default=10, metadata={"help": "Updates between two lines of the log."})
     save_steps: float = field(default=50, metadata={"help": "Updates between two checkpoints."})
@@ -195,6 +197,7 @@ class AdjointMatchingConfig(TrainingArguments):
 
     def __post_init__(self) -> None:
         require_types(self, AdjointMatchingConfig, unchecked=self._VALID_DICT_FIELDS)  # these may be text yet, see below
+        self._check_json()
         self._check_output_dir()
         self._check_host_numbers()
         if self.metric_for_best_model is None and (self.load_best_model_at_end or self.save_strategy == "best"):
@@ -215,6 +218,16 @@ class AdjointMatchingConfig(TrainingArguments):
     def to_dict(self) -> dict[str, Any]:
         """The host's, which trackers and `to_json_string` show, with the tokens inside dicts masked too."""
         return masked(super().to_dict())
+
+    def _check_json(self) -> None:
+        """Of the texts that the host is going to parse, in words that tell which one it is."""
+        for name in OWN_DICTS:
+            if isinstance(value := getattr(self, name), str) and value.startswith("{"):
+                try:
+                    json.loads(value)
+                except ValueError as error:
+                    # The text itself is not told: it may hold a token.
+                    raise ValueError(f'{name} is no JSON ({error}); pass a dict, or text like {{"name": "value"}}.') from None
 
     def _check_output_dir(self) -> None:
         if not isinstance(self.output_dir, str | os.PathLike | None):
@@ -248,7 +261,7 @@ class AdjointMatchingConfig(TrainingArguments):
                 raise ValueError(f"{name}={getattr(self, name)!r} is unknown; pass one of {', '.join(map(repr, allowed))}.")
         if self.integrator is not None:
             check_integrator(self.integrator)
-        for name in ("pipeline_kwargs", "model_init_kwargs", "loss_kwargs"):
+        for name in OWN_DICTS:
             if not isinstance(value := getattr(self, name), dict | None):
                 raise TypeError(f"{name} is a {type(value).__name__}; pass a dict of arguments, or JSON on the command line.")
 

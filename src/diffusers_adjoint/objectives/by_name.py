@@ -30,7 +30,7 @@ def objective_of(loss_type: str, loss_kwargs: dict[str, Any] | None = None) -> O
     known = [field.name for field in fields(objective)]  # type: ignore[arg-type]
     if unknown := (loss_kwargs or {}).keys() - set(known):
         raise ValueError(
-            f"loss_kwargs has {min(unknown)!r}, which loss_type={loss_type!r} does not take; "
+            f"loss_kwargs has {min(unknown, key=str)!r}, which loss_type={loss_type!r} does not take; "
             + (f"pass {' or '.join(map(repr, known))}." if known else "leave loss_kwargs out.")
         )
     return objective(**loss_kwargs or {})
