@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from tiny_rewards import brightness
+from tiny_rewards import Unreached, brightness
 from torch import nn
 from torch.autograd import gradcheck
 
@@ -427,16 +427,6 @@ def test_a_clipped_gradient_has_no_second_derivative():
 
 def test_clipping_without_a_gradient_in_the_images():
     """Of an autograd function that gives None the sum's check can speak."""
-
-    class Unreached(torch.autograd.Function):
-        @staticmethod
-        def forward(ctx, images):
-            return images.mean((1, 2, 3))
-
-        @staticmethod
-        def backward(ctx, factors):
-            return None
-
     reward = gradient_clipped(lambda images, prompts: Unreached.apply(images), 1.0)
     with pytest.raises(ValueError, match="^reward '<lambda>' does not depend on the images; compute it from them"):
         reward_gradient(torch.rand(2, 3, 4, 4), lambda x: x, WeightedReward(reward), [""] * 2, {})

@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from tiny_rewards import brightness
+from tiny_rewards import Unreached, brightness
 from torch import nn
 
 from diffusers_adjoint.rewards import WeightedReward, reward_gradient
@@ -96,18 +96,6 @@ def test_what_a_reward_must_not_return(reward, error, message):
 
 
 PARAMETER = torch.zeros(3, requires_grad=True)
-
-
-class Unreached(torch.autograd.Function):
-    """Mean of each image, whose author forgot the gradient."""
-
-    @staticmethod
-    def forward(ctx, images):
-        return images.mean((1, 2, 3))
-
-    @staticmethod
-    def backward(ctx, factors):
-        return None
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ import pytest
 import torch
 from problems import GaussianMixture, mixture_1d
 from scheduler_problems import batch, mean_function, noise_levels, normal, ready
-from tiny_trainer import make_trainer
+from tiny_trainer import difference, make_trainer, weights
 from torch import Tensor
 
 from diffusers_adjoint.core.matching import LossSteps
@@ -101,6 +101,16 @@ def test_a_sample_without_a_reward_at_a_step_is_left_out_and_not_told_to_stay():
     usable = torch.tensor([True, False, True, True])
     targets = OneStep().targets(chain, ALL, lambda x: Scored(torch.where(usable[:, None], SLOPE, 0.0).double(), usable))
     assert targets.shifts[:, 1].isnan().all() and targets.shifts[:, usable].isfinite().all()
+
+
+def test_checkpointed_layers_are_the_base_s_when_they_are_evaluated_again(tmp_path):
+    """The second update is of a model that differs from its base."""
+    plain = make_trainer(tmp_path / "plain", loss_type="one_step")
+    plain.train()
+    checkpointed = make_trainer(tmp_path / "checkpointed", loss_type="one_step", gradient_checkpointing=True)
+    checkpointed.train()
+    assert checkpointed.denoiser.network.is_gradient_checkpointing
+    assert difference(weights(plain), weights(checkpointed)) <= 1e-6  # recomputed activations, same numbers up to rounding
 
 
 def test_the_trainer_knows_it(tmp_path):

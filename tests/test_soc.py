@@ -14,7 +14,7 @@ from diffusers_adjoint.core.adjoint import lean_adjoint
 from diffusers_adjoint.core.control_cost import continuous_adjoint, discrete_adjoint
 from diffusers_adjoint.core.matching import LossSteps, matching_loss, path_kl
 from diffusers_adjoint.core.trajectory import rollout
-from diffusers_adjoint.objectives import AdjointMatching, BasicAdjointMatching, OneStep
+from diffusers_adjoint.objectives import AdjointMatching, BasicAdjointMatching, OneStep, Targets
 from diffusers_adjoint.schedulers.integrators import posterior
 from diffusers_adjoint.soc import (
     COSINE,
@@ -142,6 +142,34 @@ def test_the_base_is_evaluated_down_to_the_earliest_loss_step():
     gain = torch.ones(1, dtype=torch.float64, requires_grad=True)
     accumulate_gradient(watched, lambda k, x: gain * x, path, LossSteps((3, 5), (1.0, 1.0)))
     assert evaluated == [5, 4, 3]
+
+
+class ByNumbers:
+    """An objective that asks for the value of the cost alone."""
+
+    needs_gradient = False
+
+    def targets(self, chain, steps, score):
+        path, chosen = chain.rollout(), list(steps.indices)
+        scored = score(chain.end_point(path, of="base").state)
+        self.scored = scored
+        base_means = torch.stack([chain.base_mean(k, path.states[k]) for k in chosen])
+        shifts = scored.exponent.view(1, -1, 1).expand_as(base_means)
+        return Targets(path.states[chosen], steps, shifts, base_means, path.stds[chosen], scored)
+
+
+def test_an_objective_without_need_of_a_gradient_takes_any_cost():
+    """The cost is a step function: its gradient is not asked for, and its value is minus the exponent."""
+    problem, objective = euler(LQ, 4), ByNumbers()
+    steep = ControlProblem(problem.base_mean, problem.times, problem.stds, lambda x: (x > 0).double().sum(1))
+    control = Net(dim=2).double()
+    path = rollout(
+        problem.mean(control), draw(3, 2, seed=1), problem.times[:-1], problem.stds, lambda k: draw(3, 2, seed=k), keep_last=True
+    )
+    accumulate_gradient(steep, steep.mean(control), path, LossSteps((1, 3), (1.0, 1.0)), objective)
+    assert torch.equal(objective.scored.exponent, -(path.states[-1] > 0).double().sum(1))
+    assert objective.scored.tilt.isnan().all() and objective.scored.usable.all()
+    assert control.net[-1].weight.grad.abs().max() > 0
 
 
 class AffineControl(torch.nn.Module):

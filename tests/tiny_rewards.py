@@ -135,3 +135,15 @@ def tiny_open_clip() -> SimpleNamespace:
         OPENAI_DATASET_MEAN=(0.48, 0.46, 0.41),
         OPENAI_DATASET_STD=(0.27, 0.26, 0.28),
     )
+
+
+class Unreached(torch.autograd.Function):
+    """Mean of each image, whose author forgot the gradient."""
+
+    @staticmethod
+    def forward(ctx, images):
+        return images.mean((1, 2, 3))
+
+    @staticmethod
+    def backward(ctx, factors):
+        return None
