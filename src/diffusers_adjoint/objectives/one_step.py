@@ -2,8 +2,8 @@ r"""The one-step adjoint: the reward's gradient at the base's clean prediction, 
 
     δ_k = g_k (∂x̂_1/∂x)ᵀ λ∇r(x̂_1(x_k)),     g_k = ∂μ_k/∂score
 
-It takes log E[e^{λr} | x_k] for λ r(E[x_1 | x_k]), so its fixed point is *not* the tilted law: good near the data, where one
-prediction says most of the rest, and worst near the noise. At pure noise, whose score says nothing of data, there is no shift.
+It puts λ r(E[x_1 | x_k]) in place of log E[e^{λr} | x_k], so its fixed point is *not* the tilted law: good near the data, where
+one prediction says most of the rest, and worst near the noise. At pure noise, whose score knows no data, there is no shift.
 """
 
 from __future__ import annotations
@@ -36,6 +36,8 @@ class OneStep:
     def targets(self, chain: DiffusionChain, steps: LossSteps, score: Callable[[Tensor], Scored]) -> Targets:
         """As `Objective.targets`, but that it scores the clean predictions of every step; those of the last one are reported."""
         path = chain.rollout()
+        gains = chain.gains
+        gains = torch.where(gains.isfinite(), gains, 0.0)  # none at pure noise
         shifts, base_means = [], []
         with chain.base():
             for k in steps.indices:
@@ -45,10 +47,9 @@ class OneStep:
                     clean = chain.clean(mean, x, k)
                 scored = score(clean.detach())
                 pull = pulled_back(clean, x, scored.tilt)
-                gain = chain.gains[k] if chain.gains[k].isfinite() else torch.zeros(())
                 # NaN, so that a sample without a reward at this step is left out and not told to stay where it is.
                 usable = scored.usable.view(-1, *[1] * (x.ndim - 1))
-                shifts.append(torch.where(usable, gain.to(pull) * pull, torch.nan))
+                shifts.append(torch.where(usable, float(gains[k]) * pull, torch.nan))
                 base_means.append(mean.detach())
         chosen = list(steps.indices)
         return Targets(path.states[chosen], steps, torch.stack(shifts), torch.stack(base_means), path.stds[chosen], scored)

@@ -85,13 +85,13 @@ def _require_fitting(columns: dict[str, list[Any]], arguments: CallArguments, re
     arguments(columns, rows_of(columns))
 
 
-def require_unswitched_layers(args: AdjointMatchingConfig, denoiser: PipelineDenoiser) -> None:
+def require_unswitched_layers(method: str, args: AdjointMatchingConfig, denoiser: PipelineDenoiser) -> None:
     """Raises ValueError where layers would be evaluated again after the adapter that they had is switched."""
     checkpointed = args.gradient_checkpointing or denoiser.network.is_gradient_checkpointing
     if checkpointed and denoiser.base_adapters is not None:  # both passes are over when a layer is evaluated again
         raise ValueError(
-            "what is trained here switches the adapter within a step, and checkpointed layers would be evaluated again without "
-            "it; train without gradient checkpointing, and do not enable it on the network."
+            f"{method} switches the adapter within a step, and checkpointed layers would be evaluated again without it; train "
+            f"without gradient checkpointing, and do not enable it on the network."
         )
 
 

@@ -99,7 +99,7 @@ class RewardTrainer(PipelineTrainer):
         warn_of_distillation(pipeline)
         self.denoiser = _denoiser_of(self.replay, peft_config)
         if self.method.switches_adapter:
-            require_unswitched_layers(args, self.denoiser)
+            require_unswitched_layers(type(self.method).__name__, args, self.denoiser)
 
         super().__init__(
             model=self.denoiser,
@@ -261,9 +261,8 @@ class RewardTrainer(PipelineTrainer):
         """
         if not self.args.probe_base:
             return
-        replay = _replay_of(
-            self.pipeline, self.args, "posterior"
-        )  # whatever integrator trains: this one is nearest to the base's own law
+        # Whatever integrator trains: this one is nearest to the base's own law.
+        replay = _replay_of(self.pipeline, self.args, "posterior")
         together = self.args.per_device_train_batch_size * self.args.num_generations
         with self.denoiser.base(), self._text_encoders(), random_numbers_kept(self.args.device):
             probe = probe_base(
@@ -278,9 +277,8 @@ class RewardTrainer(PipelineTrainer):
         self._probed = probe.summary()
         if self.is_world_process_zero():
             self._target_kl.announce(self.args.reward_scale, probe.rewards)
-            self._probed |= self._target_kl.logged(
-                self.state.log_history
-            )  # for a run that is interrupted before a line of training
+            # For a run that is interrupted before a line of training.
+            self._probed |= self._target_kl.logged(self.state.log_history)
             warn_of_differences(sampler_differences(probe), self.args.num_inference_steps)
 
     # ------------------------------------------------------------------------------------------------ logging, evaluation
