@@ -14,7 +14,7 @@ from transformers import TrainingArguments
 from .field_types import require_types
 from .guidance import GUIDANCE
 from .objectives import OBJECTIVES, Objective, objective_of
-from .schedulers.integrators import INTEGRATORS
+from .schedulers.integrators import DEFAULT_INTEGRATOR, INTEGRATORS
 from .schedulers.memoryless import check_integrator
 
 __all__ = ["AdjointMatchingConfig", "parsed", "with_learning_rate"]
@@ -59,8 +59,11 @@ class AdjointMatchingConfig(TrainingArguments):
         num_inference_steps (`int`, defaults to 20):
             K, steps of the memoryless sampler in training. Cost is proportional to it.
         integrator (`str`, *optional*):
-            Discretisation of the memoryless SDE: "posterior" (the default when not given), "compensated", "euler" (the paper's),
-            "local_linear" or "ancestral". `benchmarks/discretisation.py` compares them.
+            Discretisation of the memoryless SDE on whose paths training goes: "ancestral", "posterior", "compensated", "euler"
+            (the paper's) or "local_linear". When not given, the one that suits the objective: "ancestral" for score pairing,
+            "posterior" for all else. `benchmarks/discretisation.py` compares them.
+        sampling_integrator (`str`, defaults to `"posterior"`):
+            Discretisation for memoryless images outside of training: those of the start-up comparison.
         pipeline_kwargs (`dict`, *optional*):
             Further arguments of the pipeline's `__call__`, such as `{"height": 512, "width": 512}`. Arguments with one value for
             each image (negative_prompt, image, …) may be dataset columns instead.
@@ -82,7 +85,7 @@ class AdjointMatchingConfig(TrainingArguments):
             `"adjoint_matching"`, or another objective of `diffusers_adjoint.objectives`, for comparison:
             `"basic_adjoint_matching"` (the full adjoint: two networks a step instead of one) or `"one_step"` (biased).
         loss_kwargs (`dict`, *optional*):
-            Options of that objective, such as `{"pairing": "paper"}` of `"adjoint_matching"`: the fields of its dataclass.
+            Options of that objective, such as `{"pairing": "next"}` of `"adjoint_matching"`: the fields of its dataclass.
         num_loss_steps (`int`, *optional*):
             S, steps of each trajectory that carry the loss; half of them when not given.
         loss_step_selection (`str`, defaults to `"uniform"`):
@@ -153,7 +156,10 @@ class AdjointMatchingConfig(TrainingArguments):
     num_inference_steps: int = field(default=20, metadata={"help": "K, steps of the memoryless sampler."})
     integrator: str | None = field(
         default=None,
-        metadata={"help": f"Discretisation of the memoryless SDE: {', '.join(INTEGRATORS)}; None for the default."},
+        metadata={"help": f"Of the paths of training: {', '.join(INTEGRATORS)}; None for the one that suits the objective."},
+    )
+    sampling_integrator: str = field(
+        default=DEFAULT_INTEGRATOR, metadata={"help": "Of memoryless images outside of training, as integrator."}
     )
     pipeline_kwargs: dict[str, Any] | str | None = field(
         default=None, metadata={"help": "Further arguments of the pipeline's __call__."}
@@ -259,8 +265,9 @@ class AdjointMatchingConfig(TrainingArguments):
         for name, allowed in CHOICES.items():
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name}={getattr(self, name)!r} is unknown; pass one of {', '.join(map(repr, allowed))}.")
-        if self.integrator is not None:
-            check_integrator(self.integrator)
+        for name in ("integrator", "sampling_integrator"):
+            if (value := getattr(self, name)) is not None:
+                check_integrator(value, name)
         for name in OWN_DICTS:
             if not isinstance(value := getattr(self, name), dict | None):
                 raise TypeError(f"{name} is a {type(value).__name__}; pass a dict of arguments, or JSON on the command line.")

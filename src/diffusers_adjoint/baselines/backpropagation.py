@@ -15,6 +15,7 @@ from ..config import AdjointMatchingConfig
 from ..core.control_cost import discrete_adjoint
 from ..core.matching import LossSteps, bounded, noisy_steps
 from ..hub import CardFacts
+from ..model.chain import PipelineChain
 from ..objectives.papers import ADJOINT_MATCHING, Paper
 from ..pictures.samples import SampleImages
 from ..trainer.parallel import synchronised
@@ -43,6 +44,10 @@ class BackpropagationMethod:
     def __post_init__(self) -> None:
         if self.name not in METHODS:
             raise ValueError(f"method={self.name!r} is unknown; pass one of {', '.join(map(repr, METHODS))}.")
+
+    def integrator(self, predicts_scores: bool) -> str:
+        """As `objectives.Method.integrator`."""
+        return "posterior"
 
 
 class RewardBackpropagationTrainer(RewardTrainer):
@@ -92,7 +97,8 @@ class RewardBackpropagationTrainer(RewardTrainer):
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None = None) -> Tensor:
         """Rollout, then back through its steps from the reward at its end; returns the micro-batch's share of the loss."""
         self._begin_micro_batch()
-        chain, steps = self.prepare_chain(inputs), self.choose_steps()
+        chain = self.prepare_chain(inputs)
+        steps = self.choose_steps(chain)
         with self._progress("rollout", len(self.replay.stds) - 1):
             path = chain.rollout()
         keep, score, scored = bounded_paths(path.states), self.scorer(chain), list[ScoredImages]()
@@ -123,9 +129,9 @@ class RewardBackpropagationTrainer(RewardTrainer):
         self._end_micro_batch(model, chain, scored[0])
         return found.loss
 
-    def choose_steps(self) -> LossSteps:
+    def choose_steps(self, chain: PipelineChain) -> LossSteps:
         """All that have noise."""
-        steps = noisy_steps(self._trainable_stds())
+        steps = noisy_steps(self._where_trained(chain.stds))
         return LossSteps(tuple(steps), (1.0,) * len(steps))
 
     def _card_facts(self, *given: Any) -> tuple[CardFacts, SampleImages]:

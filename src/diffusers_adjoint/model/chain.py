@@ -13,12 +13,20 @@ from torch import Tensor, nn
 from ..core.adjoint import EndPoint, end_point
 from ..core.trajectory import MeanFunction, Trajectory
 from ..guidance import Guidance
-from ..replay import Conditioning
+from ..replay import Conditioning, PipelineReplay
 from .denoiser import PipelineDenoiser
 from .paths import sample_trajectory
 from .randomness import stacked_noise
 
-__all__ = ["PipelineChain"]
+__all__ = ["PipelineChain", "predicts_scores"]
+
+
+def predicts_scores(replay: PipelineReplay, guidance: Guidance) -> bool:
+    """Whether the base predicts the scores of the laws that its paths have: unguided, and from pure noise.
+
+    A start below the noise, of image-to-image pipelines, is known from the first `prepare` on.
+    """
+    return not (replay.starts_below_noise or (replay.arguments.guides and guidance.rollout))
 
 
 @dataclass(frozen=True)
@@ -52,6 +60,18 @@ class PipelineChain:
     @property
     def gains(self) -> Tensor:
         return self.denoiser.replay.gains
+
+    @property
+    def posterior_stds(self) -> Tensor:
+        return self.denoiser.replay.posterior_stds
+
+    @property
+    def times(self) -> Tensor:
+        return self.denoiser.replay.times
+
+    @property
+    def predicts_scores(self) -> bool:
+        return predicts_scores(self.denoiser.replay, self.guidance)
 
     @property
     def running_cost_grad(self) -> Callable[[int, Tensor], Tensor] | None:

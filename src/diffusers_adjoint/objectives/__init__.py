@@ -1,6 +1,7 @@
 """Objectives: what the trained mean of a step is asked to be, one file each; torch only."""
 
-from .adjoint_matching import AdjointMatching, BasicAdjointMatching
+from .adjoint_matching import AdjointMatching
+from .basic_adjoint_matching import BasicAdjointMatching
 from .by_name import OBJECTIVES, objective_of
 from .one_step import OneStep
 from .targets import Chain, DiffusionChain, Method, Objective, Scored, Targets

@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import fields
 from typing import Any
 
-from .adjoint_matching import AdjointMatching, BasicAdjointMatching
+from .adjoint_matching import AdjointMatching
+from .basic_adjoint_matching import BasicAdjointMatching
 from .one_step import OneStep
 from .targets import Objective
 

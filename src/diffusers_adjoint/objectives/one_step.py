@@ -33,6 +33,14 @@ class OneStep:
     tilts: ClassVar[bool] = False
     paper: ClassVar[Paper] = ADJOINT_MATCHING
 
+    def integrator(self, predicts_scores: bool) -> str:
+        """As `Method.integrator`."""
+        return "posterior"
+
+    def scales(self, chain: DiffusionChain) -> Tensor:
+        """As `Objective.scales`."""
+        return chain.posterior_stds
+
     def targets(self, chain: DiffusionChain, steps: LossSteps, score: Callable[[Tensor], Scored]) -> Targets:
         """As `Objective.targets`, but that it scores the clean predictions of every step; those of the last one are reported."""
         path = chain.rollout()
@@ -52,4 +60,5 @@ class OneStep:
                 shifts.append(torch.where(usable, float(gains[k]) * pull, torch.nan))
                 base_means.append(mean.detach())
         chosen = list(steps.indices)
-        return Targets(path.states[chosen], steps, torch.stack(shifts), torch.stack(base_means), path.stds[chosen], scored)
+        scales = self.scales(chain)[chosen].to(path.stds)
+        return Targets(path.states[chosen], steps, torch.stack(shifts), torch.stack(base_means), scales, scored)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal, Protocol
 
 from torch import Tensor
@@ -51,6 +51,7 @@ class Targets:
         base_means: μ_k^base(x), shape (S, B, …).
         scales: shape (S,), or (S, …) for diagonal noise; s_k makes the loss one of nats.
         scored: what the objective's score said of the end points.
+        logged: name → a number of each sample that the log shows the mean of, (B,).
     """
 
     states: Tensor
@@ -59,6 +60,7 @@ class Targets:
     base_means: Tensor
     scales: Tensor
     scored: Any
+    logged: dict[str, Tensor] = field(default_factory=dict)
 
 
 class Chain(Protocol):
@@ -67,6 +69,10 @@ class Chain(Protocol):
     @property
     def stds(self) -> Tensor:
         """s_k, shape (K,), or (K, …) for diagonal noise."""
+
+    @property
+    def predicts_scores(self) -> bool:
+        """Whether the base predicts the scores of the laws along its paths: a `DiffusionChain`, unguided, from pure noise."""
 
     @property
     def running_cost_grad(self) -> Callable[[int, Tensor], Tensor] | None:
@@ -94,6 +100,14 @@ class DiffusionChain(Chain, Protocol):
     @property
     def gains(self) -> Tensor:
         """g_k = ∂μ_k/∂score, shape (K,); infinite at pure noise."""
+
+    @property
+    def posterior_stds(self) -> Tensor:
+        """s_k of the integrator "posterior" on the same grid, shape (K,): the metric in which a path's KL is logged."""
+
+    @property
+    def times(self) -> Tensor:
+        """t_k, the share of data that step k starts from, shape (K,)."""
 
     def clean(self, mean: Tensor, x: Tensor, k: int) -> Tensor:
         """The clean prediction x̂_1 that gives step k this mean from x; affine in both."""
@@ -125,9 +139,22 @@ class Method(Protocol):
     paper: ClassVar[Paper]
     """What a model card cites."""
 
+    def integrator(self, predicts_scores: bool) -> str:
+        """The discretisation of the memoryless SDE for the paths that it trains on, a key of `INTEGRATORS`.
+
+        Args:
+            predicts_scores: as of the `Chain`.
+
+        Raises:
+            ValueError: if its options are not right there.
+        """
+
 
 class Objective(Method, Protocol):
     """A frozen dataclass of options that makes targets; it raises ValueError for an option that makes none."""
+
+    def scales(self, chain: Any) -> Tensor:
+        """The scale of each step's loss, shape (K,), or (K, …) for diagonal noise; 0 where a step can carry none."""
 
     def targets(self, chain: Any, steps: LossSteps, score: Callable[[Tensor], Scored]) -> Targets:
         """One update's points and shifts.

@@ -124,6 +124,16 @@ class PipelineReplay:
         """g_k of these steps, as the scheduler's, shape (K',)."""
         return self.scheduler.gains[self._first :]
 
+    @property
+    def posterior_stds(self) -> Tensor:
+        """Of these steps, as the scheduler's, shape (K',)."""
+        return self.scheduler.posterior_stds[self._first :]
+
+    @property
+    def times(self) -> Tensor:
+        """t_k of these steps, as the scheduler's, shape (K',)."""
+        return self.scheduler.times[self._first :]
+
     def transition(self, model_output: Tensor, x: Tensor, index: int) -> Transition:
         """Law of the next state at step `index` of these."""
         return self.scheduler.transition(model_output, x, self._first + index)

@@ -116,6 +116,10 @@ class ProblemChain:
         return self.path.stds
 
     @property
+    def predicts_scores(self) -> bool:
+        return False
+
+    @property
     def running_cost_grad(self) -> Callable[[int, Tensor], Tensor] | None:
         return self.problem.running_cost_grad
 
@@ -141,7 +145,7 @@ class ProblemChain:
             "BasicAdjointMatching()."
         )
 
-    gains = property(_predicts_no_clean_data)
+    gains = posterior_stds = times = property(_predicts_no_clean_data)
     clean = toward = sample = noised = base_score = _predicts_no_clean_data
 
 

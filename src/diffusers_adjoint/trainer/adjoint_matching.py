@@ -1,7 +1,7 @@
 """The Adjoint Matching trainer: a diffusers pipeline and a reward in, the same pipeline sampling p_base·exp(λr) out.
 
 chain = prepare_chain(inputs)                        # prompts → x_0 and conditioning
-steps = choose_steps()                               # which steps of the chain carry the loss
+steps = choose_steps(chain)                          # which steps of the chain carry the loss
 targets = method.targets(chain, steps, score)        # states, and the shift δ of the mean that is wished for at each
 loss = regress(model, chain, targets)                # ½‖((μ^θ − μ^base) − δ)/s‖², one forward and backward pass a point
 """
@@ -67,7 +67,7 @@ class AdjointMatchingTrainer(RewardTrainer):
         """
         self._begin_micro_batch()
         chain = self.prepare_chain(inputs)
-        steps = self.choose_steps()
+        steps = self.choose_steps(chain)
         with self._progress("paths and targets", 2 * len(self.replay.stds)):  # of the lean adjoint; a bar may run over
             targets = self.method.targets(chain, steps, self.scorer(chain))
         with self._progress("loss", len(steps.indices)):
@@ -75,12 +75,12 @@ class AdjointMatchingTrainer(RewardTrainer):
         self._end_micro_batch(model, chain, targets.scored)
         return loss
 
-    def choose_steps(self) -> LossSteps:
+    def choose_steps(self, chain: PipelineChain) -> LossSteps:
         """The same steps for every image of an update, so that neither micro-batches nor ranks change them."""
         generator = seeded_generator(self.args.seed, self.state.global_step, 0, Stream.LOSS_STEPS)
-        stds = self._trainable_stds()
-        half = max((len(stds) - len(self._idle_steps)) // 2, 1)
-        return choose_loss_steps(stds, self.args.num_loss_steps or half, self.args.loss_step_selection, generator)
+        scales = self._where_trained(self.method.scales(chain))
+        half = max((len(scales) - len(self._idle_steps)) // 2, 1)
+        return choose_loss_steps(scales, self.args.num_loss_steps or half, self.args.loss_step_selection, generator)
 
     def regress(self, model: nn.Module, chain: PipelineChain, targets: Targets) -> Tensor:
         """Backward through the loss of each point; what it found goes into the log."""
@@ -94,5 +94,5 @@ class AdjointMatchingTrainer(RewardTrainer):
             backward=self._backward,
             synchronised=synchronised(self.accelerator, model),
         )
-        self.record(targets.scored, fit.kl, fit.keep)
+        self.record(targets.scored, fit.kl, fit.keep, targets.logged)
         return fit.loss

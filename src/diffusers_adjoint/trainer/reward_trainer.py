@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import partial
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -20,7 +21,7 @@ from ..core.matching import LossSteps
 from ..data.columns import collate_columns, prompts_of, rows_of, without_prompt
 from ..data.given_datasets import dataset_of, eval_datasets_of
 from ..guidance import GUIDANCE
-from ..model.chain import PipelineChain
+from ..model.chain import PipelineChain, predicts_scores
 from ..model.denoiser import PipelineDenoiser
 from ..model.devices import place
 from ..model.loading import load_pipeline
@@ -33,6 +34,7 @@ from ..replay.selfcheck import check_replay
 from ..rewards import WeightedReward
 from ..rewards.quantised import warn_of_quantised_rewards
 from ..schedulers import memoryless_scheduler
+from ..schedulers.integrators import DEFAULT_INTEGRATOR
 from ..soc import correlation
 from .checks import (
     columns_to_check,
@@ -90,7 +92,7 @@ class RewardTrainer(PipelineTrainer):
         set_seed(args.seed)  # before LoRA draws its weights
 
         self.pipeline = pipeline
-        self.replay = _replay_of(pipeline, args, args.integrator)
+        self.replay = _replay_of(pipeline, args, args.integrator or DEFAULT_INTEGRATOR)
         if self.replay.arguments.takes_prompt:
             require_prompts(train_dataset, "train_dataset")
             require_prompts(eval_dataset, "eval_dataset")
@@ -110,6 +112,7 @@ class RewardTrainer(PipelineTrainer):
             callbacks=callbacks,
             optimizers=optimizers,
         )
+        self._suit_paths()
         place(pipeline, args.device, args.offload_text_encoders)
         self.reward.to(args.device)
         self._target_kl = TargetKL()
@@ -121,9 +124,22 @@ class RewardTrainer(PipelineTrainer):
         """What is going to be trained, which the settings say; raises ValueError for settings that it has no use for."""
         raise NotImplementedError
 
-    def choose_steps(self) -> LossSteps:
+    def choose_steps(self, chain: PipelineChain) -> LossSteps:
         """The steps that carry the loss of the coming update, the same for all of its images."""
         raise NotImplementedError
+
+    def _suit_paths(self) -> None:
+        """Give the paths the discretisation that the method wants for them, unless the user has named one."""
+        scores = predicts_scores(self.replay, self.guidance)
+        wanted = self.method.integrator(scores)
+        if not scores and self.method.integrator(True) != wanted:
+            why = "the paths start from an image" if self.replay.starts_below_noise else "guidance acts in training"
+            logger.warning(
+                f"{why}, where the base's predictions are not the scores of its own paths: steps are paired by 'next', not by "
+                f"'score', on paths of integrator={self.args.integrator or wanted!r}."
+            )
+        if self.args.integrator is None and self.replay.scheduler.config.integrator != wanted:
+            self.replay.scheduler = memoryless_scheduler(self.pipeline.scheduler, integrator=wanted)
 
     # ------------------------------------------------------------------------------------------- parts of a training step
 
@@ -157,11 +173,11 @@ class RewardTrainer(PipelineTrainer):
 
         return score
 
-    def _trainable_stds(self) -> Tensor:
-        """s_k of the steps that the trained network predicts, 0 at the others: no control to match there."""
-        stds = self.replay.stds.clone()
-        stds[self._idle_steps] = 0.0
-        return stds
+    def _where_trained(self, scales: Tensor) -> Tensor:
+        """The same at the steps that the trained network predicts, 0 at the others: no control to match there."""
+        scales = scales.clone()
+        scales[self._idle_steps] = 0.0
+        return scales
 
     def _begin_micro_batch(self) -> None:
         """Look at the network, which a callback may have changed; what was measured before the first update is logged first."""
@@ -243,11 +259,15 @@ class RewardTrainer(PipelineTrainer):
         generators = self._generators(range(rows_of(columns)), Stream.START)
         with self._text_encoders():
             check_replay(self.replay, columns, generators, check_unguided=not self.guidance.loss)
-        chain = self.prepare_chain({"columns": columns, "first_image": 0, "share": 1.0, "ends_update": False})
+        first = {"columns": columns, "first_image": 0, "share": 1.0, "ends_update": False}
+        chain = self.prepare_chain(first)
+        if self.replay.starts_below_noise:  # known only now
+            self._suit_paths()
+            chain = self.prepare_chain(first)
         self._idle_steps = self.replay.idle_steps(chain.start, chain.conditioning, guided=self.guidance.loss)
         step = next(k for k in range(len(self.replay.stds)) if k not in self._idle_steps)
         require_checkpointing(self.denoiser, chain.start, step, chain.conditioning, guided=self.guidance.loss)
-        self.choose_steps()
+        self.choose_steps(chain)
         scored = score_images(chain.start, chain, self.reward, 1.0, differentiate=self.method.needs_gradient)
         if self.method.needs_gradient:
             warn_of_flat_rewards(scored.norms)
@@ -261,8 +281,7 @@ class RewardTrainer(PipelineTrainer):
         """
         if not self.args.probe_base:
             return
-        # Whatever integrator trains: this one is nearest to the base's own law.
-        replay = _replay_of(self.pipeline, self.args, "posterior")
+        replay = _replay_of(self.pipeline, self.args, self.args.sampling_integrator)
         together = self.args.per_device_train_batch_size * self.args.num_generations
         with self.denoiser.base(), self._text_encoders(), random_numbers_kept(self.args.device):
             probe = probe_base(
@@ -283,15 +302,16 @@ class RewardTrainer(PipelineTrainer):
 
     # ------------------------------------------------------------------------------------------------ logging, evaluation
 
-    def record(self, scored: ScoredImages, kl: Tensor, keep: Tensor) -> None:
-        """Into the next line of the log, and count the images that train."""
+    def record(self, scored: ScoredImages, kl: Tensor, keep: Tensor, logged: Mapping[str, Tensor] = MappingProxyType({})) -> None:
+        """Into the next line of the log, and count the images that train; `logged` has further numbers of each, by name."""
         self._counts.updates.keep(keep)
         samples = self._counts.samples
         samples.add("reward", scored.rewards)
         for name, values in scored.values.items():
             samples.add(f"rewards/{name}", values)
         # An image left out has no control; the mean skips NaN.
-        samples.add(kl_name(self.replay, self.guidance), torch.where(keep, kl, torch.nan))
+        for name, values in {kl_name(self.replay, self.guidance): kl, **logged}.items():
+            samples.add(name, torch.where(keep, values, torch.nan))
         if self.method.needs_gradient:
             samples.add("adjoint_norm", torch.where(keep, scored.norms, torch.nan))
         samples.add("skipped", (~keep).float())
@@ -310,7 +330,7 @@ class RewardTrainer(PipelineTrainer):
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Adds reward, reward_std, reward_std_between, rewards/<name>/mean, /std and /missing, kl or kl_unguided
-        (nats), target_kl_estimate (nats), adjoint_norm, skipped, evaluations_per_second."""
+        (nats), target_kl_estimate (nats), adjoint_norm, skipped, evaluations_per_second, and what the objective logs (capped)."""
         if "loss" in logs:
             logs |= summarise(self._counts.samples.drain(self.accelerator.gather), self.args.num_generations)
             logs |= {"evaluations_per_second": self._counts.rate.since_last()}
@@ -339,7 +359,7 @@ def _suit_the_host(args: AdjointMatchingConfig) -> None:
         args._n_gpu = 1
 
 
-def _replay_of(pipeline: DiffusionPipeline, args: AdjointMatchingConfig, integrator: str | None) -> PipelineReplay:
+def _replay_of(pipeline: DiffusionPipeline, args: AdjointMatchingConfig, integrator: str) -> PipelineReplay:
     return PipelineReplay(
         pipeline,
         memoryless_scheduler(pipeline.scheduler, integrator=integrator),
