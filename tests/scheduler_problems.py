@@ -1,9 +1,14 @@
 """The memoryless schedulers on problems with a known answer: shared by their tests."""
 
+import contextlib
+
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 from problems import mixture_1d, model_output
+from torch import Tensor
 
+from diffusers_adjoint.core.adjoint import EndPoint, end_point
+from diffusers_adjoint.core.trajectory import Trajectory, rollout
 from diffusers_adjoint.schedulers import MemorylessDDIMScheduler, MemorylessFlowMatchEulerDiscreteScheduler
 
 BOTH = [MemorylessFlowMatchEulerDiscreteScheduler, MemorylessDDIMScheduler]
@@ -43,3 +48,39 @@ def normal(mean=0.7, variance=0.36):
 
 def batch(*shape, dtype=torch.float32, seed=0):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
+
+
+class KnownChain:
+    """A scheduler's chain on a law with a known denoiser, as objectives see it; its paths are those of another law, the model's.
+
+    Args:
+        scheduler: with a grid.
+        law: of the base.
+        start: x_0, (B, d), float64.
+        model: law whose denoiser draws the paths; the base's own if there is none.
+        rounded: what becomes of the base's predictions, such as a cast to 16 bits and back.
+    """
+
+    running_cost_grad, predicts_scores = None, True
+
+    def __init__(self, scheduler, law, start, model=None, rounded=lambda output: output):
+        self.scheduler, self.start, self.evaluated = scheduler, start, []
+        self.gains, self.stds, self.clean = scheduler.gains, scheduler.stds, scheduler.clean
+        self.posterior_stds, self.times = scheduler.posterior_stds, scheduler.times
+        self._output, self._rounded = network(scheduler, law), rounded
+        self.mean = mean_function(scheduler, model or law)
+
+    def base(self):
+        return contextlib.nullcontext()
+
+    def rollout(self) -> Trajectory:
+        stds, generator = self.stds.to(self.start), torch.Generator().manual_seed(0)
+        noise = torch.randn(len(stds), *self.start.shape, generator=generator, dtype=self.start.dtype)
+        return rollout(self.mean, self.start, self.scheduler.timesteps, stds, lambda k: noise[k])
+
+    def base_mean(self, k: int, x: Tensor) -> Tensor:
+        self.evaluated.append(k)
+        return self.scheduler.transition(self._rounded(self._output(k, x)), x, k).mean
+
+    def end_point(self, path: Trajectory, of: str) -> EndPoint:
+        return end_point(path, self.base_mean, self.mean if of == "model" else None)

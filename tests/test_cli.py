@@ -117,7 +117,7 @@ def test_options_of_an_objective_come_from_the_command_line(recipe, capsys):
     arguments = parse_arguments(["--config", recipe, *paper])
     assert arguments.config.objective == AdjointMatching(pairing="paper")
     line = refusal(capsys, "train", "--config", recipe, "--loss_kwargs", '{"pairing": "previous"}')
-    assert "pairing='previous' is unknown; pass 'next' or 'paper'." in line
+    assert "pairing='previous' is unknown; pass 'score', 'next' or 'paper'." in line
 
 
 def test_a_recipe_trains_and_saves_a_lora_that_loads(recipe, model, tmp_path):

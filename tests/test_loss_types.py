@@ -130,7 +130,7 @@ def test_an_image_without_reward_teaches_nothing(tmp_path):
             {"loss_kwargs": {"paring": "next"}},
             "loss_kwargs has 'paring', which loss_type='adjoint_matching' does not take; pass 'pairing'",
         ),
-        ({"loss_kwargs": {"pairing": "previous"}}, "pairing='previous' is unknown; pass 'next' or 'paper'"),
+        ({"loss_kwargs": {"pairing": "previous"}}, "pairing='previous' is unknown; pass 'score', 'next' or 'paper'"),
         ({"adjoint_pairing": "paper"}, r"adjoint_pairing has moved; pass loss_kwargs=\{'pairing': 'paper'\} instead"),
         ({"loss_type": "continuous_adjoint"}, "loss_type='continuous_adjoint' has moved; .*'basic_adjoint_matching'"),
         ({"loss_type": "discrete_adjoint"}, r"train with RewardBackpropagationTrainer\(method='discrete_adjoint'\)"),
@@ -199,6 +199,12 @@ class ByNumbers:
     scores_end_points: ClassVar[bool] = True
     tilts: ClassVar[bool] = False
     paper: ClassVar[Paper] = ADJOINT_MATCHING
+
+    def integrator(self, predicts_scores):
+        return "posterior"
+
+    def scales(self, chain):
+        return chain.stds
 
     def targets(self, chain, steps, score):
         path, chosen = chain.rollout(), list(steps.indices)

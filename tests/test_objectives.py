@@ -137,6 +137,7 @@ class OnePath:
     """The chain of a model on one given path, as objectives see it."""
 
     running_cost_grad = staticmethod(running_slope)
+    predicts_scores = False
 
     def __init__(self, model: Controlled, path: Trajectory, noisy_end: bool) -> None:
         self.mean, self.base_mean, self.path, self.noisy_end = model, base_mean, path, noisy_end

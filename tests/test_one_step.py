@@ -1,21 +1,20 @@
 """The one-step adjoint: exact where the clean prediction says all, biased elsewhere, and what it costs."""
 
-import contextlib
 from dataclasses import dataclass
 
 import pytest
 import torch
 from problems import GaussianMixture, mixture_1d
-from scheduler_problems import batch, mean_function, noise_levels, normal, ready
+from scheduler_problems import KnownChain, batch, noise_levels, normal, ready
 from tiny_trainer import difference, make_trainer, weights
 from torch import Tensor
 
 from diffusers_adjoint.core.matching import LossSteps
-from diffusers_adjoint.core.trajectory import Trajectory
 from diffusers_adjoint.objectives import OneStep
 from diffusers_adjoint.schedulers import MemorylessDDIMScheduler, MemorylessFlowMatchEulerDiscreteScheduler
 
 STEPS, SLOPE = 6, 0.8  # r(x) = .8 x
+START = batch(4, 1, dtype=torch.float64)
 ALL = LossSteps(tuple(range(STEPS)), (1.0,) * STEPS)
 
 
@@ -23,26 +22,6 @@ ALL = LossSteps(tuple(range(STEPS)), (1.0,) * STEPS)
 class Scored:
     tilt: Tensor
     usable: Tensor
-
-
-class Known:
-    """A scheduler's chain on a law with a known denoiser; its paths are anything."""
-
-    running_cost_grad = None
-
-    def __init__(self, scheduler, law) -> None:
-        self.scheduler, self.gains, self.clean, self.evaluated = scheduler, scheduler.gains, scheduler.clean, []
-        self.of_law = mean_function(scheduler, law)
-
-    def base(self):
-        return contextlib.nullcontext()
-
-    def rollout(self) -> Trajectory:
-        return Trajectory(batch(STEPS, 4, 1, dtype=torch.float64), self.scheduler.timesteps, self.scheduler.stds)
-
-    def base_mean(self, k: int, x: Tensor) -> Tensor:
-        self.evaluated.append(k)
-        return self.of_law(k, x)
 
 
 def linear(x: Tensor) -> Scored:
@@ -62,7 +41,7 @@ def score_of(law: GaussianMixture, x: Tensor, alpha: float, beta: float) -> Tens
 def test_it_is_the_tilted_score_for_a_gaussian_and_a_linear_reward(cls):
     """There the clean prediction's reward is log E[e^r | x_k] up to a constant."""
     law, tilted = normal(0.7, 0.36), normal(0.7 + 0.36 * SLOPE, 0.36)
-    chain = Known(ready(cls, STEPS), law)
+    chain = KnownChain(ready(cls, STEPS), law, START)
     targets = OneStep().targets(chain, ALL, linear)
     alphas, betas = (level.tolist() for level in noise_levels(chain.scheduler))
     for k, x in enumerate(targets.states):
@@ -72,14 +51,14 @@ def test_it_is_the_tilted_score_for_a_gaussian_and_a_linear_reward(cls):
         wished = score_of(tilted, x, alphas[k], betas[k]) - score_of(law, x, alphas[k], betas[k])
         # float64; √ᾱ ≥ .006 is divided by.
         torch.testing.assert_close(targets.shifts[k], chain.gains[k] * wished, atol=1e-9, rtol=1e-9)
-        torch.testing.assert_close(targets.base_means[k], chain.of_law(k, x))
+        torch.testing.assert_close(targets.base_means[k], chain.mean(k, x))
 
 
 def test_it_is_biased_for_two_modes():
     law = mixture_1d([0.5, 0.5], [-1.0, 1.0], [0.04, 0.04])
     weights = torch.tensor([0.5, 0.5]) * torch.exp(SLOPE * torch.tensor([-1.0, 1.0]))
     tilted = mixture_1d((weights / weights.sum()).tolist(), [-1 + 0.04 * SLOPE, 1 + 0.04 * SLOPE], [0.04, 0.04])
-    chain = Known(ready(MemorylessFlowMatchEulerDiscreteScheduler, STEPS), law)
+    chain = KnownChain(ready(MemorylessFlowMatchEulerDiscreteScheduler, STEPS), law, START)
     targets = OneStep().targets(chain, ALL, linear)
     alphas, betas = (level.tolist() for level in noise_levels(chain.scheduler))
     errors = []
@@ -91,13 +70,13 @@ def test_it_is_biased_for_two_modes():
 
 
 def test_it_evaluates_the_base_and_the_reward_once_a_loss_step():
-    chain, scored = Known(ready(MemorylessFlowMatchEulerDiscreteScheduler, STEPS), normal()), []
+    chain, scored = KnownChain(ready(MemorylessFlowMatchEulerDiscreteScheduler, STEPS), normal(), START), []
     OneStep().targets(chain, LossSteps((1, 4), (1.0, 1.0)), lambda x: scored.append(1) or linear(x))
     assert chain.evaluated == [1, 4] and len(scored) == 2
 
 
 def test_a_sample_without_a_reward_at_a_step_is_left_out_and_not_told_to_stay():
-    chain = Known(ready(MemorylessFlowMatchEulerDiscreteScheduler, STEPS), normal())
+    chain = KnownChain(ready(MemorylessFlowMatchEulerDiscreteScheduler, STEPS), normal(), START)
     usable = torch.tensor([True, False, True, True])
     targets = OneStep().targets(chain, ALL, lambda x: Scored(torch.where(usable[:, None], SLOPE, 0.0).double(), usable))
     assert targets.shifts[:, 1].isnan().all() and targets.shifts[:, usable].isfinite().all()

@@ -125,7 +125,7 @@ class Counter:
             self.loss += 1
 
 
-@pytest.mark.parametrize("pairing", ["next", "paper"])
+@pytest.mark.parametrize("pairing", ["score", "next", "paper"])
 def test_denoiser_evaluations_of_one_update(tmp_path, build, pairing, monkeypatch):
     steps = 6
     trainer = make_trainer(
@@ -135,11 +135,13 @@ def test_denoiser_evaluations_of_one_update(tmp_path, build, pairing, monkeypatc
     counter = Counter(trainer.denoiser.network)
     chosen = {}
     original = trainer.choose_steps
-    monkeypatch.setattr(trainer, "choose_steps", lambda: chosen.setdefault("steps", original()))
+    monkeypatch.setattr(trainer, "choose_steps", lambda chain: chosen.setdefault("steps", original(chain)))
     trainer.train()
     earliest = chosen["steps"].indices[0]
-    base_with_graph = steps - earliest if pairing == "paper" else steps - 1 - earliest
-    base_forward = 0 if pairing == "paper" else 1
+    # Pure noise is paired with the next adjoint, whatever the pairing.
+    of_next = pairing == "next" or (pairing == "score" and trainer.replay.times[earliest] < 0.02)
+    base_with_graph = steps - 1 - earliest if of_next else steps - earliest
+    base_forward = 1 if of_next else 0
     assert counter.rollout == (steps - 1) + base_forward
     assert counter.adjoint == base_with_graph
     assert counter.loss == 2
@@ -149,7 +151,7 @@ def test_with_only_the_last_step_chosen_the_base_is_evaluated_once(tmp_path, mon
     """The one that gives the end point."""
     trainer = make_trainer(tmp_path, max_steps=1, num_inference_steps=5, num_loss_steps=1)
     monkeypatch.setattr(trainer, "check_first_row", lambda: None)
-    monkeypatch.setattr(trainer, "choose_steps", lambda: LossSteps((4,), (0.2,)))
+    monkeypatch.setattr(trainer, "choose_steps", lambda chain: LossSteps((4,), (0.2,)))
     counter = Counter(trainer.denoiser.network)
     trainer.train()
     assert (counter.rollout, counter.adjoint, counter.loss) == (4, 1, 1)
@@ -367,8 +369,10 @@ def test_logged_metrics(tmp_path):
 
 
 def test_first_loss_is_the_norm_of_the_scaled_adjoint(tmp_path, monkeypatch):
-    """At θ = base the control is zero, so the loss is Σ ½‖s_k ã_{k+1}‖², averaged over the batch (T10)."""
-    trainer = make_trainer(tmp_path, max_steps=1, num_loss_steps=4)  # all steps: the targets have the whole path
+    """At θ = base the control is zero, so the loss of "next" is Σ ½‖s_k ã_{k+1}‖², averaged over the batch (T10)."""
+    trainer = make_trainer(
+        tmp_path, max_steps=1, num_loss_steps=4, loss_kwargs={"pairing": "next"}
+    )  # all steps: the targets have the whole path
     seen = {}
 
     def see(chain, targets):
@@ -517,7 +521,7 @@ def test_logged_kl_is_the_path_kl_of_the_rollouts(tmp_path):
     expected, seen = [], []
 
     def see(chain, targets):
-        path = Trajectory(targets.states, trainer.replay.timesteps, trainer.replay.stds)
+        path = Trajectory(targets.states, trainer.replay.timesteps, trainer.replay.posterior_stds)
         seen.append((chain, targets))
         expected.append(path_kl(chain.mean, chain.base_mean, path).mean().item())
 

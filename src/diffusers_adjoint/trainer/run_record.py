@@ -184,7 +184,7 @@ def facts_to_go_on(checkpoint: Path, now: RunFacts) -> RunFacts:
         )
     if found := _differences(then.adapter or {}, now.adapter or {}):
         raise ValueError(f"{checkpoint} has another adapter ({found}); resume with the peft_config it was trained with.")
-    if found := _differences(_as_named_now(then.settings) | then.versions, now.settings | now.versions):
+    if found := _differences(_as_named_now(then.settings) | then.versions, _as_named_now(now.settings) | now.versions):
         logger.warning(
             f"{checkpoint} was written with other settings ({found}); training goes on with those of now, but the optimizer "
             f"with the learning rate and other numbers that it has saved."
@@ -193,10 +193,9 @@ def facts_to_go_on(checkpoint: Path, now: RunFacts) -> RunFacts:
 
 
 def _as_named_now(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Of an earlier version, whose only option of an objective stood among the other settings."""
-    if "adjoint_pairing" not in settings:
-        return dict(settings)
-    return {**settings, "loss_kwargs": {"pairing": settings["adjoint_pairing"]}}
+    """With each option of the objective by itself: an earlier version knew fewer, and its first one stood among the settings."""
+    known = {"pairing": settings["adjoint_pairing"]} if "adjoint_pairing" in settings else settings.get("loss_kwargs", {})
+    return {**settings, **{f"loss_kwargs[{name!r}]": value for name, value in known.items()}, "loss_kwargs": None}
 
 
 def _differences(then: Mapping[str, Any], now: Mapping[str, Any]) -> str:
