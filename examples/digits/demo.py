@@ -37,7 +37,9 @@ from tqdm import tqdm
 from diffusers_adjoint import AdjointMatchingConfig, AdjointMatchingTrainer, memoryless_scheduler, path_kl
 from diffusers_adjoint.cli import commands as cli
 from diffusers_adjoint.metrics import TiltReport, pairwise_diversity, sample_mean, saturated_share, tilt_gap, tilt_shift
+from diffusers_adjoint.model.denoiser import PipelineDenoiser
 from diffusers_adjoint.model.paths import sample_trajectory
+from diffusers_adjoint.replay import PipelineReplay
 
 diffusers.utils.logging.set_verbosity_error()  # one line a call about the text cut to one token
 
@@ -72,7 +74,7 @@ def edges(images: Tensor) -> Tensor:
 
 def make_task(name: str) -> Task:
     if name == "ink":
-        return Task("ink", ink, reward_scale=40.0, images=64, updates=80, rank=8, learning_rate=3e-3)
+        return Task("ink", ink, reward_scale=40.0, images=64, updates=45, rank=8, learning_rate=3e-3)
     if name == "three":
         return Task("three", three, reward_scale=1.0, images=96, updates=120, rank=16, learning_rate=6e-3)
     raise ValueError(f"REWARD={name!r} is unknown; pass 'ink' or 'three'.")
@@ -101,7 +103,7 @@ def draw(pipeline: StableDiffusion3Pipeline, sampler: str, count: int, seed: int
 
 
 def fine_tune(
-    pipeline: StableDiffusion3Pipeline, task: Task, folder: Path, seed: int, pairing: str = "next"
+    pipeline: StableDiffusion3Pipeline, task: Task, folder: Path, seed: int, pairing: str = "score"
 ) -> AdjointMatchingTrainer:
     """The public trainer, on one prompt."""
     args = AdjointMatchingConfig(
@@ -138,10 +140,13 @@ def fine_tune(
 
 
 def measure_path_kl(trainer: AdjointMatchingTrainer, count: int, seed: int) -> Tensor:
-    """KL(paths of the tuned model ‖ paths of the base), one value a path, nats."""
-    denoiser = trainer.denoiser
+    """KL(paths of the tuned model ‖ paths of the base), one value a path, nats; on the paths of memoryless images."""
+    pipeline, steps = trainer.pipeline, STEPS["memoryless"]
+    chain = memoryless_scheduler(pipeline.scheduler)
+    replay = PipelineReplay(pipeline, chain, steps, pipeline_kwargs={"max_sequence_length": 1})
+    denoiser = PipelineDenoiser(replay, trainer.denoiser.base_adapters)
     generators = [torch.Generator().manual_seed(seed + i) for i in range(count)]
-    start, conditioning = trainer.replay.prepare({"prompt": [OPEN_PROMPT] * count}, generators)
+    start, conditioning = replay.prepare({"prompt": [OPEN_PROMPT] * count}, generators)
     trajectory = sample_trajectory(denoiser, start, conditioning, generators)
 
     def base_mean(k: int, x: Tensor) -> Tensor:
@@ -162,7 +167,7 @@ class Result:
 
 
 def run(
-    task: Task, folder: Path, seed: int = 0, count: int = 2000, pairing: str = "next", base: dict[str, Tensor] | None = None
+    task: Task, folder: Path, seed: int = 0, count: int = 2000, pairing: str = "score", base: dict[str, Tensor] | None = None
 ) -> Result:
     """Sample the base, fine-tune, sample again with the same seeds, compare with the exact tilt."""
     pipeline = load_pipeline()

@@ -11,6 +11,8 @@ from typing import Any
 import torch
 
 from ..field_types import require_types
+from ..schedulers.integrators import DEFAULT_INTEGRATOR, INTEGRATORS
+from ..schedulers.memoryless import check_integrator
 from .measure import Setting
 
 __all__ = ["DTYPES", "EvaluationArguments"]
@@ -47,6 +49,10 @@ class EvaluationArguments:
     sampler: list[str] = field(
         default_factory=lambda: ["ode"],
         metadata={"help": "'ode', the pipeline's own scheduler, 'sde', the memoryless one, or both."},
+    )
+    sampling_integrator: str = field(
+        default=DEFAULT_INTEGRATOR,
+        metadata={"help": f"Discretisation of the memoryless SDE, whatever training was on: {', '.join(INTEGRATORS)}."},
     )
     guidance: list[float] = field(
         default_factory=lambda: [1.0],
@@ -115,6 +121,7 @@ class EvaluationArguments:
             raise ValueError("steps and num_prompts count from 1; pass larger numbers.")
         if unknown := [name for name in self.sampler if name not in SAMPLERS]:
             raise ValueError(f"sampler={unknown[0]!r} is unknown; pass 'ode', 'sde' or both.")
+        check_integrator(self.sampling_integrator, "sampling_integrator")
         if self.dtype not in DTYPES:
             raise ValueError(f"dtype={self.dtype!r} is unknown to diffusers; pass one of {', '.join(DTYPES)}.")
 

@@ -174,7 +174,7 @@ def _subjects(args: EvaluationArguments, models: list[Model], row: dict[str, Any
                 continue
             made[key] = PipelineReplay(
                 model.pipeline,
-                memoryless_scheduler(model.pipeline.scheduler),
+                memoryless_scheduler(model.pipeline.scheduler, args.sampling_integrator),
                 setting.steps,
                 guidance_scale=setting.guidance,
                 pipeline_kwargs=cast("dict[str, Any] | None", args.pipeline_kwargs),
