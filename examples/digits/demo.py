@@ -60,6 +60,8 @@ class Task:
     name: str
     reward: Callable[..., Tensor]
     reward_scale: float  # λ, nats per unit of reward
+    steps: int  # K of the paths of training
+    loss_steps: int  # S of them
     images: int  # in a rollout
     updates: int
     rank: int
@@ -74,9 +76,9 @@ def edges(images: Tensor) -> Tensor:
 
 def make_task(name: str) -> Task:
     if name == "ink":
-        return Task("ink", ink, reward_scale=40.0, images=64, updates=45, rank=8, learning_rate=3e-3)
+        return Task("ink", ink, reward_scale=40.0, steps=7, loss_steps=4, images=64, updates=62, rank=8, learning_rate=3e-3)
     if name == "three":
-        return Task("three", three, reward_scale=1.0, images=96, updates=120, rank=16, learning_rate=6e-3)
+        return Task("three", three, reward_scale=1.0, steps=10, loss_steps=5, images=96, updates=120, rank=16, learning_rate=6e-3)
     raise ValueError(f"REWARD={name!r} is unknown; pass 'ink' or 'three'.")
 
 
@@ -109,8 +111,8 @@ def fine_tune(
     args = AdjointMatchingConfig(
         output_dir=str(folder),
         reward_scale=task.reward_scale,
-        num_inference_steps=STEPS["memoryless"],
-        num_loss_steps=5,
+        num_inference_steps=task.steps,
+        num_loss_steps=task.loss_steps,
         num_generations=task.images,
         loss_kwargs={"pairing": pairing},
         pipeline_kwargs={"max_sequence_length": 1},

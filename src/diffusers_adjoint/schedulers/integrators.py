@@ -86,7 +86,6 @@ INTEGRATORS: dict[str, Callable[[Tensor, Tensor], StepCoefficients]] = {
     "ancestral": ancestral,
     "posterior": posterior,
 }
-# The sampler: of the five the one whose own law is nearest to the data's where the step's noise matters, on the grids of
-# benchmarks/discretisation.py, and the paths of every objective but score pairing. Where a clean end point matters more (few steps
-# at a large shift), its Table 5 prefers "ancestral".
+# What memoryless images are sampled by, and the paths of every objective but score pairing. Where a clean end point matters more
+# (few steps at a large shift), Table 5 of benchmarks/discretisation.py prefers "ancestral".
 DEFAULT_INTEGRATOR = "posterior"
