@@ -18,6 +18,7 @@ from diffusers_adjoint.pictures.grid import image_grid
 from diffusers_adjoint.pictures.pixels import drawable
 from diffusers_adjoint.pictures.samples import SampleImages
 from diffusers_adjoint.pictures.trackers import to_trackers
+from diffusers_adjoint.schedulers import memoryless_scheduler
 
 
 def rows(prompts=PROMPTS):
@@ -53,21 +54,23 @@ def test_it_reports_what_the_pipeline_samples(tmp_path, build):
 
 
 def test_its_kl_is_the_path_kl_of_memoryless_paths(tmp_path):
+    """Of "posterior", whatever the paths of training are."""
     trainer = make_trainer(tmp_path, eval_dataset=rows(PROMPTS[:2]), reward_scale=1000.0)
     trainer.train()
     replay, denoiser = trainer.replay, trainer.denoiser
     starts = [seeded_generator(trainer.args.seed, 0, i, Stream.EVALUATION_START) for i in range(2)]
     noises = [seeded_generator(trainer.args.seed, 0, i, Stream.EVALUATION_NOISE) for i in range(2)]
-    start, conditioning = replay.prepare({"prompt": PROMPTS[:2]}, starts)
-    with torch.no_grad():
-        trajectory = sample_trajectory(denoiser, start, conditioning, noises)
 
     def base_mean(k, x):
         with denoiser.base():
             return denoiser(x, k, conditioning)
 
-    expected = path_kl(lambda k, x: denoiser(x, k, conditioning), base_mean, trajectory).mean().item()
+    with torch.no_grad(), replay.on(memoryless_scheduler(trainer.pipeline.scheduler, "posterior")):
+        start, conditioning = replay.prepare({"prompt": PROMPTS[:2]}, starts)
+        trajectory = sample_trajectory(denoiser, start, conditioning, noises)
+        expected = path_kl(lambda k, x: denoiser(x, k, conditioning), base_mean, trajectory).mean().item()
     assert trainer.evaluate()["eval_kl"] == pytest.approx(expected, rel=1e-5)  # float32 sums of the same terms
+    assert replay.scheduler.config.integrator == "ancestral"
 
 
 @pytest.mark.parametrize(

@@ -63,7 +63,7 @@ class AdjointMatchingConfig(TrainingArguments):
             (the paper's) or "local_linear". When not given, the one that suits the objective: "ancestral" for score pairing,
             "posterior" for all else. `benchmarks/discretisation.py` compares them.
         sampling_integrator (`str`, defaults to `"posterior"`):
-            Discretisation for memoryless images outside of training: those of the start-up comparison.
+            Discretisation of memoryless paths outside of training: of the start-up comparison, and of the KL of an evaluation.
         pipeline_kwargs (`dict`, *optional*):
             Further arguments of the pipeline's `__call__`, such as `{"height": 512, "width": 512}`. Arguments with one value for
             each image (negative_prompt, image, …) may be dataset columns instead.

@@ -8,7 +8,8 @@ guidance and its latents look like. Text encodings and starting latents are reco
 from __future__ import annotations
 
 import copy
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
@@ -101,6 +102,15 @@ class PipelineReplay:
     def embeds_guidance(self) -> bool:
         """Whether the guidance scale is an input of the (distilled) network, a condition rather than guidance."""
         return bool(getattr(self.pipeline, self.component).config.get("guidance_embeds", False))
+
+    @contextmanager
+    def on(self, scheduler: Any) -> Iterator[None]:
+        """Within this context another memoryless scheduler of the same class stands in, from the next `prepare` on."""
+        own, self.scheduler = self.scheduler, scheduler
+        try:
+            yield
+        finally:
+            self.scheduler = own
 
     # ------------------------------------------------------------------------------------------------- the grid in use
 

@@ -19,6 +19,7 @@ from ..model.randomness import Stream, seeded_generators
 from ..model.samples import images_and_rewards, path_kl_of_rows
 from ..replay import PipelineReplay
 from ..rewards import WeightedReward
+from ..schedulers import memoryless_scheduler
 from .sample_log import summarise
 
 __all__ = ["evaluate_rows", "kl_name", "require_known_metric"]
@@ -42,14 +43,16 @@ def evaluate_rows(
 
     Returns:
         name → (B, images) or (B, 1): "reward", "rewards/<name>"; "saturated", share of values that are 0 or 1; "diversity", mean
-        squared difference of two images of one prompt, a value of the image, in [0, 1]; "kl", nats, of memoryless paths, one a
-        row. And the images, (B · images, …), those of a row together.
+        squared difference of two images of one prompt, a value of the image, in [0, 1]; "kl", nats, of memoryless paths of
+        `sampling_integrator`, one a row. And the images, (B · images, …), those of a row together.
     """
     times, rows = args.num_generations_eval, rows_of(columns)
     generators = seeded_generators(args.seed, 0, range(first_row * times, (first_row + rows) * times), Stream.EVALUATION)
     with torch.no_grad():
         # The paths first: FSDP wants the wrapped module called before the network in it.
-        kl = path_kl_of_rows(denoiser, guidance, columns, args.seed, 0, range(first_row, first_row + rows))
+        replay = denoiser.replay
+        with replay.on(memoryless_scheduler(replay.pipeline.scheduler, args.sampling_integrator)):
+            kl = path_kl_of_rows(denoiser, guidance, columns, args.seed, 0, range(first_row, first_row + rows))
         # One call for each image of a row: no more samples are in memory than the evaluation batch has rows.
         calls = [_sample(denoiser, reward, columns, generators[i::times]) for i in range(times)]
     result = {name: torch.stack([measured[name] for _, measured in calls], 1) for name in calls[0][1]}
