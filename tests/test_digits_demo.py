@@ -20,7 +20,7 @@ pytestmark = pytest.mark.slow
 
 @pytest.fixture(scope="module")
 def base():
-    return demo.draw_both(demo.load_pipeline(), 2000, "base")
+    return demo.draw_both(demo.load_pipeline(), demo.BASE_IMAGES, "base")
 
 
 @pytest.fixture(scope="module")
