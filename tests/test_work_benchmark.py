@@ -2,7 +2,7 @@
 
 import json
 import sys
-from dataclasses import replace
+from dataclasses import asdict, replace
 from itertools import combinations, product
 from pathlib import Path
 
@@ -56,6 +56,18 @@ def test_short_rows_stay_out_of_the_record(capsys):
     with pytest.raises(SystemExit):
         work.main(["--short"])
     assert "pass --rows" in capsys.readouterr().err
+
+
+def test_the_record_holds_the_settings_and_makes_the_tables(capsys):
+    rows = work.read(work.RECORDED)
+    recorded, wanted = [row["setting"] for row in rows], [asdict(setting) for setting in work.settings()]
+    assert all(recorded.count(setting) == 1 for setting in wanted)
+    assert all(setting in wanted for setting in recorded)
+    work.main(["--table"])
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.removeprefix("## ") for line in lines if line.startswith("## ")] == list(work.RUN)
+    groups = {str(setting | {"seed": 0}) for setting in wanted}
+    assert sum(line.startswith("| ") for line in lines) == len(groups) + 2 * len(work.RUN)  # and each table's two heads
 
 
 def test_each_kind_of_evaluation_counts_for_what_it_is_for():
