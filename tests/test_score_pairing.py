@@ -4,9 +4,11 @@ from dataclasses import dataclass
 
 import pytest
 import torch
+from datasets import Dataset
 from problems import mixture_1d
 from scheduler_problems import KnownChain, batch, noise_levels, normal, ready
-from tiny_trainer import make_trainer, watch_targets
+from tiny_conditioned import picture, sd15_from_image
+from tiny_trainer import PROMPTS, make_trainer, watch_targets
 from torch import Tensor
 
 from diffusers_adjoint.core.matching import LossSteps, regression_loss
@@ -253,3 +255,28 @@ def test_a_control_problem_has_no_score():
 def test_a_cap_that_bounds_nothing_is_refused(cap):
     with pytest.raises(ValueError, match="bounds no shift; pass a number above 0, or None"):
         AdjointMatching(cap=cap)
+
+
+def test_from_an_image_steps_are_paired_by_next(tmp_path, caplog):
+    """Which is known only when the pipeline has been called: the trainer changes its chain at the start of training."""
+
+    def trainer_from_images(**changes):
+        rows = Dataset.from_list([{"prompt": prompt, "image": picture(i)} for i, prompt in enumerate(PROMPTS)])
+        options = {"num_inference_steps": 5, "pipeline_kwargs": {"strength": 0.8}, "max_steps": 1, "num_loss_steps": 4}
+        return make_trainer(tmp_path, sd15_from_image, rows=rows, **(options | changes))
+
+    trainer, seen = trainer_from_images(), []
+    watch_targets(trainer, lambda chain, targets: seen.append((chain, targets)))
+    trainer.train()
+    chain, targets = seen[0]
+    assert trainer.replay.starts_below_noise and not chain.predicts_scores and targets.logged == {}
+    assert trainer.replay.scheduler.config.integrator == "posterior"
+    assert torch.equal(targets.scales, chain.stds.to(targets.scales)) and len(targets.scales) == 4 and targets.scales.min() > 0
+    line = "the paths start from an image, where the base's predictions are not the scores of its own paths"
+    assert caplog.text.count(line) == 1
+    caplog.clear()
+    trainer = trainer_from_images(integrator="euler")
+    trainer.train()
+    assert trainer.replay.scheduler.config.integrator == "euler" and "on paths of integrator='euler'" in caplog.text
+    with pytest.raises(ValueError, match="pairing='score' asks for an unguided diffusion or flow model that starts from pure noise"):
+        trainer_from_images(loss_kwargs={"pairing": "score"}).train()
