@@ -26,7 +26,7 @@ __all__ = ["base_model_of", "card_facts", "hub_id", "licence_of", "medium_of", "
 logger = logging.get_logger(__name__)
 
 # A list of what may be told: the other arguments hold local paths, tokens and names of machines.
-SETTINGS = ["reward_scale", "guidance_scale", "cfg_mode", "num_inference_steps", "integrator", "num_loss_steps"]
+SETTINGS = ["reward_scale", "guidance_scale", "cfg_mode", "num_inference_steps", "num_loss_steps"]
 SETTINGS += ["loss_type", "loss_kwargs", "loss_step_selection", "loss_clip", "learning_rate", "lr_scheduler_type", "optim"]
 SETTINGS += ["weight_decay", "max_grad_norm", "num_generations", "seed", "bf16", "fp16"]
 TAGS: dict[tuple[Medium, str], str] = {
@@ -67,6 +67,7 @@ def card_facts(
     weights = [p for name, p in network.named_parameters() if p.is_floating_point() and "lora_" not in name]
     base_model = base_model_of(replay.pipeline)
     steps = {"num_inference_steps": replay.num_inference_steps}
+    chain = steps | {"integrator": replay.scheduler.config.integrator}  # which the arguments may leave to the objective
     return CardFacts(
         repo_id=repo_id,
         pipeline_class=type(replay.pipeline),
@@ -74,7 +75,7 @@ def card_facts(
         network_class=type(network).__name__,
         dtype=str(weights[0].dtype),
         call=replay.arguments(columns, 1) | steps,
-        settings=_settings(args, state) | steps | ({} if base_adapters is None else _lora_settings(network.peft_config[ADAPTER])),
+        settings=_settings(args, state) | chain | ({} if base_adapters is None else _lora_settings(network.peft_config[ADAPTER])),
         rewards=dict(zip(reward.names, reward.weights, strict=True)),
         paper=method.paper,
         needs_gradient=method.needs_gradient,
