@@ -134,13 +134,13 @@ def pipeline_of(adapter=None):
     return pipeline
 
 
-def own_call(pipeline, sampler="ode", prompts=PROMPTS, samples=3, steps=3, guidance=1.0):
+def own_call(pipeline, sampler="ode", prompts=PROMPTS, samples=3, steps=3, guidance=1.0, integrator="posterior"):
     """(P, N, 3, H, W) by the pipeline's ordinary call, with the seeds of the command."""
     images = []
     for number, prompt in enumerate(prompts):
         generators = seeded_generators(0, number, range(samples), Stream.EVALUATION)
         if sampler == "sde":
-            pipeline.scheduler = memoryless_scheduler(pipeline.scheduler)
+            pipeline.scheduler = memoryless_scheduler(pipeline.scheduler, integrator)
             pipeline.scheduler.set_generator(seeded_generators(0, number, range(samples), Stream.EVALUATION_NOISE))
         call = {"num_inference_steps": steps, "guidance_scale": guidance, "max_sequence_length": 8, "output_type": "pt"}
         images.append(pipeline([prompt] * samples, generator=generators, **call).images)
@@ -169,6 +169,12 @@ def test_rewards_are_those_of_the_pipelines_own_samples(here, sampler, guidance)
     found = metric(results, "brightness", model="out − base")
     assert found["mean"] == pytest.approx(moved.mean().item(), rel=1e-3)
     assert found["standard_error"] == pytest.approx(moved.std().item() / 3**0.5, rel=1e-2)
+
+
+def test_memoryless_samples_are_those_of_the_integrator_asked_for(here):
+    results = evaluate(sampler="sde", sampling_integrator="euler")
+    expected = own_call(pipeline_of("out"), "sde", integrator="euler").mean().item()
+    assert metric(results, "brightness", model="out")["mean"] == pytest.approx(expected, rel=1e-5)  # float32, other batches
 
 
 def edited(file):

@@ -53,9 +53,10 @@ def test_it_reports_what_the_pipeline_samples(tmp_path, build):
     assert tuned["eval_kl"] > 0
 
 
-def test_its_kl_is_the_path_kl_of_memoryless_paths(tmp_path):
-    """Of "posterior", whatever the paths of training are."""
-    trainer = make_trainer(tmp_path, eval_dataset=rows(PROMPTS[:2]), reward_scale=1000.0)
+@pytest.mark.parametrize(("options", "integrator"), [({}, "posterior"), ({"sampling_integrator": "euler"}, "euler")])
+def test_its_kl_is_the_path_kl_of_memoryless_paths(tmp_path, options, integrator):
+    """Of "posterior" or what is asked for, whatever the paths of training are."""
+    trainer = make_trainer(tmp_path, eval_dataset=rows(PROMPTS[:2]), reward_scale=1000.0, **options)
     trainer.train()
     replay, denoiser = trainer.replay, trainer.denoiser
     starts = [seeded_generator(trainer.args.seed, 0, i, Stream.EVALUATION_START) for i in range(2)]
@@ -65,7 +66,7 @@ def test_its_kl_is_the_path_kl_of_memoryless_paths(tmp_path):
         with denoiser.base():
             return denoiser(x, k, conditioning)
 
-    with torch.no_grad(), replay.on(memoryless_scheduler(trainer.pipeline.scheduler, "posterior")):
+    with torch.no_grad(), replay.on(memoryless_scheduler(trainer.pipeline.scheduler, integrator)):
         start, conditioning = replay.prepare({"prompt": PROMPTS[:2]}, starts)
         trajectory = sample_trajectory(denoiser, start, conditioning, noises)
         expected = path_kl(lambda k, x: denoiser(x, k, conditioning), base_mean, trajectory).mean().item()

@@ -169,13 +169,13 @@ def test_what_is_beyond_the_target():
 # ------------------------------------------------------------------------------------------------------ what the probe draws
 
 
-def samples(pipeline, prompts, numbers, steps, memoryless):
+def samples(pipeline, prompts, numbers, steps, memoryless, integrator="posterior"):
     """By plain diffusers, one image a call."""
     images = []
     for prompt, number in zip(prompts, numbers, strict=True):
         parts = pipeline.components
         if memoryless:
-            parts = parts | {"scheduler": memoryless_scheduler(pipeline.scheduler, integrator="posterior")}
+            parts = parts | {"scheduler": memoryless_scheduler(pipeline.scheduler, integrator=integrator)}
         plain = type(pipeline)(**parts)
         plain.set_progress_bar_config(disable=True)
         (start,) = seeded_generators(0, 0, [number], Stream.PROBE)
@@ -186,14 +186,15 @@ def samples(pipeline, prompts, numbers, steps, memoryless):
     return torch.cat(images)
 
 
-def test_it_measures_what_plain_diffusers_samples(tmp_path):
-    """Also when another integrator trains: the chain of the probe is the nearest to the base, always."""
-    trainer = make_trainer(tmp_path, probe_base=True, seed=0, integrator="euler", max_steps=1)
+@pytest.mark.parametrize(("options", "integrator"), [({}, "posterior"), ({"sampling_integrator": "compensated"}, "compensated")])
+def test_it_measures_what_plain_diffusers_samples(tmp_path, options, integrator):
+    """Also when another integrator trains: the chain of the probe is the nearest to the base, if no other is asked for."""
+    trainer = make_trainer(tmp_path, probe_base=True, seed=0, integrator="euler", max_steps=1, **options)
     trainer.train()
     numbers = range(16)
     prompts = [prompt for prompt in PROMPTS for _ in range(4)]
     fresh = sd3()
-    memoryless, own = (brightness(samples(fresh, prompts, numbers, 4, kind), prompts) for kind in (True, False))
+    memoryless, own = (brightness(samples(fresh, prompts, numbers, 4, kind, integrator), prompts) for kind in (True, False))
     # Batches of two against single images: float32 sums in another order.
     assert logged(trainer, "probe/reward/memoryless") == [pytest.approx(memoryless.mean().item(), rel=1e-5)]
     assert logged(trainer, "probe/reward/own") == [pytest.approx(own.mean().item(), rel=1e-5)]
