@@ -5,9 +5,11 @@ from dataclasses import dataclass
 import pytest
 import torch
 from datasets import Dataset
+from diffusers import StableDiffusionPAGPipeline, StableDiffusionPipeline
 from problems import mixture_1d
 from scheduler_problems import KnownChain, batch, noise_levels, normal, ready
-from tiny_conditioned import picture, sd15_from_image
+from tiny_conditioned import components_of, picture, sd15_from_image
+from tiny_pipelines import sd15
 from tiny_trainer import PROMPTS, make_trainer, watch_targets
 from torch import Tensor
 
@@ -244,6 +246,21 @@ def test_guidance_that_does_not_act_in_training_changes_nothing(tmp_path, caplog
     assert trainer.replay.scheduler.config.integrator == "ancestral" and "guidance acts" not in caplog.text
 
 
+@pytest.mark.parametrize("pag_scale", [3.0, 0.0])
+def test_guidance_without_a_switch_counts_as_guidance(tmp_path, caplog, pag_scale):
+    """Perturbed attention acts whatever guidance_scale is, so its pipelines train with cfg_mode="full"."""
+    parts = components_of(sd15(), "requires_safety_checker")
+    layers = {"pag_applied_layers": ["up"]} if pag_scale else {}
+    cls = StableDiffusionPAGPipeline if pag_scale else StableDiffusionPipeline
+    pipeline = cls(**parts, requires_safety_checker=False, **layers)
+    kwargs = {"pag_scale": pag_scale} if pag_scale else None
+    trainer = make_trainer(tmp_path, pipeline=pipeline, cfg_mode="full", pipeline_kwargs=kwargs, max_steps=1)
+    trainer.train()
+    assert not trainer.replay.arguments.guides
+    assert trainer.replay.scheduler.config.integrator == ("posterior" if pag_scale else "ancestral")
+    assert ("guidance acts in training" in caplog.text) == (pag_scale > 0)
+
+
 def test_a_control_problem_has_no_score():
     chain = ProblemChain(None, None, None)
     assert not chain.predicts_scores
@@ -278,5 +295,5 @@ def test_from_an_image_steps_are_paired_by_next(tmp_path, caplog):
     trainer = trainer_from_images(integrator="euler")
     trainer.train()
     assert trainer.replay.scheduler.config.integrator == "euler" and "on paths of integrator='euler'" in caplog.text
-    with pytest.raises(ValueError, match="pairing='score' asks for an unguided diffusion or flow model that starts from pure noise"):
+    with pytest.raises(ValueError, match="pairing='score' asks for an unguided .* that starts from pure noise"):
         trainer_from_images(loss_kwargs={"pairing": "score"}).train()

@@ -24,9 +24,11 @@ __all__ = ["PipelineChain", "predicts_scores"]
 def predicts_scores(replay: PipelineReplay, guidance: Guidance) -> bool:
     """Whether the base predicts the scores of the laws that its paths have: unguided, and from pure noise.
 
-    A start below the noise, of image-to-image pipelines, is known from the first `prepare` on.
+    A start below the noise, of image-to-image pipelines, is known from the first `prepare` on, and guidance without a scale from
+    `find_guidance` on.
     """
-    return not (replay.starts_below_noise or (replay.arguments.guides and guidance.rollout))
+    guides = replay.arguments.guides or replay.guides_itself
+    return not (replay.starts_below_noise or (guides and guidance.rollout))
 
 
 @dataclass(frozen=True)

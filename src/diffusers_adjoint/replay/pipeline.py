@@ -42,6 +42,7 @@ class PipelineReplay:
         denoisers: names of all networks that may predict; a pipeline may have a second one for its later steps.
         arguments: the arguments of the pipeline's `__call__`.
         num_inference_steps: K of the last `prepare`: as asked for, or the length of `sigmas` where these are given.
+        guides_itself: whether guidance acts that no scale switches off; of `find_guidance`.
 
     Raises:
         TypeError: if `pipeline` is no diffusers pipeline.
@@ -72,6 +73,7 @@ class PipelineReplay:
         self._probe_class = probe_class(type(scheduler), self.name)
         self._slot: tuple[slice, ...] | None = None
         self._first = 0
+        self.guides_itself = False
         self.num_inference_steps = num_inference_steps
         self.arguments = CallArguments(
             self.name,
@@ -326,6 +328,18 @@ class PipelineReplay:
                 f"more steps."
             )
         return idle
+
+    def find_guidance(self, x: Tensor, conditioning: Conditioning) -> None:
+        """Find whether the call compares predictions though its guidance scales are none, as perturbed attention does.
+
+        One evaluation. To be asked only where guidance may act in the loss: elsewhere the check at the start refuses it.
+
+        Args:
+            x: any state, shape (B, …).
+        """
+        with torch.no_grad(), counting_rows(*(getattr(self.pipeline, name) for name in self.denoisers)) as rows:
+            self.predict(x, 0, conditioning)
+        self.guides_itself = sum(rows) > len(x)
 
     def find_state(self, columns: dict[str, list[Any]], generators: list[torch.Generator]) -> None:
         """Find where the state lies in the prepared latents when it is a part of them; one step of the pipeline.

@@ -261,7 +261,9 @@ class RewardTrainer(PipelineTrainer):
             check_replay(self.replay, columns, generators, check_unguided=not self.guidance.loss)
         first = {"columns": columns, "first_image": 0, "share": 1.0, "ends_update": False}
         chain = self.prepare_chain(first)
-        if self.replay.starts_below_noise:  # known only now
+        if self.guidance.loss and not self.replay.arguments.guides:
+            self.replay.find_guidance(chain.start, chain.conditioning)
+        if self.replay.starts_below_noise or self.replay.guides_itself:  # known only now
             self._suit_paths()
             chain = self.prepare_chain(first)
         self._idle_steps = self.replay.idle_steps(chain.start, chain.conditioning, guided=self.guidance.loss)
