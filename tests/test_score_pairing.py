@@ -7,13 +7,13 @@ import torch
 from datasets import Dataset
 from diffusers import StableDiffusionPAGPipeline, StableDiffusionPipeline
 from problems import mixture_1d
-from scheduler_problems import KnownChain, batch, noise_levels, normal, ready
+from scheduler_problems import KnownChain, batch, mean_function, noise_levels, normal, ready
 from tiny_conditioned import components_of, picture, sd15_from_image
 from tiny_pipelines import sd15
 from tiny_trainer import PROMPTS, make_trainer, watch_targets
 from torch import Tensor
 
-from diffusers_adjoint.core.matching import LossSteps, regression_loss
+from diffusers_adjoint.core.matching import LossSteps, regression_loss, step_kl
 from diffusers_adjoint.objectives import AdjointMatching
 from diffusers_adjoint.objectives import adjoint_matching as module
 from diffusers_adjoint.objectives.score_pairing import score_shifts
@@ -72,6 +72,20 @@ def test_the_loss_of_the_base_is_what_the_shifts_say():
     losses = [regression_loss(b, b, d, s) for b, d, s in zip(targets.base_means, targets.shifts, targets.scales, strict=True)]
     expected = 0.5 * (chain.gains[1:] * SLOPE * slope / chain.posterior_stds[1:]) ** 2
     torch.testing.assert_close(torch.stack(losses)[1:], expected[:, None].expand(-1, len(START)), rtol=1e-9, atol=0)
+    of_noise = chain.stds[0] ** 2 * SLOPE * slope[0]  # −s_0² ã_1, with the noise that these paths have
+    torch.testing.assert_close(targets.shifts[0], of_noise.expand(len(START), 1), rtol=1e-9, atol=0)
+
+
+# docs/theory.md. Closed form: the tilt N(v, v) of N(0, v) by r = x is at KL v/2.
+@pytest.mark.parametrize(("variance", "shares"), [(1.0, (1.0, 1.0, 1.0)), (0.04, (0.60, 0.77, 0.88)), (0.01, (0.42, 0.63, 0.79))])
+def test_the_kl_that_is_logged_is_that_of_the_laws_for_unit_variance_and_less_for_narrow_data(variance, shares):
+    for steps, share in zip((10, 20, 40), shares, strict=True):
+        scheduler = FLOW(integrator="ancestral")
+        scheduler.set_timesteps(sigmas=[1 - k / steps for k in range(steps)])
+        base, tilted = (mean_function(scheduler, normal(mean, variance)) for mean in (0.0, variance))
+        x = torch.zeros(1, 1, dtype=torch.float64)  # the control is the same everywhere
+        kl = sum(step_kl(tilted(k, x), base(k, x), std) for k, std in enumerate(scheduler.posterior_stds))
+        assert kl.item() / (variance / 2) == pytest.approx(share, abs=0.005)  # half a unit of the last digit
 
 
 def test_along_tilted_paths_it_is_the_tilted_score_of_a_mixture():

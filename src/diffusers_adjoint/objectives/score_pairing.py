@@ -28,7 +28,7 @@ __all__ = ["PURE_NOISE", "ScoreShifts", "score_shifts"]
 
 PURE_NOISE = 0.02
 """Share of data below which a step pairs s_k² with ã_{k+1} instead. There g_k grows like 1/α_k and ã_k falls like α_k, and what
-a network of 16 bits makes of their product is its rounding; with nothing but noise s_k² ã_{k+1} is exact."""
+a network of 16 bits makes of their product is its rounding; −s_k² ã_{k+1} is the chain's own optimum, at any level."""
 
 
 @dataclass(frozen=True)

@@ -150,7 +150,8 @@ class MemorylessStep:
     def posterior_stds(self) -> Tensor:
         """s_k of the integrator "posterior" on the present grid, shape (K,), float64, CPU; 0 only at a step of no length.
 
-        Whatever the integrator: in this metric the KL of paths is within a tenth of that of the laws (docs/theory.md).
+        In this metric the KL of paths of "ancestral" and "posterior" is near that of the laws for data of about unit variance,
+        and too small for narrower ones (docs/theory.md).
         """
         return self.table.posterior_std
 
