@@ -67,10 +67,11 @@ def test_the_base_s_score_asks_the_base_once_at_the_level_beside_the_grid(chain)
     assert torch.as_tensor(seen[0]).flatten()[0] == grid.timesteps[-1]
     # By hand: the base's prediction at that level, and Tweedie's formula.
     with chain.base():
-        output = chain.denoiser.replay.predict(x, K - 1, chain.conditioning, guided=False, grid=grid)
-    alpha, beta = float(grid.table.alpha[-1]), float(grid.table.beta[-1])
-    clean = (x - beta * output) / (1.0 if chain.denoiser.replay.component == "transformer" else alpha)  # of flow, of epsilon
-    torch.testing.assert_close(score, (alpha * clean - x) / beta**2, rtol=1e-3, atol=1e-2)  # β² = 1e-3 divides float32
+        alpha, beta = grid.levels[:, -1].tolist()
+        near = alpha * x
+        output = chain.denoiser.replay.predict(near, K - 1, chain.conditioning, guided=False, grid=grid)
+    clean = (near - beta * output) / (1.0 if chain.denoiser.replay.component == "transformer" else alpha)  # of flow, of epsilon
+    torch.testing.assert_close(score, alpha * (alpha * clean - near) / beta**2, rtol=1e-3, atol=1e-2)  # β² = 1e-3 divides float32
     assert not torch.allclose(score, chain.denoiser.score(x, chain.conditioning, noise=0.03), rtol=1e-3)
 
 

@@ -68,6 +68,10 @@ class PipelineChain:
         return self.denoiser.replay.posterior_stds
 
     @property
+    def levels(self) -> Tensor:
+        return self.denoiser.replay.levels
+
+    @property
     def times(self) -> Tensor:
         return self.denoiser.replay.times
 

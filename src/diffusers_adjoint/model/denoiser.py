@@ -64,16 +64,21 @@ class PipelineDenoiser(nn.Module):
         return self.replay.transition(self._predicted(x, index, conditioning, guided), x, index).mean
 
     def score(self, x: Tensor, conditioning: Conditioning, guided: bool = False, *, noise: float) -> Tensor:
-        """∇ log p at x near the data, by Tweedie's formula at one level beside the grid; shape of `x`, float32 or better.
+        """∇ log p at clean x, by Tweedie's formula at one level beside the grid; shape of `x`, float32 or better.
+
+        It is that of the data blurred by noise of std β/α, of X_1 + (β/α) X_0, whose mean is the data's: α s(αx), where s is
+        the score of α X_1 + β X_0.
 
         Args:
-            x: shape (B, …), almost clean.
-            noise: share of noise of the level, between 0 and 1; the smaller, the nearer to the data and the larger the network's
-                own error, which is divided by it.
+            x: shape (B, …), clean.
+            noise: share of noise of the level, between 0 and 1; the smaller, the nearer to the data and the larger the error of
+                the network's clean prediction in it, which is divided by the square of it.
         """
         grid, last = self.replay.scheduler.ending_at(noise), len(self.replay.scheduler.timesteps) - 1
+        alpha = float(grid.levels[0, last])
+        x = alpha * x
         output = self._predicted(x, len(self.replay.timesteps) - 1, conditioning, guided, grid)
-        return grid.score(grid.clean(grid.transition(output, x, last).mean, x, last), x, last)
+        return alpha * grid.score(grid.clean(grid.transition(output, x, last).mean, x, last), x, last)
 
     def _predicted(self, x: Tensor, index: int, conditioning: Conditioning, guided: bool, grid: Any = None) -> Tensor:
         self.evaluations += len(x)

@@ -106,6 +106,10 @@ class DiffusionChain(Chain, Protocol):
         """s_k of the integrator "posterior" on the same grid, shape (K,): the metric in which a path's KL is logged."""
 
     @property
+    def levels(self) -> Tensor:
+        """α_k and β_k of x_k = α_k x_1 + β_k ξ, which step k starts from, shape (2, K)."""
+
+    @property
     def times(self) -> Tensor:
         """t_k, the share of data that step k starts from, shape (K,)."""
 
@@ -122,7 +126,8 @@ class DiffusionChain(Chain, Protocol):
         """Clean data x_1 at the noise level of step k, by fresh noise."""
 
     def base_score(self, x: Tensor, noise: float) -> Tensor:
-        """∇ log p_base at almost clean x, at a level beside the grid with this share of noise; one evaluation of the base."""
+        """∇ log p_base at clean x, of the base blurred by the noise of a level beside the grid with this share of it; one
+        evaluation of the base."""
 
 
 class Method(Protocol):

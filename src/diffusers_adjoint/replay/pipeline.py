@@ -142,6 +142,11 @@ class PipelineReplay:
         return self.scheduler.posterior_stds[self._first :]
 
     @property
+    def levels(self) -> Tensor:
+        """α_k and β_k of these steps, as the scheduler's, shape (2, K')."""
+        return self.scheduler.levels[:, self._first :]
+
+    @property
     def times(self) -> Tensor:
         """t_k of these steps, as the scheduler's, shape (K',)."""
         return self.scheduler.times[self._first :]

@@ -156,6 +156,11 @@ class MemorylessStep:
         return self.table.posterior_std
 
     @property
+    def levels(self) -> Tensor:
+        """α_k and β_k of x_k = α_k x_1 + β_k ξ, which step k starts from, shape (2, K), float64, CPU."""
+        return torch.stack([self.table.alpha, self.table.beta])
+
+    @property
     def times(self) -> Tensor:
         """t_k = α_k/(α_k + β_k), the share of data that step k starts from, shape (K,), float64, CPU."""
         return self.table.alpha / (self.table.alpha + self.table.beta)

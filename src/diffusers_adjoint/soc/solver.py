@@ -145,7 +145,7 @@ class ProblemChain:
             "BasicAdjointMatching()."
         )
 
-    gains = posterior_stds = times = property(_predicts_no_clean_data)
+    gains = posterior_stds = levels = times = property(_predicts_no_clean_data)
     clean = toward = sample = noised = base_score = _predicts_no_clean_data
 
 
