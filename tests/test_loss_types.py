@@ -57,7 +57,7 @@ def test_two_ways_make_the_same_update_and_the_lean_adjoint_another(tmp_path, lo
     assert difference(runs["adjoint_matching"][1], reference) > 0.02 * moved
 
 
-@pytest.mark.parametrize("loss_type", ["basic_adjoint_matching", "discrete_adjoint"])
+@pytest.mark.parametrize("loss_type", ["basic_adjoint_matching", "discrete_adjoint", "efficient_adjoint_matching"])
 def test_splitting_the_batch_changes_nothing(tmp_path, loss_type):
     whole = one_update(tmp_path / "whole", loss_type, True, per_device_train_batch_size=4)
     split = one_update(tmp_path / "split", loss_type, True, per_device_train_batch_size=2, gradient_accumulation_steps=2)

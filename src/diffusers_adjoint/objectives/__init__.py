@@ -3,8 +3,9 @@
 from .adjoint_matching import AdjointMatching
 from .basic_adjoint_matching import BasicAdjointMatching
 from .by_name import OBJECTIVES, objective_of
+from .efficient_adjoint_matching import EfficientAdjointMatching
 from .one_step import OneStep
 from .targets import Chain, DiffusionChain, Method, Objective, Scored, Targets
 
-__all__ = ["OBJECTIVES", "AdjointMatching", "BasicAdjointMatching", "OneStep", "objective_of"]
-__all__ += ["Chain", "DiffusionChain", "Method", "Objective", "Scored", "Targets"]
+__all__ = ["OBJECTIVES", "AdjointMatching", "BasicAdjointMatching", "EfficientAdjointMatching", "OneStep"]
+__all__ += ["objective_of", "Chain", "DiffusionChain", "Method", "Objective", "Scored", "Targets"]

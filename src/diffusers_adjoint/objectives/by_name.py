@@ -7,6 +7,7 @@ from typing import Any
 
 from .adjoint_matching import AdjointMatching
 from .basic_adjoint_matching import BasicAdjointMatching
+from .efficient_adjoint_matching import EfficientAdjointMatching
 from .one_step import OneStep
 from .targets import Objective
 
@@ -15,6 +16,7 @@ __all__ = ["OBJECTIVES", "objective_of"]
 OBJECTIVES: dict[str, type[Objective]] = {
     "adjoint_matching": AdjointMatching,
     "basic_adjoint_matching": BasicAdjointMatching,
+    "efficient_adjoint_matching": EfficientAdjointMatching,
     "one_step": OneStep,
 }
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-__all__ = ["ADJOINT_MATCHING", "Paper"]
+__all__ = ["ADJOINT_MATCHING", "EFFICIENT_ADJOINT_MATCHING", "Paper"]
 
 
 @dataclass(frozen=True)
@@ -36,5 +36,19 @@ ADJOINT_MATCHING = Paper(
   booktitle = {International Conference on Learning Representations},
   year      = {2025},
   url       = {https://arxiv.org/abs/2409.08861}
+}""",
+)
+
+EFFICIENT_ADJOINT_MATCHING = Paper(
+    method="Efficient Adjoint Matching",
+    arxiv="2605.11480",
+    bibtex="""@misc{shin2026efficient,
+  title         = {Efficient Adjoint Matching for Fine-tuning Diffusion Models},
+  author        = {Shin, Jeongwoo and Shin, Dongsoo and Zhu, Yuchen and Guo, Wei and Chen, Yongxin
+                   and Lee, Joonseok and Choi, Jaewoong and Choi, Jaemoo},
+  year          = {2026},
+  eprint        = {2605.11480},
+  archivePrefix = {arXiv},
+  url           = {https://arxiv.org/abs/2605.11480}
 }""",
 )
