@@ -11,13 +11,12 @@ from tiny_trainer import config, make_trainer
 from torch import Tensor
 
 from diffusers_adjoint.core.matching import LossSteps, regression_loss
-from diffusers_adjoint.objectives import EfficientAdjointMatching
+from diffusers_adjoint.objectives import EfficientAdjointMatching, Targets
 from diffusers_adjoint.objectives.efficient_adjoint_matching import asked_clean
 from diffusers_adjoint.schedulers import MemorylessDDIMScheduler, MemorylessFlowMatchEulerDiscreteScheduler
 
 STEPS, SLOPE = 6, 0.8  # r(x) = .8 x
 FLOW, DDIM = MemorylessFlowMatchEulerDiscreteScheduler, MemorylessDDIMScheduler
-ALL = LossSteps(tuple(range(STEPS)), (1.0,) * STEPS)
 
 
 @dataclass(frozen=True)
@@ -43,21 +42,28 @@ def score_of(law: GaussianMixture, x: Tensor, alpha: float = 1.0, beta: float = 
 
 
 class CleanChain(KnownChain):
-    """On a law whose score is known on clean data; its samples are given."""
+    """On a law whose score is known at any level; its samples are given."""
 
     def __init__(self, scheduler, law: GaussianMixture, samples: Tensor) -> None:
         super().__init__(scheduler, law, samples)
-        self.levels, self.toward, self.law, self.asked = scheduler.levels, scheduler.toward, law, []
+        self.levels, self.toward, self.law, self.asked, self.drawn = scheduler.levels, scheduler.toward, law, [], 100
 
     def sample(self) -> Tensor:
         return self.start
 
     def noised(self, clean: Tensor, k: int) -> Tensor:
-        return self.scheduler.noised(clean, batch(*clean.shape, dtype=clean.dtype, seed=100 + k), k)
+        self.drawn += 1
+        return self.scheduler.noised(clean, batch(*clean.shape, dtype=clean.dtype, seed=self.drawn), k)
 
     def base_score(self, x: Tensor, noise: float) -> Tensor:
-        self.asked.append(noise)
-        return score_of(self.law, x)
+        self.asked.append((noise, x))
+        return score_of(self.law, x, 1.0, noise / (1 - noise))
+
+
+def targets_of(objective: EfficientAdjointMatching, chain: CleanChain, slope: float = SLOPE) -> Targets:
+    """Of all steps that carry the loss."""
+    steps = objective.scales(chain).nonzero().flatten().tolist()
+    return objective.targets(chain, LossSteps(tuple(steps), (1.0,) * len(steps)), linear(slope))
 
 
 # -------------------------------------------------------------------------------------------------------------- the target
@@ -65,12 +71,15 @@ class CleanChain(KnownChain):
 
 @pytest.mark.parametrize("cls", [FLOW, DDIM])
 def test_a_gaussian_is_tilted_in_one_sweep_when_the_reference_has_its_variance(cls):
-    """With C = s² x_1 cancels in G: every sample asks for the tilt's own mean, from wherever the samples are."""
-    law, tilted = normal(0.7, 0.36), normal(0.7 + 0.36 * SLOPE, 0.36)
+    """With C = s² the step uphill ends at one place wherever it starts: the target does not vary. That is the tilt's mean, but
+    that the blur adds to the variance which the reward moves."""
+    noise = 0.05
+    law, tilted = normal(0.7, 0.36), normal(0.7 + (0.36 + (noise / (1 - noise)) ** 2) * SLOPE, 0.36)
     anywhere = 3 * batch(5, 1, dtype=torch.float64)
     chain = CleanChain(ready(cls, STEPS), law, anywhere)
-    targets = EfficientAdjointMatching(variance=0.36).targets(chain, ALL, linear(SLOPE))
+    targets = targets_of(EfficientAdjointMatching(variance=0.36, noise=noise), chain)
     optimum = CleanChain(chain.scheduler, tilted, anywhere)
+    assert len(targets.states) >= STEPS - 1
     for k, x in enumerate(targets.states):
         # float64; √ᾱ ≥ .006 is divided by.
         torch.testing.assert_close(targets.base_means[k] + targets.shifts[k], optimum.mean(k, x), atol=1e-9, rtol=1e-9)
@@ -81,31 +90,32 @@ def test_a_gaussian_is_tilted_in_one_sweep_when_the_reference_has_its_variance(c
 
 @pytest.mark.parametrize("variance", [0.09, 0.36, 0.6, 1.0])
 def test_the_rate_of_a_sweep_is_what_the_reference_makes_it(variance):
-    """From N(a, s²) one sweep on N(m, s²) asks at pure noise for the mean a + C (λ − (a − m)/s²): the error goes with 1 − C/s²,
-    to which C = 1 gives −1.8 and no convergence."""
+    """From N(a, s²) one sweep on N(m, s²) asks at pure noise for the mean a + C (λ − (a − m)/s²), without blur: the error goes
+    with 1 − C/s², to which C = 1 gives −1.8 and no convergence."""
     m, s2, a = 0.7, 0.36, -0.4
     samples = a + s2**0.5 * batch(200_000, 1, dtype=torch.float64)
     chain = CleanChain(ready(FLOW, STEPS), normal(m, s2), samples)
-    targets = EfficientAdjointMatching(variance=variance).targets(chain, LossSteps((0,), (1.0,)), linear(SLOPE))
+    objective = EfficientAdjointMatching(variance=variance, noise=0.01)
+    targets = objective.targets(chain, LossSteps((0,), (1.0,)), linear(SLOPE))
     x = targets.states[0]
     asked = chain.clean(targets.base_means[0] + targets.shifts[0], x, 0)
     goal = m + s2 * SLOPE
-    # The standard error of a mean of 200 000 with std |1 − C/s²| s is below .003.
+    # The standard error of a mean of 200 000 with std |1 − C/s²| s is below .003, and the blur of variance 1e-4 moves it by 1e-3.
     assert asked.mean().item() - goal == pytest.approx((1 - variance / s2) * (a - goal), abs=0.01)
 
 
 @pytest.mark.parametrize("variance", [0.1, 1.16])
-@pytest.mark.parametrize("slope", [0.0, SLOPE])
-def test_among_samples_of_the_tilt_the_mean_target_is_the_tilt_s_own_whatever_the_reference(slope, variance):
-    """Given x_k, by bins, on two modes. With λ = 0 that is: at the base's own samples no shift is wished for."""
+@pytest.mark.parametrize(("slope", "noise"), [(0.0, 0.15), (SLOPE, 0.01)])
+def test_among_samples_of_the_tilt_the_mean_target_is_the_tilt_s_own_whatever_the_reference(slope, noise, variance):
+    """Given x_k, by bins, on two modes. With λ = 0 that is: at the base's own samples no shift is wished for, at any blur."""
     law, tilted = two_modes(), two_modes(slope)
     generator = torch.Generator().manual_seed(3)
     mode = torch.multinomial(tilted.weights, 200_000, replacement=True, generator=generator)
     samples = tilted.means[mode] + 0.4 * batch(200_000, 1, dtype=torch.float64)
     chain = CleanChain(ready(FLOW, STEPS), law, samples)
-    targets = EfficientAdjointMatching(variance=variance).targets(chain, ALL, linear(slope))
+    targets = targets_of(EfficientAdjointMatching(variance, noise), chain, slope)
     alphas, betas = (level.tolist() for level in noise_levels(chain.scheduler))
-    for k in range(1, STEPS):
+    for k in targets.steps.indices[1:]:
         x = targets.states[k]
         wished = chain.gains[k] * (score_of(tilted, x, alphas[k], betas[k]) - score_of(law, x, alphas[k], betas[k]))
         if slope == 0:
@@ -120,16 +130,18 @@ def test_every_prediction_type_asks_for_the_same_control():
     found, objective = {}, EfficientAdjointMatching(variance=0.3)
     for kind in ("epsilon", "v_prediction", "sample"):
         scheduler = ready(DDIM, STEPS, prediction_type=kind, timestep_spacing="trailing")
-        found[kind] = objective.targets(CleanChain(scheduler, law, start), ALL, linear(SLOPE))
+        found[kind] = targets_of(objective, CleanChain(scheduler, law, start))
     alphas, betas = noise_levels(scheduler)
     scale = alphas + betas  # x/(α + β) is on the flow path
     flow = FLOW()
     flow.set_timesteps(sigmas=(betas / scale)[:-1].tolist())
-    found["flow"] = objective.targets(CleanChain(flow, law, start), ALL, linear(SLOPE))
+    found["flow"] = targets_of(objective, CleanChain(flow, law, start))
     for kind in ("v_prediction", "sample"):
         torch.testing.assert_close(found[kind].shifts, found["epsilon"].shifts, rtol=1e-8, atol=1e-10)
     # diffusers keeps σ in float32.
-    torch.testing.assert_close(found["flow"].shifts * scale[1:, None, None], found["epsilon"].shifts, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(
+        found["flow"].shifts * scale[1 : 1 + len(found["flow"].shifts), None, None], found["epsilon"].shifts, rtol=1e-5, atol=1e-6
+    )
 
 
 def test_a_reference_by_channels_is_one_of_each_channel():
@@ -137,7 +149,7 @@ def test_a_reference_by_channels_is_one_of_each_channel():
     start = batch(4, 2, dtype=torch.float64)
 
     def shifts(variance):
-        return EfficientAdjointMatching(variance).targets(CleanChain(ready(FLOW, STEPS), law, start), ALL, linear(SLOPE)).shifts
+        return targets_of(EfficientAdjointMatching(variance), CleanChain(ready(FLOW, STEPS), law, start)).shifts
 
     both = shifts([0.1, 0.7])
     assert torch.equal(both[..., 0], shifts(0.1)[..., 0]) and torch.equal(both[..., 1], shifts(0.7)[..., 1])
@@ -152,8 +164,29 @@ def test_it_asks_each_thing_once():
     chain, scored = CleanChain(ready(FLOW, STEPS), normal(), batch(4, 1, dtype=torch.float64)), []
     reward = linear(SLOPE)
     EfficientAdjointMatching(noise=0.03).targets(chain, LossSteps((1, 4), (1.0, 1.0)), lambda x: scored.append(x) or reward(x))
-    assert chain.evaluated == [1, 4] and chain.asked == [0.03] and len(scored) == 1
-    assert torch.equal(scored[0], chain.start)
+    assert chain.evaluated == [1, 4] and len(chain.asked) == len(scored) == 1
+    assert chain.asked[0][0] == 0.03 and torch.equal(scored[0], chain.start)
+
+
+def test_steps_that_begin_within_the_blur_carry_no_loss():
+    """Nothing of less noise can be made of y."""
+    chain = CleanChain(ready(FLOW, STEPS), normal(), batch(4, 1, dtype=torch.float64))
+    for noise in (0.01, 0.3):
+        scales, within = EfficientAdjointMatching(noise=noise).scales(chain), chain.levels[1] <= noise
+        assert within.any() and not scales[within].any()
+        assert torch.equal(scales[~within], chain.posterior_stds[~within])
+
+
+def test_blurred_samples_are_noised_on_to_the_step_s_own_level():
+    """Var x_k = α² Var x_1 + β², whatever of it the blur has been."""
+    samples = 0.6 * batch(200_000, 1, dtype=torch.float64)
+    chain = CleanChain(ready(FLOW, STEPS), normal(), samples)
+    targets = targets_of(EfficientAdjointMatching(noise=0.15), chain)
+    alphas, betas = chain.levels[:, list(targets.steps.indices)]
+    expected = (alphas * 0.6) ** 2 + betas**2
+    # The standard error of a variance is √(2/200 000) = .3 % of it.
+    torch.testing.assert_close(targets.states.var((1, 2)), expected, rtol=0.015, atol=0)
+    assert chain.asked[0][1].var() == pytest.approx(0.36 + (0.15 / 0.85) ** 2, rel=0.015)
 
 
 def test_the_trainer_never_differentiates_the_network_but_in_the_loss(tmp_path):
@@ -200,9 +233,7 @@ def test_where_the_base_knows_no_score_of_its_own_law_it_is_refused(tmp_path):
         "asks the base for its score, which it has neither under guidance in training nor from an image; pass cfg_mode='none'"
     )
     with pytest.raises(ValueError, match=message):
-        make_trainer(
-            tmp_path, loss_type="efficient_adjoint_matching", cfg_mode="full", guidance_scale=4.0
-        ).train()
+        make_trainer(tmp_path, loss_type="efficient_adjoint_matching", cfg_mode="full", guidance_scale=4.0).train()
 
 
 # ---------------------------------------------------------------------------------------------------- sweep after sweep
@@ -244,13 +275,12 @@ def sampled(base: GaussianMixture, moved: Tensor) -> Tensor:
 
 def swept(base: GaussianMixture, samples: Tensor, variance: float) -> Tensor:
     """The mean of what own samples ask for, less the base's prediction, at all times and places."""
-    uphill = 1.0 + score_of(base, samples[:, None])[:, 0]  # r(x) = x
+    reference = torch.tensor(variance, dtype=torch.float64)
+    ahead = samples + variance * (1.0 + score_of(base, samples[:, None])[:, 0])  # r(x) = x, without blur
     moved = []
     for t in TIMES.tolist():
         likely = (-((PLACES[:, None] - t * samples) ** 2) / (2 * (1 - t) ** 2)).softmax(1)
-        level = torch.tensor([t, 1 - t], dtype=torch.float64)
-        asked = asked_clean(likely @ samples, likely @ uphill, PLACES, level, torch.tensor(variance, dtype=torch.float64))
-        moved.append(asked - clean_of(base, PLACES, t))
+        moved.append(asked_clean(likely @ ahead, PLACES, t, 1 - t, reference) - clean_of(base, PLACES, t))
     return torch.stack(moved)
 
 

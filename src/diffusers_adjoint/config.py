@@ -83,7 +83,8 @@ class AdjointMatchingConfig(TrainingArguments):
     Args:
         loss_type (`str`, defaults to `"adjoint_matching"`):
             `"adjoint_matching"`, or another objective of `diffusers_adjoint.objectives`, for comparison:
-            `"basic_adjoint_matching"` (the full adjoint: two networks a step instead of one) or `"one_step"` (biased).
+            `"basic_adjoint_matching"` (the full adjoint: two networks a step instead of one), `"efficient_adjoint_matching"` (no
+            derivative of the network outside the loss; may diverge) or `"one_step"` (biased).
         loss_kwargs (`dict`, *optional*):
             Options of that objective, such as `{"pairing": "next"}` of `"adjoint_matching"`: the fields of its dataclass.
         num_loss_steps (`int`, *optional*):

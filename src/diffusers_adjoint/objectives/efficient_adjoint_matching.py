@@ -1,18 +1,19 @@
 r"""Efficient Adjoint Matching (2605.11480): a linear reference in place of the base, so that the adjoint has a closed form.
 
-The reference is the memoryless process whose data are N(0, C); the base's density goes into the cost at the end. With the
-model's own end points x_1, noised again to x_k = α_k x_1 + β_k ξ, the clean prediction that is asked for is
+The reference is the memoryless process whose data are N(0, C); the base's density goes into the cost at the end. That density is
+known by its score, which a network says near the data, not on them. So the end points are the model's own x_1, blurred to
+y = x_1 + bξ, and noised further to x_k, whose law given x_1 is N(α_k x_1, β_k² I). The clean prediction that is asked for is
 
-    x̂_1 = C/V_k · (α_k x_k + β_k² G),     V_k = α_k² C + β_k²,     G = λ∇r(x_1) + ∇log p_base(x_1) + x_1/C
+    x̂_1 = (C α_k x_k + β_k² x_+)/(α_k² C + β_k²),     x_+ = y + (C + b²) (∇log p_b(y) + λ∇r(x_1))
 
-which is the reference's posterior mean of x_1 plus its posterior variance C β_k²/V_k times G. Put otherwise, x_1 takes a step of
-length C up the log density of the tilt, and is mixed with the reference's prediction from x_k. At the tilt the mean of x̂_1 given
-x_k is the tilt's own clean prediction, whatever C is. Away from it C is the rate at which one sweep goes there, and as a step
-uphill it overshoots once C is beyond twice the variance of the density there: of a mode, not of all data.
+p_b is the base's law blurred by b. In words: y takes a step up the log density of its tilt, of length C + b², and is mixed with
+the clean prediction of the reference. Among samples of the base, and λ = 0, the mean of x̂_1 given x_k is the base's own
+prediction, whatever C and b are. With a reward it is the tilt's but for the last bit of noise, behind which the reward is taken
+as it is at the sample: data of variance v move as if they had v + b².
 
-The base's score at x_1 is a prediction at the share of noise `noise`: of a base blurred by so much, with the network's own error
-divided by its square. The equations are rebuilt from the paper's abstract and third parties' notes, and checked against laws
-that are known.
+C is also the rate at which one sweep goes there, and as a step uphill it overshoots once it is beyond twice the variance of the
+density there: of a mode, not of all data. The equations are rebuilt from the paper's abstract and third parties' notes, which do
+not blur, and checked against laws that are known.
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ class EfficientAdjointMatching:
     Args:
         variance: C, the variance of the reference's data, in the square of the latents' unit; one number for all, or a list of
             one for each channel (the second axis of the latents).
-        noise: share of noise at which the base's score is asked.
+        noise: ε, share of noise at which the base's score is asked; b = ε/(1 − ε). Steps that begin with less are not trained.
 
     Raises:
         ValueError: for a variance that is not above 0, or a share of noise that is not between 0 and 1.
@@ -83,21 +84,22 @@ class EfficientAdjointMatching:
     def scales(self, chain: DiffusionChain) -> Tensor:
         """As `Objective.scales`."""
         self.integrator(chain.predicts_scores)
-        return chain.posterior_stds
+        return torch.where(chain.times < 1 - self.noise, chain.posterior_stds, 0.0)
 
     def targets(self, chain: DiffusionChain, steps: LossSteps, score: Callable[[Tensor], Scored]) -> Targets:
         """As `Objective.targets`."""
         clean = chain.sample()
-        variance = self._variance_of(clean)
+        variance, blur = self._variance_of(clean), self.noise / (1 - self.noise)
         scored = score(clean)
         states, shifts, base_means = [], [], []
         with chain.base(), torch.no_grad():
-            uphill = scored.tilt + chain.base_score(clean, self.noise)
+            blurred = clean + _fresh(chain, clean, 0, blur)
+            moved = blurred + (variance + blur**2) * (chain.base_score(blurred, self.noise) + scored.tilt)
             for k in steps.indices:
-                x = chain.noised(clean, k)
-                asked = asked_clean(clean, uphill, x, chain.levels[:, k], variance)
+                alpha, beta = chain.levels[:, k].tolist()
+                x = alpha * blurred + _fresh(chain, clean, k, (beta**2 - (alpha * blur) ** 2) ** 0.5)
                 base_means.append(chain.base_mean(k, x))
-                shifts.append(chain.toward(asked, x, k) - base_means[-1])
+                shifts.append(chain.toward(asked_clean(moved, x, alpha, beta, variance), x, k) - base_means[-1])
                 states.append(x)
         scales = self.scales(chain)[list(steps.indices)].to(clean)
         return Targets(torch.stack(states), steps, torch.stack(shifts), torch.stack(base_means), scales, scored)
@@ -115,16 +117,18 @@ class EfficientAdjointMatching:
         return variance.view(-1, *[1] * (clean.ndim - 2))
 
 
-def asked_clean(clean: Tensor, uphill: Tensor, x: Tensor, level: Tensor, variance: Tensor) -> Tensor:
-    """x̂_1 of this file's first formula, with x_1/C multiplied out: (C α x + β² (x_1 + C ∇log p*(x_1)))/(α² C + β²).
+def _fresh(chain: DiffusionChain, like: Tensor, k: int, std: float) -> Tensor:
+    """Noise of this std, drawn as the chain draws that of step k."""
+    return std / float(chain.levels[1, k]) * chain.noised(torch.zeros_like(like), k)
+
+
+def asked_clean(moved: Tensor, x: Tensor, alpha: float, beta: float, variance: Tensor) -> Tensor:
+    """x̂_1 of this file's first formula.
 
     Args:
-        clean: x_1, shape (B, …).
-        uphill: ∇log p*(x_1) = λ∇r(x_1) + ∇log p_base(x_1), same shape.
-        x: x_k = α x_1 + β ξ, same shape.
-        level: α and β of step k, shape (2,).
+        moved: x_+, shape (B, …).
+        x: x_k, same shape.
+        alpha, beta: of step k.
         variance: C, broadcast against the others.
     """
-    alpha, beta = level.tolist()
-    moved = clean + variance * uphill
     return (variance * alpha * x + beta**2 * moved) / (alpha**2 * variance + beta**2)
