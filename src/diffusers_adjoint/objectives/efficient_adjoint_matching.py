@@ -50,7 +50,7 @@ class EfficientAdjointMatching:
     """
 
     variance: float | list[float] = 0.1
-    noise: float = 0.05
+    noise: float = 0.1
 
     needs_gradient: ClassVar[bool] = True
     switches_adapter: ClassVar[bool] = False
@@ -62,11 +62,11 @@ class EfficientAdjointMatching:
         numbers = self.variance if isinstance(self.variance, list | tuple) else [self.variance]
         for number in [*numbers, self.noise]:
             if isinstance(number, bool) or not isinstance(number, int | float):
-                raise TypeError(f"{number!r} is no number; pass variance=0.1 or a list of numbers, and noise=0.05, say.")
+                raise TypeError(f"{number!r} is no number; pass variance=0.1 or a list of numbers, and noise=0.1, say.")
         if not numbers or not all(0 < number < math.inf for number in numbers):
             raise ValueError(f"variance={self.variance!r} is no variance of data; pass a number above 0, or one a channel.")
         if not 0 < self.noise < 1:
-            raise ValueError(f"noise={self.noise!r} is no share of noise; pass a number between 0 and 1, such as 0.05.")
+            raise ValueError(f"noise={self.noise!r} is no share of noise; pass a number between 0 and 1, such as 0.1.")
 
     def integrator(self, predicts_scores: bool) -> str:
         """As `Method.integrator`.
