@@ -10,7 +10,9 @@ from tiny_trainer import PROMPTS, every_step, logged, make_trainer, weights
 from diffusers_adjoint.trainer.reward_trainer import RewardTrainer
 
 
-def train(folder: str, batch: int, accumulation: int, way: str) -> tuple[RewardTrainer, list[bool], dict[str, torch.Tensor]]:
+def train(
+    folder: str, batch: int, accumulation: int, way: str, iterations: int
+) -> tuple[RewardTrainer, list[bool], dict[str, torch.Tensor]]:
     """Two updates of four images, in the dataset's order; also which forwards were set to synchronise, and the first weights."""
     trainer = make_trainer(
         folder,
@@ -22,6 +24,7 @@ def train(folder: str, batch: int, accumulation: int, way: str) -> tuple[RewardT
         learning_rate=1e-3,
         max_grad_norm=0.0,
         probe_base=True,
+        num_iterations=iterations,
         **every_step(way, 2),
     )
     synchronised: list[bool] = []
@@ -42,8 +45,8 @@ def train(folder: str, batch: int, accumulation: int, way: str) -> tuple[RewardT
 
 
 if __name__ == "__main__":
-    folder, way = sys.argv[1:]
-    trainer, synchronised, start = train(folder, batch=1, accumulation=2, way=way)
+    folder, way, iterations = sys.argv[1:]
+    trainer, synchronised, start = train(folder, batch=1, accumulation=2, way=way, iterations=int(iterations))
     if trainer.is_world_process_zero():
         result = {
             "world_size": torch.distributed.get_world_size(),

@@ -8,13 +8,16 @@ from tiny_trainer import difference, logged, weights
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("way", "loss_steps"), [("adjoint_matching", 2), ("basic_adjoint_matching", 2), ("discrete_adjoint", 4)])
-def test_two_processes_give_the_weights_of_one(tmp_path, way, loss_steps):
-    run_worker(TORCHRUN, "distributed_worker.py", str(tmp_path), way)
+@pytest.mark.parametrize(
+    ("way", "loss_steps", "iterations"),
+    [("adjoint_matching", 2, 1), ("adjoint_matching", 2, 2), ("basic_adjoint_matching", 2, 1), ("discrete_adjoint", 4, 1)],
+)
+def test_two_processes_give_the_weights_of_one(tmp_path, way, loss_steps, iterations):
+    run_worker(TORCHRUN, "distributed_worker.py", str(tmp_path), way, str(iterations))
     result = torch.load(tmp_path / "result.pt", weights_only=True)
     assert result["world_size"] == 2
 
-    single, _, start = train(str(tmp_path), batch=4, accumulation=1, way=way)
+    single, _, start = train(str(tmp_path), batch=4, accumulation=1, way=way, iterations=iterations)
     reference = weights(single)
     assert difference(start, result["start"]) == 0
     moved = difference(reference, start)
@@ -25,5 +28,5 @@ def test_two_processes_give_the_weights_of_one(tmp_path, way, loss_steps):
     # Spreads of a thousandth of the rewards, and squared in the target: three digits of float32 less, and one more.
     for name, column in (("spreads", "reward_std_between"), ("targets", "target_kl_estimate")):
         assert result[name] == pytest.approx([line[column] for line in single.state.log_history if "reward" in line], rel=1e-2)
-    # Two updates of two micro-batches: only the last backward of an update synchronises.
-    assert result["synchronised"] == ([False] * (2 * loss_steps - 1) + [True]) * 2
+    # Two updates of two micro-batches: only the last backward pass before a step of the optimizer synchronises.
+    assert result["synchronised"] == ([False] * (2 * loss_steps - 1) + [True]) * 2 * iterations

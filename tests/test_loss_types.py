@@ -150,6 +150,7 @@ def test_what_no_objective_has_is_refused(tmp_path, changes, message):
         ({"loss_type": "basic_adjoint_matching"}, "loss_type='basic_adjoint_matching' has no meaning"),
         ({"loss_kwargs": {"pairing": "paper"}}, "loss_kwargs={'pairing': 'paper'} has no meaning"),
         ({"loss_step_selection": "paper"}, "loss_step_selection='paper' has no meaning"),
+        ({"num_iterations": 2}, "num_iterations=2 has no meaning"),
     ],
 )
 def test_what_back_propagation_does_not_have_is_refused(tmp_path, changes, message):

@@ -135,7 +135,7 @@ def test_denoiser_evaluations_of_one_update(tmp_path, build, pairing, monkeypatc
     counter = Counter(trainer.denoiser.network)
     chosen = {}
     original = trainer.choose_steps
-    monkeypatch.setattr(trainer, "choose_steps", lambda chain: chosen.setdefault("steps", original(chain)))
+    monkeypatch.setattr(trainer, "choose_steps", lambda chain, *_: chosen.setdefault("steps", original(chain)))
     trainer.train()
     earliest = chosen["steps"].indices[0]
     # Pure noise is paired with the next adjoint, whatever the pairing.
@@ -151,7 +151,7 @@ def test_with_only_the_last_step_chosen_the_base_is_evaluated_once(tmp_path, mon
     """The one that gives the end point."""
     trainer = make_trainer(tmp_path, max_steps=1, num_inference_steps=5, num_loss_steps=1)
     monkeypatch.setattr(trainer, "check_first_row", lambda: None)
-    monkeypatch.setattr(trainer, "choose_steps", lambda chain: LossSteps((4,), (0.2,)))
+    monkeypatch.setattr(trainer, "choose_steps", lambda chain, *_: LossSteps((4,), (0.2,)))
     counter = Counter(trainer.denoiser.network)
     trainer.train()
     assert (counter.rollout, counter.adjoint, counter.loss) == (4, 1, 1)

@@ -91,6 +91,9 @@ class AdjointMatchingConfig(TrainingArguments):
             S, steps of each trajectory that carry the loss; half of them when not given.
         loss_step_selection (`str`, defaults to `"uniform"`):
             `"uniform"`, or `"paper"`: the last quarter always, the rest at random.
+        num_iterations (`int`, defaults to 1):
+            Updates of the weights from each rollout, each on S steps of its own, towards shifts that are made once. `max_steps`
+            and the learning rate's schedule count rollouts. From the second on the paths are no longer the model's own.
         loss_clip (`float`, *optional*):
             The paper's LCT, on the un-halved squared norm per sample and step; a term above it has no gradient. Off by default.
         adjoint_pairing (`str`, *optional*):
@@ -185,6 +188,7 @@ class AdjointMatchingConfig(TrainingArguments):
     loss_step_selection: Literal["uniform", "paper"] = field(
         default="uniform", metadata={"help": "'uniform', or 'paper': the last quarter always, the rest at random."}
     )
+    num_iterations: int = field(default=1, metadata={"help": "Updates of the weights from each rollout."})
     loss_clip: float | None = field(
         default=None,
         metadata={"help": "The paper's LCT on the un-halved squared norm, per sample and step; None is off."},
@@ -292,6 +296,8 @@ class AdjointMatchingConfig(TrainingArguments):
         for name in ("num_generations", "num_generations_eval"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} makes no image; pass at least 1.")
+        if self.num_iterations < 1:
+            raise ValueError(f"num_iterations={self.num_iterations} would leave the weights as they are; pass at least 1.")
         if self.num_images_to_log < 0:
             raise ValueError(f"num_images_to_log={self.num_images_to_log} is no number of images; pass 0 for none, or more.")
         self._check_objective()

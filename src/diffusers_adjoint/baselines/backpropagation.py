@@ -26,7 +26,8 @@ from ..trainer.scoring import ScoredImages
 __all__ = ["METHODS", "BackpropagationMethod", "RewardBackpropagationTrainer"]
 
 METHODS = ("discrete_adjoint",)
-UNUSED = ("loss_type", "loss_kwargs", "loss_clip", "num_loss_steps", "loss_step_selection")  # fields of a regression
+# Fields of a regression.
+UNUSED = ("loss_type", "loss_kwargs", "loss_clip", "num_loss_steps", "loss_step_selection", "num_iterations")
 
 
 @dataclass(frozen=True)
@@ -59,7 +60,8 @@ class RewardBackpropagationTrainer(RewardTrainer):
             gradients have a higher variance.
 
     The other arguments are those of [`AdjointMatchingTrainer`]; of the config, the fields of a regression (`loss_type`,
-    `loss_kwargs`, `loss_clip`, `num_loss_steps`, `loss_step_selection`) have no meaning here and must be left out.
+    `loss_kwargs`, `loss_clip`, `num_loss_steps`, `loss_step_selection`, `num_iterations`) have no meaning here and must be left
+    out.
 
     Raises:
         TypeError, ValueError: for bad input, before any training, in one sentence.
@@ -113,7 +115,7 @@ class RewardBackpropagationTrainer(RewardTrainer):
             keep = self.require_images(keep & scored[0].usable & bounded(costs.detach()))  # one left out stays out
             return torch.where(keep, costs, 0.0).mean() * chain.share
 
-        step, first = synchronised(self.accelerator, model), steps.indices[0]
+        step, first = synchronised(self.accelerator, model, chain.ends_update), steps.indices[0]
         with self._progress("chain", 2 * len(path)):
             found = discrete_adjoint(
                 chain.mean_of(model),

@@ -131,7 +131,7 @@ WITHOUT_COUNTERPART = {
     "sample_eta": "the memoryless sampler fixes the noise, and 1 is its case",
     "train_batch_size": "sample_batch_size images are sampled and differentiated at a time",
     "train_gradient_accumulation_steps": "an epoch is one update from all its images",
-    "train_num_inner_epochs": "a rollout serves one update of the model that it was drawn from",
+    "train_num_inner_epochs": "a rollout serves one update of the model that it was drawn from, or num_iterations= of them",
     "train_adv_clip_max": NO_ADVANTAGES,
     "train_clip_range": NO_ADVANTAGES,
     "per_prompt_stat_tracking": NO_ADVANTAGES,

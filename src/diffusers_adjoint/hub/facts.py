@@ -27,7 +27,8 @@ logger = logging.get_logger(__name__)
 
 # A list of what may be told: the other arguments hold local paths, tokens and names of machines.
 SETTINGS = ["reward_scale", "guidance_scale", "cfg_mode", "num_inference_steps", "num_loss_steps"]
-SETTINGS += ["loss_type", "loss_kwargs", "loss_step_selection", "loss_clip", "learning_rate", "lr_scheduler_type", "optim"]
+SETTINGS += ["loss_type", "loss_kwargs", "loss_step_selection", "loss_clip", "num_iterations"]
+SETTINGS += ["learning_rate", "lr_scheduler_type", "optim"]
 SETTINGS += ["weight_decay", "max_grad_norm", "num_generations", "seed", "bf16", "fp16"]
 TAGS: dict[tuple[Medium, str], str] = {
     ("image", "text"): "text-to-image",

@@ -107,7 +107,7 @@ class PipelineReplay:
 
     @contextmanager
     def on(self, scheduler: Any) -> Iterator[None]:
-        """Within this context another memoryless scheduler of the same class stands in, from the next `prepare` on."""
+        """Within this context another memoryless scheduler of this class stands in, with its grid until the next `prepare`."""
         own, self.scheduler = self.scheduler, scheduler
         try:
             yield

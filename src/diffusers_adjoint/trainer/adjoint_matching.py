@@ -4,10 +4,16 @@ chain = prepare_chain(inputs)                        # prompts → x_0 and condi
 steps = choose_steps(chain)                          # which steps of the chain carry the loss
 targets = method.targets(chain, steps, score)        # states, and the shift δ of the mean that is wished for at each
 loss = regress(model, chain, targets)                # ½‖((μ^θ − μ^base) − δ)/s‖², one forward and backward pass a point
+
+With `num_iterations` above 1 the last micro-batch of an update goes on: optimizer step, regression on other steps, and so on. The
+host makes the last step, so that one of its updates is one rollout.
 """
 
 from __future__ import annotations
 
+from collections.abc import Collection
+from copy import copy
+from dataclasses import replace
 from typing import Any
 
 from torch import Tensor, nn
@@ -17,8 +23,9 @@ from ..core.matching import LossSteps, choose_loss_steps
 from ..model.chain import PipelineChain
 from ..model.randomness import Stream, seeded_generator
 from ..objectives import Objective, Targets
+from .iterations import KeptBatch, points_of, require_plain_steps, union
 from .parallel import synchronised
-from .regress import regress
+from .regress import Fit, regress
 from .reward_trainer import RewardTrainer
 
 __all__ = ["AdjointMatchingTrainer"]
@@ -54,6 +61,7 @@ class AdjointMatchingTrainer(RewardTrainer):
     """
 
     method: Objective
+    _kept: list[KeptBatch]  # of the update under way, where it has several iterations
 
     def method_of(self, args: AdjointMatchingConfig) -> Objective:
         """The objective of `loss_type` and `loss_kwargs`."""
@@ -67,32 +75,70 @@ class AdjointMatchingTrainer(RewardTrainer):
         """
         self._begin_micro_batch()
         chain = self.prepare_chain(inputs)
-        steps = self.choose_steps(chain)
+        steps = [self.choose_steps(chain, iteration) for iteration in range(self.args.num_iterations)]
         with self._progress("paths and targets", 2 * len(self.replay.stds)):  # of the lean adjoint; a bar may run over
-            targets = self.method.targets(chain, steps, self.scorer(chain))
-        with self._progress("loss", len(steps.indices)):
-            loss = self.regress(model, chain, targets)
+            targets = self.method.targets(chain, union(steps), self.scorer(chain))
+        with self._progress("loss", len(steps[0].indices)):
+            fit = self.regress(model, chain, targets if len(steps) == 1 else points_of(targets, steps[0]), targets.scored.usable)
+        self.record(targets.scored, fit.kl, fit.keep, targets.logged)
+        if len(steps) > 1:
+            self._kept.append(KeptBatch(chain, copy(self.replay.scheduler), replace(targets, scored=None), steps, fit.keep))
+            if chain.ends_update:
+                self._go_on(model)
         self._end_micro_batch(model, chain, targets.scored)
-        return loss
+        return fit.loss
 
-    def choose_steps(self, chain: PipelineChain) -> LossSteps:
-        """The same steps for every image of an update, so that neither micro-batches nor ranks change them."""
-        generator = seeded_generator(self.args.seed, self.state.global_step, 0, Stream.LOSS_STEPS)
+    def choose_steps(self, chain: PipelineChain, iteration: int = 0) -> LossSteps:
+        """The same steps for every image of an update's iteration, so that neither micro-batches nor ranks change them."""
+        generator = seeded_generator(self.args.seed, self.state.global_step, iteration, Stream.LOSS_STEPS)
         scales = self._where_trained(self.method.scales(chain))
         half = max((len(scales) - len(self._idle_steps)) // 2, 1)
         return choose_loss_steps(scales, self.args.num_loss_steps or half, self.args.loss_step_selection, generator)
 
-    def regress(self, model: nn.Module, chain: PipelineChain, targets: Targets) -> Tensor:
-        """Backward through the loss of each point; what it found goes into the log."""
-        fit = regress(
+    def regress(self, model: nn.Module, chain: PipelineChain, targets: Targets, keep: Tensor) -> Fit:
+        """Backward through the loss of each point, of the images to `keep`, (B,) bool."""
+        return regress(
             chain.mean_of(model),
             targets,
-            targets.scored.usable,
+            keep,
             share=chain.share,
             loss_clip=self.args.loss_clip,
             require=self.require_images,
             backward=self._backward,
-            synchronised=synchronised(self.accelerator, model),
+            synchronised=synchronised(self.accelerator, model, chain.ends_update),
         )
-        self.record(targets.scored, fit.kl, fit.keep, targets.logged)
-        return fit.loss
+
+    # ---------------------------------------------------------------------------------------- several updates from one rollout
+
+    def get_batch_samples(self, *args: Any, **kwargs: Any) -> tuple[list[Any], Any]:
+        """As the host calls it before each update; what is kept of one that an error has ended is forgotten."""
+        self._kept = []
+        return super().get_batch_samples(*args, **kwargs)
+
+    def _check_before_training(self) -> Collection[str]:
+        scaled = self.accelerator.scaler is not None
+        require_plain_steps(self.args.num_iterations, deepspeed=self.is_deepspeed_enabled, scaled=scaled)
+        return super()._check_before_training()
+
+    def _go_on(self, model: nn.Module) -> None:
+        """After the first iteration's backward passes: the step that they ask for and the next one's passes, up to the last."""
+        for iteration in range(1, self.args.num_iterations):
+            self._step(model, iteration)
+            points = sum(len(batch.steps[iteration].indices) for batch in self._kept)
+            with self._progress(f"loss of iteration {iteration + 1}", points):
+                for batch in self._kept:
+                    with self.replay.on(batch.grid):
+                        fit = self.regress(model, batch.chain, points_of(batch.targets, batch.steps[iteration]), batch.keep)
+                    batch.keep = fit.keep
+                    self._counts.updates.keep(fit.keep)
+        self._kept = []
+
+    def _step(self, model: nn.Module, iteration: int) -> None:
+        """What the host does after an update's backward passes, without its schedule and callbacks."""
+        self._check_gradients()
+        if can_step := self._can_step(model, iteration):
+            if self.args.max_grad_norm > 0:
+                self.accelerator.clip_grad_norm_(model.parameters(), self.args.max_grad_norm)
+            self.optimizer.step()
+        model.zero_grad()
+        self._counts.updates.go_on(moved=can_step)

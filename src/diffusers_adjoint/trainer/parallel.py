@@ -51,14 +51,20 @@ def round_in_network_alone(denoiser: PipelineDenoiser, plugin: Any, accelerator:
     denoiser.forward = inner  # type: ignore[method-assign]
 
 
-def synchronised(accelerator: Accelerator, model: nn.Module) -> Callable[[bool], contextlib.AbstractContextManager[None]]:
-    """`last` → the context of one evaluation and its backward pass: processes average with an update's last one only."""
-    ends_update = accelerator.gradient_state.sync_gradients
+def synchronised(
+    accelerator: Accelerator, model: nn.Module, ends_update: bool
+) -> Callable[[bool], contextlib.AbstractContextManager[None]]:
+    """`last` → the context of one evaluation and its backward pass: processes average with the last one before a step only.
+
+    Args:
+        ends_update: whether the optimizer moves after this micro-batch.
+    """
 
     @contextlib.contextmanager
     def step(last: bool) -> Iterator[None]:
-        accelerator.gradient_state._set_sync_gradients(ends_update and last)  # DeepSpeed steps in a backward pass
-        with contextlib.nullcontext() if last else accelerator.no_sync(model):
+        averages = ends_update and last
+        accelerator.gradient_state._set_sync_gradients(averages)  # DeepSpeed steps in a backward pass
+        with contextlib.nullcontext() if averages else accelerator.no_sync(model):
             yield
 
     return step

@@ -191,7 +191,8 @@ class RewardTrainer(PipelineTrainer):
         if not chain.ends_update:
             return
         self._check_gradients()
-        self._skip_empty_update(model)
+        if not self._can_step(model, self.args.num_iterations):
+            self._counts.updates.drop(model)
         if self.is_world_process_zero():
             self._shown.trained = SampleImages.first(self.args.num_images_to_log, scored.images, chain.columns, scored.rewards)
         if self.state.global_step == 0:  # an evaluation shows the base, and only now are the rewards the base's
@@ -212,16 +213,20 @@ class RewardTrainer(PipelineTrainer):
         if self.is_world_process_zero():
             warn_of_unused(trained, without)
 
-    def _skip_empty_update(self, model: nn.Module) -> None:
-        """Without one image to learn from, an optimizer would still move, by its momentum and weight decay."""
-        updates = self._counts.updates
-        if updates.can_step(model):
-            return
+    def _can_step(self, model: nn.Module, iteration: int) -> bool:
+        """Without one image to learn from, an optimizer would still move, by its momentum and weight decay.
+
+        Args:
+            iteration: of the update under way, from 1.
+        """
+        if self._counts.updates.can_step(model):
+            return True
         if self.args.on_nonfinite == "raise":
             raise ValueError("the gradient of the loss is NaN or infinite; mend the inputs, or pass on_nonfinite='skip'.")
         if self.is_world_process_zero():
-            logger.warning(f"update {self.state.global_step + 1} is skipped: rewards or gradients are NaN or infinite.")
-        updates.drop(model)
+            which = f"iteration {iteration} of " if self.args.num_iterations > 1 else ""
+            logger.warning(f"{which}update {self.state.global_step + 1} is skipped: rewards or gradients are NaN or infinite.")
+        return False
 
     def _judge_update(self) -> None:
         """When the optimizer has moved, or not: count the update, and stop before weights that are no numbers are saved."""

@@ -73,7 +73,8 @@ class Updates:
         self.gradients_checked = False  # whether weights without a gradient were looked for, as after the first backward passes
         self._accelerator = accelerator
         self._kept = torch.zeros((), device=accelerator.device)  # images of the update under way, on this process, that train
-        self._dropped = False  # the update under way
+        self._dropped = False  # the update under way, or its last iteration
+        self._moved = False  # whether an iteration before has moved the weights
         self._scale = 1.0  # of the gradient scaler, before the optimizer's step
 
     def keep(self, keep: Tensor) -> None:
@@ -90,6 +91,11 @@ class Updates:
         gradients = [p.grad for p in model.parameters() if p.grad is not None]
         return scaler is not None or _finite_norm(gradients, 2.0)  # an optimizer squares them
 
+    def go_on(self, moved: bool) -> None:
+        """After an iteration that is not the update's last, which has moved the weights or not: the next one counts anew."""
+        self._moved |= moved
+        self._kept = torch.zeros_like(self._kept)
+
     def drop(self, model: nn.Module) -> None:
         """Make the coming step of the optimizer do nothing."""
         self._dropped = True
@@ -104,13 +110,14 @@ class Updates:
         """After the optimizer's step: count the update, and begin the next one.
 
         Returns:
-            Images of this process that were kept for nothing, because the optimizer has not moved, 0-dimensional.
+            Images of this process that were kept for nothing, because the optimizer has not moved in any iteration,
+            0-dimensional.
 
         Raises:
             ValueError: if it is the last of too many dropped ones without one that was made.
         """
-        dropped, kept = self._dropped or self._step_was_skipped(), self._kept
-        self._kept, self._dropped = torch.zeros_like(kept), False
+        dropped, kept = not self._moved and (self._dropped or self._step_was_skipped()), self._kept
+        self._kept, self._dropped, self._moved = torch.zeros_like(kept), False, False
         self.count.add(dropped)
         return kept if dropped else torch.zeros_like(kept)
 
