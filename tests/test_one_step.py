@@ -69,6 +69,14 @@ def test_it_is_biased_for_two_modes():
     assert errors[1] > 0.1  # in the middle of the path
 
 
+def test_its_scale_is_the_noise_of_posterior_so_that_all_steps_carry_the_loss():
+    """Also on "ancestral", whose last step has no noise."""
+    chain = KnownChain(ready(MemorylessFlowMatchEulerDiscreteScheduler, STEPS, integrator="ancestral"), normal(), START)
+    targets = OneStep().targets(chain, ALL, linear)
+    assert chain.stds[-1] == 0 and torch.equal(targets.scales, OneStep().scales(chain)) and targets.scales.min() > 0
+    torch.testing.assert_close(targets.scales, ready(MemorylessFlowMatchEulerDiscreteScheduler, STEPS).stds)
+
+
 def test_it_evaluates_the_base_and_the_reward_once_a_loss_step():
     chain, scored = KnownChain(ready(MemorylessFlowMatchEulerDiscreteScheduler, STEPS), normal(), START), []
     OneStep().targets(chain, LossSteps((1, 4), (1.0, 1.0)), lambda x: scored.append(1) or linear(x))

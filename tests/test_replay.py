@@ -528,7 +528,8 @@ def test_a_grid_cut_at_its_start():
     x, conditioning = replay.prepare({}, generators())
     assert replay.starts_below_noise
     assert torch.equal(replay.timesteps, replay.scheduler.timesteps[1:])
-    assert torch.equal(replay.stds, replay.scheduler.stds[1:])
+    for name in ("stds", "posterior_stds", "gains", "times"):
+        assert torch.equal(getattr(replay, name), getattr(replay.scheduler, name)[1:]), name
     output = replay.predict(x, 0, conditioning)
     assert torch.equal(output, replay.scheduler.timesteps[1] * x)
     assert torch.equal(replay.transition(output, x, 0).mean, replay.scheduler.transition(output, x, 1).mean)
