@@ -123,12 +123,11 @@ def ink() -> Iterator[Setting]:
 
 
 def three() -> Iterator[Setting]:
-    """The demo's second reward before score pairing; caps and chains at no more work; and score pairing at twice of it."""
-    yield from seeds(THREE)
-    for cap in (1.2, 1.0, 1.5):
-        yield from seeds(THREE, **score(cap))
+    """The demo's second reward before score pairing; caps and a shorter chain at no more work."""
+    yield from seeds(THREE, 1)
+    for cap in (1.0, 1.2, 1.5):
+        yield from seeds(THREE, 2 if cap == 1.2 else 1, **score(cap))
     yield from seeds(THREE, 1, **score(), steps=5, loss_steps=3, updates=235)
-    yield from seeds(THREE, 1, **score(), updates=240)
 
 
 def mixture() -> Iterator[Setting]:

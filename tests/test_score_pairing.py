@@ -9,6 +9,7 @@ from diffusers import StableDiffusionPAGPipeline, StableDiffusionPipeline
 from problems import mixture_1d
 from scheduler_problems import KnownChain, batch, mean_function, noise_levels, normal, ready
 from tiny_conditioned import components_of, picture, sd15_from_image
+from tiny_images import flux
 from tiny_pipelines import sd15
 from tiny_trainer import PROMPTS, make_trainer, watch_targets
 from torch import Tensor
@@ -162,10 +163,10 @@ def test_the_cap_shortens_and_keeps_the_direction():
 
 def test_the_cap_leaves_zeros_and_nans_alone():
     """A sample without a reward has the adjoint 0; one whose adjoint is NaN must be found by the regression."""
-    adjoints = torch.stack([torch.zeros(1, 3), torch.full((1, 3), torch.nan)], 1)
-    found = score_shifts(adjoints, torch.ones(1), adjoints, torch.ones(1), 1.2)
-    assert torch.equal(found.shifts[:, 0], torch.zeros(1, 3)) and found.shifts[:, 1].isnan().all()
-    assert not found.capped.any()
+    adjoints = torch.stack([torch.zeros(1, 3), torch.full((1, 3), torch.nan), torch.full((1, 3), 1e30)], 1)
+    found = score_shifts(adjoints, torch.ones(1), adjoints.clamp(max=1.0), torch.ones(1), 1.2)
+    assert torch.equal(found.shifts[:, 0], torch.zeros(1, 3)) and found.shifts[:, 1:].isnan().all()
+    assert not found.capped[:, :2].any()
 
 
 def test_data_of_unit_variance_are_never_capped_at_1_and_narrow_ones_are_where_their_modes_meet():
@@ -275,6 +276,14 @@ def test_guidance_without_a_switch_counts_as_guidance(tmp_path, caplog, pag_scal
     assert ("guidance acts in training" in caplog.text) == (pag_scale > 0)
 
 
+@pytest.mark.parametrize(("scale", "integrator"), [(1.0, "ancestral"), (3.5, "posterior")])
+def test_distilled_guidance_counts_as_guidance(tmp_path, scale, integrator):
+    """A guided prediction is no score, whoever computes it."""
+    trainer = make_trainer(tmp_path, build=flux, guidance_scale=scale)
+    assert not trainer.replay.arguments.guides
+    assert trainer.replay.scheduler.config.integrator == integrator
+
+
 def test_a_control_problem_has_no_score():
     chain = ProblemChain(None, None, None)
     assert not chain.predicts_scores
@@ -282,7 +291,7 @@ def test_a_control_problem_has_no_score():
         AdjointMatching("score").scales(chain)
 
 
-@pytest.mark.parametrize("cap", [0, -1.0, float("inf"), float("nan"), "1"])
+@pytest.mark.parametrize("cap", [0, -1.0, float("inf"), float("nan"), "1", True])
 def test_a_cap_that_bounds_nothing_is_refused(cap):
     with pytest.raises(ValueError, match="bounds no shift; pass a number above 0, or None"):
         AdjointMatching(cap=cap)

@@ -27,8 +27,8 @@ def predicts_scores(replay: PipelineReplay, guidance: Guidance) -> bool:
     A start below the noise, of image-to-image pipelines, is known from the first `prepare` on, and guidance without a scale from
     `find_guidance` on.
     """
-    guides = replay.arguments.guides or replay.guides_itself
-    return not (replay.starts_below_noise or (guides and guidance.rollout))
+    guides = (replay.arguments.guides or replay.guides_itself) and guidance.rollout
+    return not (replay.starts_below_noise or guides or replay.guidance_is_distilled)
 
 
 @dataclass(frozen=True)

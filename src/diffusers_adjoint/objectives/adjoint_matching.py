@@ -57,7 +57,8 @@ class AdjointMatching:
     def __post_init__(self) -> None:
         if self.pairing not in (None, "score", "next", "paper"):
             raise ValueError(f"pairing={self.pairing!r} is unknown; pass 'score', 'next' or 'paper'.")
-        if self.cap is not None and not (isinstance(self.cap, int | float) and 0 < self.cap < math.inf):
+        number = isinstance(self.cap, int | float) and not isinstance(self.cap, bool)
+        if self.cap is not None and not (number and 0 < self.cap < math.inf):
             raise ValueError(f"cap={self.cap!r} bounds no shift; pass a number above 0, or None for no bound.")
 
     def pairing_where(self, predicts_scores: bool) -> Pairing:

@@ -61,6 +61,7 @@ def score_shifts(adjoints: Tensor, gains: Tensor, following: Tensor, posterior_s
     limits = cap * _beside(posterior_stds, sizes) ** 2 * _sizes(following)
     capped = sizes > limits
     factors = torch.where(capped, limits / sizes, 1.0)
+    factors = torch.where(sizes.isfinite(), factors, torch.nan)  # too long to be measured: left out, not told to stay
     return ScoreShifts(factors.view(*factors.shape, *[1] * (shifts.ndim - 2)) * shifts, capped)
 
 

@@ -43,6 +43,7 @@ class PipelineReplay:
         arguments: the arguments of the pipeline's `__call__`.
         num_inference_steps: K of the last `prepare`: as asked for, or the length of `sigmas` where these are given.
         guides_itself: whether guidance acts that no scale switches off; of `find_guidance`.
+        guidance_is_distilled: whether the network is asked for the predictions of a guided one, by a scale above 1.
 
     Raises:
         TypeError: if `pipeline` is no diffusers pipeline.
@@ -74,6 +75,7 @@ class PipelineReplay:
         self._slot: tuple[slice, ...] | None = None
         self._first = 0
         self.guides_itself = False
+        self.guidance_is_distilled = self.embeds_guidance and guidance_scale > 1
         self.num_inference_steps = num_inference_steps
         self.arguments = CallArguments(
             self.name,
