@@ -327,7 +327,7 @@ def test_recorded_numbers_agree_with_the_readme():
     """The rows of the demo and of its seeds stand in two places."""
     digits = (ROOT / "examples/digits/README.md").read_text(encoding="utf-8")
     known = [numbers(row) for row in (text_of("README.md") + digits).splitlines() if row.startswith("|")]
-    recorded = text_of("results.md").split("## Handwritten digits")[1].split("## Objectives")[0]
+    recorded = text_of("results.md").split("## Handwritten digits")[1].split("## Error against work")[0]
     rows = [row for row in recorded.splitlines() if row.startswith("|") and len(numbers(row)) >= 4]
     assert len(rows) == 6 + 7
     for row in rows:
