@@ -59,24 +59,30 @@ class KnownChain:
         start: x_0, (B, d), float64.
         model: law whose denoiser draws the paths; the base's own if there is none.
         rounded: what becomes of the base's predictions, such as a cast to 16 bits and back.
+        images_per_prompt: of the paths; all, if it is not said.
     """
 
     running_cost_grad, predicts_scores = None, True
 
-    def __init__(self, scheduler, law, start, model=None, rounded=lambda output: output):
+    def __init__(self, scheduler, law, start, model=None, rounded=lambda output: output, images_per_prompt=None):
         self.scheduler, self.start, self.evaluated = scheduler, start, []
         self.gains, self.stds, self.clean = scheduler.gains, scheduler.stds, scheduler.clean
-        self.posterior_stds, self.times = scheduler.posterior_stds, scheduler.times
+        self.posterior_stds, self.times, self.toward = scheduler.posterior_stds, scheduler.times, scheduler.toward
+        self.images_per_prompt = images_per_prompt or len(start)
+        self._noise = torch.Generator().manual_seed(1)  # of what is noised again
         self._output, self._rounded = network(scheduler, law), rounded
         self.mean = mean_function(scheduler, model or law)
 
     def base(self):
         return contextlib.nullcontext()
 
-    def rollout(self) -> Trajectory:
+    def noised(self, clean: Tensor, k: int) -> Tensor:
+        return self.scheduler.noised(clean, torch.randn(clean.shape, generator=self._noise, dtype=clean.dtype), k)
+
+    def rollout(self, keep_means: bool = False) -> Trajectory:
         stds, generator = self.stds.to(self.start), torch.Generator().manual_seed(0)
         noise = torch.randn(len(stds), *self.start.shape, generator=generator, dtype=self.start.dtype)
-        return rollout(self.mean, self.start, self.scheduler.timesteps, stds, lambda k: noise[k])
+        return rollout(self.mean, self.start, self.scheduler.timesteps, stds, lambda k: noise[k], keep_means=keep_means)
 
     def base_mean(self, k: int, x: Tensor) -> Tensor:
         self.evaluated.append(k)

@@ -201,6 +201,7 @@ class ByNumbers:
     needs_gradient: ClassVar[bool] = False
     switches_adapter: ClassVar[bool] = False
     scores_end_points: ClassVar[bool] = True
+    compares_images: ClassVar[bool] = False
     tilts: ClassVar[bool] = False
     paper: ClassVar[Paper] = ADJOINT_MATCHING
 

@@ -314,7 +314,16 @@ class AdjointMatchingConfig(TrainingArguments):
             raise ValueError(f"adjoint_pairing has moved; pass loss_kwargs={{'pairing': {self.adjoint_pairing!r}}} instead.")
         if self.loss_type in MOVED:
             raise ValueError(f"loss_type={self.loss_type!r} has moved; {MOVED[self.loss_type]}.")
-        objective_of(self.loss_type, parsed(self.loss_kwargs))
+        if self.objective.compares_images and self.num_generations < 2:
+            raise ValueError(
+                f"loss_type={self.loss_type!r} compares the images of one prompt, and num_generations={self.num_generations} "
+                f"draws one; pass 2 or more, 8 for example."
+            )
+        if self.objective.compares_images and self.cfg_mode == "rollout" and self.guidance_scale > 1:
+            raise ValueError(
+                f"cfg_mode='rollout' draws paths by guidance that the loss does not have, and loss_type={self.loss_type!r} needs "
+                f"the model's own; pass cfg_mode='none', or 'full'."
+            )
 
 
 def parsed(kwargs: dict[str, Any] | str | None) -> dict[str, Any] | None:

@@ -39,6 +39,7 @@ class BackpropagationMethod:
     needs_gradient: ClassVar[bool] = True
     switches_adapter: ClassVar[bool] = True
     scores_end_points: ClassVar[bool] = True
+    compares_images: ClassVar[bool] = False
     tilts: ClassVar[bool] = True
     paper: ClassVar[Paper] = replace(ADJOINT_MATCHING, method="the discrete adjoint")
 

@@ -25,6 +25,7 @@ class Trajectory:
             the loss reads x_K. Detached.
         timesteps: the scheduler's timesteps, shape (K,), noise to data.
         stds: s_k, shape (K,), or (K, …) where the noise is diagonal and not one number; 0 where the step adds no noise.
+        means: μ_k(x_k) that x_{k+1} was drawn about, one for each state but the first; `None` where they were not kept.
 
     Raises:
         ValueError: if the lengths disagree or the states carry a graph.
@@ -33,6 +34,7 @@ class Trajectory:
     states: Tensor
     timesteps: Tensor
     stds: Tensor
+    means: Tensor | None = None
 
     def __post_init__(self) -> None:
         steps = len(self.stds)
@@ -56,6 +58,7 @@ def rollout(
     noise: Callable[[int], Tensor],
     *,
     keep_last: bool = False,
+    keep_means: bool = False,
 ) -> Trajectory:
     """Run x_{k+1} = μ_k(x_k) + s_k ξ_k from `start`, without gradient (2409.08861, Alg. 1, eq. 40; Alg. 2, eq. 219).
 
@@ -66,12 +69,16 @@ def rollout(
         stds: s_k, shape (K,), or (K, …) for diagonal noise.
         noise: k → ξ_k of `start`'s shape; called once a step, in order.
         keep_last: also take step K − 1. Training never does: x_K is not needed, so K − 1 evaluations are enough.
+        keep_means: keep the means that the states were drawn about, too: twice the memory of the path.
 
     Returns:
         Trajectory with K states, or K + 1 with `keep_last`.
     """
-    states = [start.detach()]
+    states, means = [start.detach()], list[Tensor]()
     with torch.no_grad():
         for k in range(len(stds) if keep_last else len(stds) - 1):
-            states.append(Transition(mean(k, states[k]), stds[k]).sample(noise(k)))
-    return Trajectory(torch.stack(states), timesteps, stds)
+            moved = mean(k, states[k])
+            states.append(Transition(moved, stds[k]).sample(noise(k)))
+            if keep_means:
+                means.append(moved)
+    return Trajectory(torch.stack(states), timesteps, stds, torch.stack(means) if keep_means else None)

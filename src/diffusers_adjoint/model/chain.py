@@ -44,6 +44,7 @@ class PipelineChain:
         columns: dataset columns, "prompt" among them, one entry for each image.
         share: of the update's images on this process.
         ends_update: whether the update has no further micro-batch.
+        images_per_prompt: how many images in a row are of one prompt.
     """
 
     denoiser: PipelineDenoiser
@@ -54,6 +55,7 @@ class PipelineChain:
     columns: dict[str, list[Any]]
     share: float = 1.0
     ends_update: bool = True
+    images_per_prompt: int = 1
 
     @property
     def stds(self) -> Tensor:
@@ -114,8 +116,9 @@ class PipelineChain:
     def clean(self, mean: Tensor, x: Tensor, k: int) -> Tensor:
         return self.denoiser.replay.clean(mean, x, k)
 
-    def rollout(self) -> Trajectory:
-        return sample_trajectory(self.denoiser, self.start, self.conditioning, self.noise, guided=self.guidance.rollout)
+    def rollout(self, keep_means: bool = False) -> Trajectory:
+        given = self.start, self.conditioning, self.noise
+        return sample_trajectory(self.denoiser, *given, guided=self.guidance.rollout, keep_means=keep_means)
 
     def end_point(self, path: Trajectory, of: Literal["base", "model"]) -> EndPoint:
         return end_point(path, self.base_mean, self.mean if of == "model" else None)

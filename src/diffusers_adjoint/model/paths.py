@@ -23,6 +23,7 @@ def sample_trajectory(
     generators: Sequence[torch.Generator],
     *,
     guided: bool = False,
+    keep_means: bool = False,
 ) -> Trajectory:
     """Memoryless trajectory of the current model, K − 1 evaluations: x_K is not needed.
 
@@ -30,6 +31,7 @@ def sample_trajectory(
         start: x_0, shape (B, …).
         generators: step noise, one for each sample.
         guided: classifier-free guidance in the rollout.
+        keep_means: keep the means of the steps, too.
     """
     replay = denoiser.replay
     return rollout(
@@ -38,6 +40,7 @@ def sample_trajectory(
         replay.timesteps,
         replay.stds,
         lambda k: stacked_noise(start, generators),
+        keep_means=keep_means,
     )
 
 

@@ -5,7 +5,8 @@ from .basic_adjoint_matching import BasicAdjointMatching
 from .by_name import OBJECTIVES, objective_of
 from .efficient_adjoint_matching import EfficientAdjointMatching
 from .one_step import OneStep
+from .ram import Ram
 from .targets import Chain, DiffusionChain, Method, Objective, Scored, Targets
 
-__all__ = ["OBJECTIVES", "AdjointMatching", "BasicAdjointMatching", "EfficientAdjointMatching", "OneStep"]
+__all__ = ["OBJECTIVES", "AdjointMatching", "BasicAdjointMatching", "EfficientAdjointMatching", "OneStep", "Ram"]
 __all__ += ["objective_of", "Chain", "DiffusionChain", "Method", "Objective", "Scored", "Targets"]

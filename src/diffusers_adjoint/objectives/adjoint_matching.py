@@ -51,6 +51,7 @@ class AdjointMatching:
     needs_gradient: ClassVar[bool] = True
     switches_adapter: ClassVar[bool] = False
     scores_end_points: ClassVar[bool] = True
+    compares_images: ClassVar[bool] = False
     tilts: ClassVar[bool] = True
     paper: ClassVar[Paper] = ADJOINT_MATCHING
 

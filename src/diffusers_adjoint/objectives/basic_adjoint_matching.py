@@ -37,6 +37,7 @@ class BasicAdjointMatching:
     needs_gradient: ClassVar[bool] = True
     switches_adapter: ClassVar[bool] = True
     scores_end_points: ClassVar[bool] = True
+    compares_images: ClassVar[bool] = False
     tilts: ClassVar[bool] = True
     paper: ClassVar[Paper] = ADJOINT_MATCHING
 

@@ -9,6 +9,7 @@ from .adjoint_matching import AdjointMatching
 from .basic_adjoint_matching import BasicAdjointMatching
 from .efficient_adjoint_matching import EfficientAdjointMatching
 from .one_step import OneStep
+from .ram import Ram
 from .targets import Objective
 
 __all__ = ["OBJECTIVES", "objective_of"]
@@ -18,6 +19,7 @@ OBJECTIVES: dict[str, type[Objective]] = {
     "basic_adjoint_matching": BasicAdjointMatching,
     "efficient_adjoint_matching": EfficientAdjointMatching,
     "one_step": OneStep,
+    "ram": Ram,
 }
 
 

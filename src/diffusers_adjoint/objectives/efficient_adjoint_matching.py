@@ -55,6 +55,7 @@ class EfficientAdjointMatching:
     needs_gradient: ClassVar[bool] = True
     switches_adapter: ClassVar[bool] = False
     scores_end_points: ClassVar[bool] = True
+    compares_images: ClassVar[bool] = False
     tilts: ClassVar[bool] = False
     paper: ClassVar[Paper] = EFFICIENT_ADJOINT_MATCHING
 

@@ -30,6 +30,7 @@ class OneStep:
     needs_gradient: ClassVar[bool] = True
     switches_adapter: ClassVar[bool] = False
     scores_end_points: ClassVar[bool] = False
+    compares_images: ClassVar[bool] = False
     tilts: ClassVar[bool] = False
     paper: ClassVar[Paper] = ADJOINT_MATCHING
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-__all__ = ["ADJOINT_MATCHING", "EFFICIENT_ADJOINT_MATCHING", "Paper"]
+__all__ = ["ADJOINT_MATCHING", "EFFICIENT_ADJOINT_MATCHING", "REINFORCE_ADJOINT_MATCHING", "Paper"]
 
 
 @dataclass(frozen=True)
@@ -50,5 +50,19 @@ EFFICIENT_ADJOINT_MATCHING = Paper(
   eprint        = {2605.11480},
   archivePrefix = {arXiv},
   url           = {https://arxiv.org/abs/2605.11480}
+}""",
+)
+
+REINFORCE_ADJOINT_MATCHING = Paper(
+    method="Reinforce Adjoint Matching",
+    arxiv="2605.10759",
+    bibtex="""@misc{bergmeister2026reinforce,
+  title         = {Reinforce Adjoint Matching: Scaling {RL} Post-Training of Diffusion and Flow-Matching Models},
+  author        = {Bergmeister, Andreas and Jegelka, Stefanie and N{\\"u}sken, Nikolas and Domingo-Enrich, Carles
+                   and Pidstrigach, Jakiw},
+  year          = {2026},
+  eprint        = {2605.10759},
+  archivePrefix = {arXiv},
+  url           = {https://arxiv.org/abs/2605.10759}
 }""",
 )

@@ -48,10 +48,11 @@ class Targets:
         states: x, shape (S, B, …).
         steps: step k of each, and the probability with which it was chosen.
         shifts: δ, the wished μ_k − μ_k^base, shape (S, B, …). Not the wished mean: in float32 it would swallow a small δ.
-        base_means: μ_k^base(x), shape (S, B, …).
+        base_means: μ_k^base(x), shape (S, B, …); where `kl` is given, any mean that the shifts start from.
         scales: shape (S,), or (S, …) for diagonal noise; s_k makes the loss one of nats.
         scored: what the objective's score said of the end points.
         logged: name → a number of each sample that the log shows the mean of, (B,).
+        kl: of each sample's path, (B,), nats, from an objective that knows it; else it is estimated at the points.
     """
 
     states: Tensor
@@ -61,6 +62,7 @@ class Targets:
     scales: Tensor
     scored: Any
     logged: dict[str, Tensor] = field(default_factory=dict)
+    kl: Tensor | None = None
 
 
 class Chain(Protocol):
@@ -87,8 +89,8 @@ class Chain(Protocol):
     def base(self) -> AbstractContextManager[None]:
         """Around derivatives of `base_mean`: a checkpointed layer is evaluated again in them, and must still be the base's."""
 
-    def rollout(self) -> Trajectory:
-        """Paths of the model, without graph."""
+    def rollout(self, keep_means: bool = False) -> Trajectory:
+        """Paths of the model, without graph; with the means of their steps, if these are to be kept."""
 
     def end_point(self, path: Trajectory, of: Literal["base", "model"]) -> EndPoint:
         """Where the reward of a path is taken, with step K − 1 of the base, or of both, evaluated for the adjoint."""
@@ -108,6 +110,10 @@ class DiffusionChain(Chain, Protocol):
     @property
     def levels(self) -> Tensor:
         """α_k and β_k of x_k = α_k x_1 + β_k ξ, which step k starts from, shape (2, K)."""
+
+    @property
+    def images_per_prompt(self) -> int:
+        """How many samples in a row share their condition; they are never divided among batches."""
 
     @property
     def times(self) -> Tensor:
@@ -139,10 +145,14 @@ class Method(Protocol):
     """Whether it differentiates model and base side by side, which checkpointed layers with an adapter do not stand."""
     scores_end_points: ClassVar[bool]
     """Whether what it scores are ends of paths x̂_K, which may remember the noise that the paths came from."""
-    tilts: ClassVar[bool]
-    """Whether p_base·e^{λr} is its fixed point; a model card says so where it is not."""
+    compares_images: ClassVar[bool]
+    """Whether an image learns from its reward beside those of the same prompt's others, along paths of the model itself."""
     paper: ClassVar[Paper]
     """What a model card cites."""
+
+    @property
+    def tilts(self) -> bool:
+        """Whether p_base·e^{λr} is its fixed point; a model card says so where it is not."""
 
     def integrator(self, predicts_scores: bool) -> str:
         """The discretisation of the memoryless SDE for the paths that it trains on, a key of `INTEGRATORS`.

@@ -132,7 +132,7 @@ class ProblemChain:
     def base(self) -> AbstractContextManager[None]:
         return nullcontext()
 
-    def rollout(self) -> Trajectory:
+    def rollout(self, keep_means: bool = False) -> Trajectory:
         return self.path
 
     def end_point(self, path: Trajectory, of: Literal["base", "model"]) -> EndPoint:
@@ -145,7 +145,7 @@ class ProblemChain:
             "BasicAdjointMatching()."
         )
 
-    gains = posterior_stds = levels = times = property(_predicts_no_clean_data)
+    gains = posterior_stds = levels = times = images_per_prompt = property(_predicts_no_clean_data)
     clean = toward = sample = noised = base_score = _predicts_no_clean_data
 
 

@@ -22,7 +22,7 @@ class Fit:
 
     Args:
         loss: its share of the update's loss, 0-dimensional.
-        kl: an estimate of the path KL of each sample, (B,), nats where the scales are the noise of the steps.
+        kl: the path KL of each sample, (B,), nats: the objective's own, or an estimate if the scales are the steps' noise.
         keep: the samples that had their part in the loss, (B,) bool.
     """
 
@@ -67,7 +67,7 @@ def regress(
             backward(loss)
         total += loss.detach()
         kl += step_kl(moved.detach(), base_means[i], targets.scales[i]) / inclusion
-    return Fit(total, kl, keep)
+    return Fit(total, kl if targets.kl is None else targets.kl, keep)
 
 
 def bounded_paths(*values: Tensor) -> Tensor:

@@ -155,9 +155,8 @@ class RewardTrainer(PipelineTrainer):
                 unguided=not self.guidance.loss,
             )
         noise = self._generators(images, Stream.STEP_NOISE)
-        return PipelineChain(
-            self.denoiser, self.guidance, start, conditioning, noise, columns, inputs["share"], inputs["ends_update"]
-        )
+        drawn = self.denoiser, self.guidance, start, conditioning, noise, columns
+        return PipelineChain(*drawn, inputs["share"], inputs["ends_update"], self.args.num_generations)
 
     def _generators(self, images: Sequence[int], stream: Stream) -> list[torch.Generator]:
         return seeded_generators(self.args.seed, self.state.global_step, images, stream)

@@ -1,0 +1,162 @@
+r"""Reinforce Adjoint Matching (2605.10759): rewards that are only numbers, along paths that carry what they cost.
+
+An end point x_1 of the model's own paths is noised to the steps that carry the loss. Each step's mean is pulled towards where it
+would lie if x_1 were the clean prediction, or pushed away, by how much better x_1 has done than its prompt's other images:
+
+    shift from μ_k^θ:  γ (R − R̄) (toward(x_1, x, k) − μ_k^θ(x))       x = noised(x_1, k), no gradient through any of it
+
+| mode | R | the shift starts from | its fixed point |
+|---|---|---|---|
+| path_corrected | λ r(x̂_K) − Σ_{k<K−1} (w_k·ξ_k + ½‖w_k‖²) | μ_k^θ | p_base·e^{λr} |
+| plain | λ r(x̂_K) | μ_k^base | another law; right to first order in λ |
+
+**R of a path.** With w_k = (μ_k^θ − μ_k^base)/s_k and the path's own noise ξ_k = (x_{k+1} − μ_k^θ)/s_k, the sum is
+log dP^θ/dP^base of the states x_0 … x_{K−1}: ½‖ξ_k + w_k‖² − ½‖ξ_k‖² a step. As everywhere the reward is taken at the mean of
+the base's last step, x̂_K = μ_{K−1}^base(x_{K−1}), a function of x_{K−1} alone. So the last step has no part in the sum, and
+
+    R = log dP*/dP^θ + log Z,     P* ∝ P^base e^{λ r(x̂_K)}
+
+R is one number for all paths exactly where the model's paths have the tilted law, and there no target moves. The sum is the path
+KL, too, on the average; ½ Σ‖w_k‖² is its part without noise. R̄ is the mean over the prompt's *other* images, which leaves the
+expectation as it is and takes log Z and whatever else they share away.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import ClassVar, Literal, cast
+
+import torch
+from torch import Tensor
+
+from ..core.matching import LossSteps, control, half_square
+from ..core.trajectory import Trajectory
+from .papers import REINFORCE_ADJOINT_MATCHING, Paper
+from .targets import DiffusionChain, Scored, Targets
+
+__all__ = ["Ram", "lead_over_the_others"]
+
+
+@dataclass(frozen=True)
+class Ram:
+    """Reinforce Adjoint Matching, by default with the paths' cost, which makes the tilt its fixed point.
+
+    No derivative of the reward, of the decoder or in the state: 2K − 1 evaluations for a path and its R, and for each of its
+    points 2 of the model ("plain": 1 of the base, too), of which one has a backward pass to the weights.
+
+    Args:
+        mode: "path_corrected", or "plain", without the paths' cost: the paper's main loss, for comparison.
+        strength: γ > 0. In "path_corrected" a factor of the gradient, which Adam does not see; in "plain" that of the target.
+        noisings: how often each end point is noised to each of the loss steps; two cost 4 evaluations a loss step.
+        clip: bound of |R − R̄|, nats; `None` for none. Where the model's law is the tilt there is nothing to clip.
+
+    Raises:
+        ValueError: for another mode, or numbers that are none above 0.
+    """
+
+    mode: Literal["path_corrected", "plain"] = "path_corrected"
+    strength: float = 1.0
+    noisings: int = 1
+    clip: float | None = None
+
+    needs_gradient: ClassVar[bool] = False
+    switches_adapter: ClassVar[bool] = False
+    scores_end_points: ClassVar[bool] = True
+    compares_images: ClassVar[bool] = True
+    paper: ClassVar[Paper] = REINFORCE_ADJOINT_MATCHING
+
+    def __post_init__(self) -> None:
+        if self.mode not in ("path_corrected", "plain"):
+            raise ValueError(f"mode={self.mode!r} is unknown; pass 'path_corrected' or 'plain'.")
+        if not (isinstance(self.strength, int | float) and 0 < self.strength < math.inf):
+            raise ValueError(f"strength={self.strength!r} pulls nowhere; pass a number above 0.")
+        if not (isinstance(self.noisings, int) and self.noisings >= 1):
+            raise ValueError(f"noisings={self.noisings!r} makes no point to learn at; pass 1 or more.")
+        if self.clip is not None and not (isinstance(self.clip, int | float) and 0 < self.clip < math.inf):
+            raise ValueError(f"clip={self.clip!r} bounds no difference; pass a number of nats above 0, or None for no bound.")
+
+    @property
+    def tilts(self) -> bool:
+        """As `Method.tilts`."""
+        return self.mode == "path_corrected"
+
+    def integrator(self, predicts_scores: bool) -> str:
+        """As `Method.integrator`."""
+        return "posterior"
+
+    def scales(self, chain: DiffusionChain) -> Tensor:
+        """As `Objective.scales`."""
+        return chain.posterior_stds
+
+    def targets(self, chain: DiffusionChain, steps: LossSteps, score: Callable[[Tensor], Scored]) -> Targets:
+        """As `Objective.targets`.
+
+        Raises:
+            ValueError: if a prompt's images are not all there, or there is one only.
+        """
+        group = chain.images_per_prompt
+        path = chain.rollout(keep_means=True)
+        if group < 2 or path.states.shape[1] % group:
+            count = path.states.shape[1]
+            raise ValueError(f"{count} images cannot be compared in groups of {group}; pass two or more of each prompt together.")
+        with torch.no_grad():
+            last = len(path) - 1
+            clean = chain.base_mean(last, path.states[last]).to(path.states)
+            scored = score(clean)
+            log_ratio, kl = _against_base(chain, path)
+            values = scored.exponent - log_ratio if self.tilts else scored.exponent
+            leads = lead_over_the_others(values.where(scored.usable, torch.nan), group)
+            return self._at_noised_points(chain, steps, clean, scored, leads, kl)
+
+    def _at_noised_points(
+        self, chain: DiffusionChain, steps: LossSteps, clean: Tensor, scored: Scored, leads: Tensor, kl: Tensor
+    ) -> Targets:
+        """The regression's points; an image without anything to be compared with has shifts of NaN, which leave it out."""
+        indices = tuple(k for k in steps.indices for _ in range(self.noisings))
+        inclusion = tuple(p for p in steps.inclusion for _ in range(self.noisings))
+        weights = self.strength * (leads if self.clip is None else leads.clamp(-self.clip, self.clip))
+        weights = weights.to(clean).view(-1, *[1] * (clean.ndim - 1))
+        states, means, shifts = [], [], []
+        for k in indices:
+            x = chain.noised(clean, k)
+            own = chain.mean(k, x)
+            states.append(x)
+            means.append(own if self.tilts else chain.base_mean(k, x))
+            shifts.append(weights * (chain.toward(clean, x, k) - own))
+        # One noising more makes the sum over points longer, not the loss larger.
+        scales = self.noisings**0.5 * self.scales(chain)[list(indices)].to(clean)
+        logged = {"lead": leads.abs()} | ({} if self.clip is None else {"clipped": (leads.abs() > self.clip).float()})
+        stacked = torch.stack(states), LossSteps(indices, inclusion), torch.stack(shifts), torch.stack(means)
+        return Targets(*stacked, scales, scored, logged, kl)
+
+
+def _against_base(chain: DiffusionChain, path: Trajectory) -> tuple[Tensor, Tensor]:
+    """log dP^θ/dP^base of each path x_0 … x_{K−1}, and ½ Σ‖w_k‖², each (B,), nats; one evaluation of the base a step."""
+    log_ratio = path.states.new_zeros(path.states.shape[1])
+    kl = log_ratio.clone()
+    for k, mean in enumerate(cast("Tensor", path.means)):
+        if not path.stds[k].any():  # a step of no length
+            continue
+        push = control(mean, chain.base_mean(k, path.states[k]), path.stds[k])
+        noise = (path.states[k + 1] - mean) / path.stds[k]
+        cost = half_square(push)
+        log_ratio += (push * noise).flatten(1).sum(1) + cost
+        kl += cost
+    return log_ratio, kl
+
+
+def lead_over_the_others(values: Tensor, group: int) -> Tensor:
+    """Each value minus the mean of the others of its group, (B,); NaN for one that is not finite or has no other.
+
+    Args:
+        values: (B,), those of a group next to each other.
+        group: n, how many these are.
+    """
+    groups = values.view(-1, group)
+    known = groups.isfinite()
+    count = known.sum(1, keepdim=True)
+    mean = groups.where(known, 0.0).sum(1, keepdim=True) / count
+    # The mean of the others is n/(n − 1) times as far away as the mean of all.
+    return ((groups - mean) * count / (count - 1)).where(known & (count > 1), torch.nan).flatten()
