@@ -14,6 +14,7 @@ from transformers import TrainingArguments
 from .field_types import require_types
 from .guidance import GUIDANCE
 from .objectives import OBJECTIVES, Objective, objective_of
+from .rewards.black_box import IMAGES_AS
 from .schedulers.integrators import DEFAULT_INTEGRATOR, INTEGRATORS
 from .schedulers.memoryless import check_integrator
 
@@ -28,6 +29,7 @@ LORA_LEARNING_RATE, FULL_LEARNING_RATE = 1e-4, 2e-5  # the second is the paper's
 
 CHOICES: dict[str, tuple[str, ...]] = {
     "cfg_mode": tuple(GUIDANCE),
+    "images_as": IMAGES_AS,
     "loss_step_selection": ("uniform", "paper"),
     "on_nonfinite": ("skip", "raise"),
 }
@@ -46,6 +48,12 @@ class AdjointMatchingConfig(TrainingArguments):
             λ, nats per unit of reward. The larger, the further from the base; λ·std(r) of 1 to 3 is a moderate tilt.
         reward_weights (`list[float]`, *optional*):
             Weight of each reward function in r; all 1 when not given.
+        images_as (`str`, defaults to `"tensor"`):
+            What the reward functions get: `"tensor"`, or `"pil"`, a list of PIL images (of lists of frames, for videos), with an
+            objective that does not differentiate them (`loss_type="ram"`).
+        reward_workers (`int`, defaults to 1):
+            Threads in which each reward function is called, on a part of the batch each, for slow ones such as the call of a
+            server; with such an objective, too.
         guidance_scale (`float`, defaults to 1.0):
             Classifier-free guidance. 1 means none, and then the target is exact whatever `cfg_mode` says.
         cfg_mode (`str`, defaults to `"none"`):
@@ -73,7 +81,8 @@ class AdjointMatchingConfig(TrainingArguments):
         offload_text_encoders (`bool`, defaults to `False`):
             Keep the text encoders on the CPU while the denoiser works; they are moved for the encoding of each batch.
         num_generations (`int`, defaults to 1):
-            Images per prompt. A rollout has `per_device_train_batch_size` × `num_generations` images.
+            Images per prompt. A rollout has `per_device_train_batch_size` × `num_generations` images. `loss_type="ram"` compares
+            those of one prompt, and takes 2 or more.
         probe_base (`bool`, defaults to `True`):
             Before the first update draw 16 images or more of up to 8 prompts, by the base's memoryless chain and as many by the
             pipeline's own call. They say how far λ asks the model to move, and whether training starts from what a user sees.
@@ -84,7 +93,8 @@ class AdjointMatchingConfig(TrainingArguments):
         loss_type (`str`, defaults to `"adjoint_matching"`):
             `"adjoint_matching"`, or another objective of `diffusers_adjoint.objectives`, for comparison:
             `"basic_adjoint_matching"` (the full adjoint: two networks a step instead of one), `"efficient_adjoint_matching"` (no
-            derivative of the network outside the loss; may diverge) or `"one_step"` (biased).
+            derivative of the network outside the loss; may diverge) or `"one_step"` (biased). `"ram"` is for
+            rewards that have no gradient.
         loss_kwargs (`dict`, *optional*):
             Options of that objective, such as `{"pairing": "next"}` of `"adjoint_matching"`: the fields of its dataclass.
         num_loss_steps (`int`, *optional*):
@@ -152,6 +162,14 @@ class AdjointMatchingConfig(TrainingArguments):
     reward_scale: float = field(default=1.0, metadata={"help": "λ, nats per unit of reward."})
     reward_weights: list[float] | None = field(
         default=None, metadata={"help": "Weight of each reward function; all 1 when not given."}
+    )
+    images_as: Literal["tensor", "pil"] = field(
+        default="tensor",
+        metadata={"help": "What the rewards get: 'tensor', or 'pil' for PIL images, where nothing is differentiated."},
+    )
+    reward_workers: int = field(
+        default=1,
+        metadata={"help": "Threads in which a slow reward is called on parts of a batch, where nothing is differentiated."},
     )
     guidance_scale: float = field(default=1.0, metadata={"help": "Classifier-free guidance; 1 means none."})
     cfg_mode: Literal["none", "rollout", "full"] = field(
@@ -298,6 +316,8 @@ class AdjointMatchingConfig(TrainingArguments):
                 raise ValueError(f"{name}={getattr(self, name)} makes no image; pass at least 1.")
         if self.num_iterations < 1:
             raise ValueError(f"num_iterations={self.num_iterations} would leave the weights as they are; pass at least 1.")
+        if self.reward_workers < 1:
+            raise ValueError(f"reward_workers={self.reward_workers} calls no reward; pass 1 for one call a batch, or more.")
         if self.num_images_to_log < 0:
             raise ValueError(f"num_images_to_log={self.num_images_to_log} is no number of images; pass 0 for none, or more.")
         self._check_objective()
@@ -314,6 +334,17 @@ class AdjointMatchingConfig(TrainingArguments):
             raise ValueError(f"adjoint_pairing has moved; pass loss_kwargs={{'pairing': {self.adjoint_pairing!r}}} instead.")
         if self.loss_type in MOVED:
             raise ValueError(f"loss_type={self.loss_type!r} has moved; {MOVED[self.loss_type]}.")
+        self._check_black_box()
+
+    def _check_black_box(self) -> None:
+        """What an objective that does not differentiate the reward needs, and what another one cannot have."""
+        if self.objective.needs_gradient:
+            for name, plain in (("images_as", "tensor"), ("reward_workers", 1)):
+                if (value := getattr(self, name)) != plain:
+                    raise ValueError(
+                        f"{name}={value!r} takes the reward's gradient away, which loss_type={self.loss_type!r} needs; leave it "
+                        f"out, or pass loss_type='ram'."
+                    )
         if self.objective.compares_images and self.num_generations < 2:
             raise ValueError(
                 f"loss_type={self.loss_type!r} compares the images of one prompt, and num_generations={self.num_generations} "

@@ -255,7 +255,8 @@ def evaluate(argv: Sequence[str]) -> int:
     # What is cheap to get wrong comes before the weights are loaded.
     dataset = prompts.load_prompts(args.prompts, args.split, config=args.dataset_config, option="prompts")
     functions = load_rewards(args.rewards)
-    reward, state = WeightedReward(functions, args.reward_weights), process_state()
+    reward = WeightedReward(functions, args.reward_weights, images_as=args.images_as, workers=args.reward_workers)
+    state = process_state()
     features = load_features(args.diversity, args.rewards, functions, state.device)
     try:
         report = run_evaluation(args, reward, features, dataset)

@@ -6,11 +6,12 @@ import itertools
 import json
 import math
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
 from ..field_types import require_types
+from ..rewards.black_box import IMAGES_AS
 from ..schedulers.integrators import DEFAULT_INTEGRATOR, INTEGRATORS
 from ..schedulers.memoryless import check_integrator
 from .measure import Setting
@@ -70,6 +71,10 @@ class EvaluationArguments:
         default=1, metadata={"help": "Memoryless paths of each prompt along which the KL to the base is measured; 0 for none."}
     )
     reward_weights: list[float] | None = field(default=None, metadata={"help": "Weights of the rewards in the tilt report."})
+    images_as: Literal["tensor", "pil"] = field(
+        default="tensor", metadata={"help": "What the rewards get: 'tensor', or 'pil' for PIL images."}
+    )
+    reward_workers: int = field(default=1, metadata={"help": "Threads in which a slow reward is called, on parts of a batch."})
     reward_scale: float | None = field(
         default=None, metadata={"help": "λ of the training, nats per unit of reward. With it, a tilt report is written."}
     )
@@ -103,6 +108,7 @@ class EvaluationArguments:
         for name, least in {
             "samples_per_prompt": 1,
             "batch_size": 1,
+            "reward_workers": 1,
             "kl_paths": 0,
             "sheet_prompts": 0,
             "sheet_samples": 1,
@@ -122,6 +128,8 @@ class EvaluationArguments:
         if unknown := [name for name in self.sampler if name not in SAMPLERS]:
             raise ValueError(f"sampler={unknown[0]!r} is unknown; pass 'ode', 'sde' or both.")
         check_integrator(self.sampling_integrator, "sampling_integrator")
+        if self.images_as not in IMAGES_AS:
+            raise ValueError(f"images_as={self.images_as!r} is unknown; pass one of {', '.join(map(repr, IMAGES_AS))}.")
         if self.dtype not in DTYPES:
             raise ValueError(f"dtype={self.dtype!r} is unknown to diffusers; pass one of {', '.join(DTYPES)}.")
 

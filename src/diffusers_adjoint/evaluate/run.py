@@ -35,7 +35,7 @@ from .store import Results, Store
 __all__ = ["evaluate", "process_state"]
 
 # The numbers do not depend on these.
-FREE = ["output_dir", "overwrite_output_dir", "batch_size", "reward_scale", "reward_weights"]
+FREE = ["output_dir", "overwrite_output_dir", "batch_size", "reward_scale", "reward_weights", "reward_workers"]
 FREE += ["prompts", "num_prompts", "sheet_prompts", "sheet_samples"]  # rows are compared one by one
 WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt")
 HOSTS = [logging.getLogger(name) for name in ("diffusers", "transformers")]

@@ -7,7 +7,7 @@ import math
 from collections.abc import Callable, Sequence
 from numbers import Real
 from types import TracebackType
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -16,28 +16,38 @@ from PIL import Image
 from torch import Tensor
 from transformers.utils import logging
 
+from .black_box import as_pil, numbers
+
 __all__ = ["call_reward", "naming"]
 
 logger = logging.get_logger(__name__)
 
 
 def call_reward(
-    name: str, function: Callable[..., Any], images: Tensor, prompts: list[str], columns: dict[str, list[Any]]
+    name: str,
+    function: Callable[..., Any],
+    images: Tensor,
+    prompts: list[str],
+    columns: dict[str, list[Any]],
+    *,
+    images_as: Literal["tensor", "pil"] = "tensor",
 ) -> Tensor:
     """What `function` returns, float32 or better, (B,); NaN for an image that it has no value for.
 
     Images, prompts and columns are copies: a function may write into them, and nobody else sees it. The gradient of an image
-    that the function has no value for is 0, where the function's own may be NaN.
+    that the function has no value for is 0, where the function's own may be NaN. Where nothing is differentiated an array or a
+    list of numbers is as good as a tensor.
 
     Raises:
-        TypeError: if it does not return a tensor.
+        TypeError: if it does not return a tensor, or what is as good.
         ValueError: if it does not return one value for each image, on their device.
         Exception: of the type that the function raises; its text then begins with the name, see `naming`.
     """
     own = images.clone()
     node = own.grad_fn  # None where nothing is differentiated
     with naming(name):
-        value = _checked(function(images=own, prompts=list(prompts), **_copied(columns)), name, images)
+        shown = own if images_as == "tensor" else as_pil(images)
+        value = _checked(function(images=shown, prompts=list(prompts), **_copied(columns)), name, images)
         if node is not None:
             _warn_of_writing_past_autograd(name, own, node, images)
     missing = value.detach().isnan()
@@ -98,6 +108,8 @@ def _checked(value: Any, name: str, images: Tensor) -> Tensor:
             f"a `return` is missing."
         )
         value = [None] * batch
+    if not images.requires_grad:
+        value = numbers(value, images.device)
     if isinstance(value, list | tuple):
         value = _stacked(value, images)
     if not isinstance(value, Tensor):

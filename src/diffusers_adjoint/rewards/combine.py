@@ -6,13 +6,15 @@ import inspect
 import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import Node, get_gradient_edge
 
 from ..core.adjoint import vector_jacobian
+from .black_box import asked_in_threads
 from .calling import call_reward, naming
 
 __all__ = ["RewardFunction", "RewardGradient", "WeightedReward", "reward_gradient", "total_reward", "with_graph"]
@@ -27,13 +29,24 @@ class WeightedReward:
     Args:
         reward_funcs: one callable or module, or several. Modules are frozen and put in evaluation mode.
         weights: w_i, one for each function; `None` for all 1.
+        images_as: "tensor", or "pil": the functions get a list of PIL images (of lists of frames, for videos), and cannot be
+            differentiated.
+        workers: threads in which a function is called, on a part of the batch each; 1 for one call. Where a function is
+            differentiated it is called once.
 
     Raises:
         TypeError: if one of them is not callable, or is a class.
         ValueError: if there is none, or the number of weights differs.
     """
 
-    def __init__(self, reward_funcs: RewardFunction | Sequence[RewardFunction], weights: Sequence[float] | None = None) -> None:
+    def __init__(
+        self,
+        reward_funcs: RewardFunction | Sequence[RewardFunction],
+        weights: Sequence[float] | None = None,
+        *,
+        images_as: Literal["tensor", "pil"] = "tensor",
+        workers: int = 1,
+    ) -> None:
         functions: list[Any] = list(reward_funcs) if isinstance(reward_funcs, list | tuple) else [reward_funcs]
         if not functions:
             raise ValueError("reward_funcs is empty; pass at least one reward function.")
@@ -46,7 +59,7 @@ class WeightedReward:
         weights = [1.0] * len(functions) if weights is None else list(weights)
         if len(weights) != len(functions):
             raise ValueError(f"reward_weights has {len(weights)} entries for {len(functions)} reward functions; pass one each.")
-        self.functions, self.weights = functions, weights
+        self.functions, self.weights, self.images_as, self.workers = functions, weights, images_as, workers
         self.names = _unique_names(functions)
         for module in (f for f in functions if isinstance(f, nn.Module)):
             module.requires_grad_(False).eval()  # frozen, but not under no_grad: the gradient goes through to the images
@@ -93,10 +106,18 @@ class WeightedReward:
         finite = images.detach().flatten(1).isfinite().all(1)
         shown = images if finite.all() else torch.where(finite.view(-1, *[1] * (images.ndim - 1)), images, 0.5)
         values = {
-            name: call_reward(name, function, shown, prompts, _taken(function, columns))
+            name: self._value(name, function, shown, prompts, _taken(function, columns))
             for name, function in zip(self.names, self.functions, strict=True)
         }
         return values if shown is images else {name: value.where(finite, torch.nan) for name, value in values.items()}
+
+    def _value(
+        self, name: str, function: RewardFunction, images: Tensor, prompts: list[str], columns: dict[str, list[Any]]
+    ) -> Tensor:
+        ask = partial(call_reward, name, function, images_as=self.images_as)
+        if self.workers == 1 or images.requires_grad:
+            return ask(images, prompts, columns)
+        return asked_in_threads(ask, images, prompts, columns, self.workers)
 
     @property
     def aimed_at(self) -> dict[str, float]:

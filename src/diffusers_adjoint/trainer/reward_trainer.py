@@ -87,7 +87,7 @@ class RewardTrainer(PipelineTrainer):
         args = with_learning_rate(args, full=peft_config is None)
         self.method = self.method_of(args)
         require_writable(args.output_dir)
-        self.reward = WeightedReward(reward_funcs, args.reward_weights)
+        self.reward = WeightedReward(reward_funcs, args.reward_weights, images_as=args.images_as, workers=args.reward_workers)
         _suit_the_host(args)
         set_seed(args.seed)  # before LoRA draws its weights
 
