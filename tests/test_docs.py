@@ -209,6 +209,7 @@ def test_the_table_of_metrics_is_complete(tmp_path):
     for folder, options in (
         ("plain", {}),
         ("guided", {"guidance_scale": 4.0, "cfg_mode": "rollout", "reward": [brightness, brightness]}),
+        ("ram", {"loss_type": "ram", "loss_kwargs": {"clip": 3.0}}),
     ):
         trainer = make_trainer(tmp_path / folder, **both, **options)
         trainer.train()

@@ -140,6 +140,16 @@ def test_strength_noisings_and_clip_do_what_they_say():
     assert 0 < clipped.logged["clipped"].mean() < 1
 
 
+def test_the_scale_is_the_deviation_of_the_target_for_data_of_unit_variance():
+    scheduler = ready(FLOW, STEPS)
+    chain = KnownChain(scheduler, normal(0.7, 1.0), batch(20_000, 1, dtype=torch.float64))
+    clean = chain.base_mean(STEPS - 1, chain.rollout().states[-1])
+    for k, scale in enumerate(Ram().scales(chain)[: STEPS - 1]):
+        x = chain.noised(clean, k)
+        # One in √40 000 of a deviation, and the end points have not quite the data's variance.
+        assert (scheduler.toward(clean, x, k) - chain.mean(k, x)).std() == pytest.approx(scale.item(), rel=0.05)
+
+
 def test_plain_starts_from_the_base_and_does_not_know_the_path():
     start, steps = batch(40, 1, dtype=torch.float64), every(STEPS)
     chain = KnownChain(ready(FLOW, STEPS), LAW, start, model=TILTED)

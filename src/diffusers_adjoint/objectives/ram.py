@@ -19,6 +19,10 @@ the base's last step, x̂_K = μ_{K−1}^base(x_{K−1}), a function of x_{K−1
 R is one number for all paths exactly where the model's paths have the tilted law, and there no target moves. The sum is the path
 KL, too, on the average; ½ Σ‖w_k‖² is its part without noise. R̄ is the mean over the prompt's *other* images, which leaves the
 expectation as it is and takes log Z and whatever else they share away.
+
+**The scale** of step k is the deviation that toward(x_1, x, k) − μ_k has for data N(m, I). A number says the same of all steps of
+its path, so each target has about the same noise in this unit. In that of the paths' KL, s_post, the last steps would have nearly
+all of the gradient's noise and little of its signal (`benchmarks/black_box.py`).
 """
 
 from __future__ import annotations
@@ -87,8 +91,11 @@ class Ram:
         return "posterior"
 
     def scales(self, chain: DiffusionChain) -> Tensor:
-        """As `Objective.scales`."""
-        return chain.posterior_stds
+        """As `Objective.scales`: (∂μ_k/∂x̂_1) β_k/√(α_k² + β_k²)."""
+        zero, one = torch.zeros(1, 1, dtype=torch.float64), torch.ones(1, 1, dtype=torch.float64)
+        pulls = [chain.toward(one, zero, k) - chain.toward(zero, zero, k) for k in range(len(chain.times))]
+        noise = 1 - chain.times
+        return torch.cat(pulls)[:, 0] * noise / (chain.times**2 + noise**2).sqrt()
 
     def targets(self, chain: DiffusionChain, steps: LossSteps, score: Callable[[Tensor], Scored]) -> Targets:
         """As `Objective.targets`.
