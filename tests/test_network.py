@@ -36,7 +36,8 @@ import dataclasses, pathlib
 import demo
 
 task = dataclasses.replace(demo.make_task("ink"), images=4, updates=2)
-demo.run(task, pathlib.Path("digits"), count=20)
+demo.BASE_IMAGES = demo.TUNED_IMAGES = 20
+demo.run(task, pathlib.Path("digits"))
 print(demo.check_saved_lora(pathlib.Path("digits")))
 """
 
