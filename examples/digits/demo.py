@@ -49,7 +49,7 @@ HERE = Path(__file__).parent
 CALL = {"guidance_scale": 1.0, "max_sequence_length": 1, "output_type": "pt"}
 STEPS = {"ODE": 20, "memoryless": 10}
 BATCH = 250  # images a pipeline call
-BASE_IMAGES, TUNED_IMAGES = 6000, 2000  # of each sampler; the target is known by the first, and is the less certain
+BASE_IMAGES, TUNED_IMAGES = 5000, 2000  # of each sampler; the target is known by the first, and is the less certain
 LINEAR_LAYERS = ["to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"]
 LINEAR_LAYERS += ["ff.net.0.proj", "ff.net.2", "proj_out"]
 
