@@ -277,11 +277,12 @@ def test_guidance_without_a_switch_counts_as_guidance(tmp_path, caplog, pag_scal
 
 
 @pytest.mark.parametrize(("scale", "integrator"), [(1.0, "ancestral"), (3.5, "posterior")])
-def test_distilled_guidance_counts_as_guidance(tmp_path, scale, integrator):
+def test_distilled_guidance_counts_as_guidance(tmp_path, scale, integrator, caplog):
     """A guided prediction is no score, whoever computes it."""
     trainer = make_trainer(tmp_path, build=flux, guidance_scale=scale)
     assert not trainer.replay.arguments.guides
     assert trainer.replay.scheduler.config.integrator == integrator
+    assert ("the network takes guidance_scale=3.5 as an input" in caplog.text) == (scale > 1)
 
 
 def test_a_control_problem_has_no_score():

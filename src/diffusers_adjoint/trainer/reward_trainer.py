@@ -133,7 +133,11 @@ class RewardTrainer(PipelineTrainer):
         scores = predicts_scores(self.replay, self.guidance)
         wanted = self.method.integrator(scores)
         if not scores and self.method.integrator(True) != wanted:
-            why = "the paths start from an image" if self.replay.starts_below_noise else "guidance acts in training"
+            why = "guidance acts in training"
+            if self.replay.starts_below_noise:
+                why = "the paths start from an image"
+            elif self.replay.guidance_is_distilled:
+                why = f"the network takes guidance_scale={self.args.guidance_scale:g} as an input"
             logger.warning(
                 f"{why}, where the base's predictions are not the scores of its own paths: steps are paired by 'next', not by "
                 f"'score', on paths of integrator={self.args.integrator or wanted!r}."
