@@ -13,7 +13,7 @@ from torch import Tensor
 
 from diffusers_adjoint.core.matching import LossSteps, path_kl
 from diffusers_adjoint.core.trajectory import rollout
-from diffusers_adjoint.objectives import Ram
+from diffusers_adjoint.objectives import Ram, Targets
 from diffusers_adjoint.objectives.ram import _against_base, lead_over_the_others
 from diffusers_adjoint.schedulers import MemorylessDDIMScheduler, MemorylessFlowMatchEulerDiscreteScheduler
 from diffusers_adjoint.soc.solver import ProblemChain
@@ -127,17 +127,49 @@ def test_the_base_is_drawn_towards_the_tilt_and_the_tilt_stays():
 
 def test_strength_noisings_and_clip_do_what_they_say():
     start, steps = batch(40, 1, dtype=torch.float64), LossSteps((1, 4), (0.5, 0.25))
-    one, double = (Ram(strength=s).targets(KnownChain(ready(FLOW, STEPS), LAW, start), steps, linear) for s in (1.0, 2.0))
+
+    def targets(**options):
+        return Ram(consistency=0.0, **options).targets(KnownChain(ready(FLOW, STEPS), LAW, start), steps, linear)
+
+    one, double = targets(), targets(strength=2.0)
     torch.testing.assert_close(double.shifts, 2 * one.shifts)
-    twice = Ram(noisings=2).targets(KnownChain(ready(FLOW, STEPS), LAW, start), steps, linear)
+    twice = targets(noisings=2)
     assert twice.steps == LossSteps((1, 1, 4, 4), (0.5, 0.5, 0.25, 0.25)) and len(twice.states) == 4
     assert not torch.equal(twice.states[0], twice.states[1])
     torch.testing.assert_close(twice.scales[::2] ** 2, 2 * one.scales**2)  # so that the loss is a mean over noisings
-    clipped = Ram(clip=0.1).targets(KnownChain(ready(FLOW, STEPS), LAW, start), steps, linear)
+    clipped = targets(clip=0.1)
     factor = (0.1 / one.logged["lead"]).clamp(max=1.0)
     torch.testing.assert_close(clipped.shifts, one.shifts * factor[:, None])
     torch.testing.assert_close(clipped.logged["clipped"], (factor < 1).float())
     assert 0 < clipped.logged["clipped"].mean() < 1
+
+
+def test_means_that_belong_to_no_data_are_drawn_to_those_of_the_end_points():
+    """A reward of 0, and a push at step 1 that step 3 takes back: the end points are the base's, the paths cost ½(w_1² + w_3²).
+
+    E[R | x_1] is the same for all x_1, so that the reward's part is 0 in the mean, and the push would stay for ever. The
+    consistency takes c of it back at each step.
+    """
+    scheduler, count, push = ready(FLOW, STEPS), 40_000, 0.8
+    chain = KnownChain(scheduler, LAW, batch(count, 1, dtype=torch.float64))
+    base, zero, one = chain.mean, torch.zeros(1, 1, dtype=torch.float64), torch.ones(1, 1, dtype=torch.float64)
+    carried = [(base(k, one) - base(k, zero))[0, 0] for k in range(STEPS)]
+    moved = torch.zeros(STEPS, dtype=torch.float64)
+    moved[1], moved[3] = push * chain.stds[1], -carried[2] * carried[3] * push * chain.stds[1]
+    chain.mean = lambda k, x: base(k, x) + moved[k]
+
+    def found(consistency: float) -> Targets:
+        chain.start = batch(count, 1, dtype=torch.float64)
+        return Ram(consistency=consistency).targets(chain, every(STEPS), lambda x: Scored(0 * x[:, 0], torch.ones(count) > 0))
+
+    without, with_it = found(0.0), found(0.3)
+    costs = (moved[[1, 3]] / chain.stds[[1, 3]]).square().sum() / 2
+    torch.testing.assert_close(without.kl, costs.expand(count))
+    for targets, expected in ((without, 0 * moved), (with_it, -0.3 * moved)):
+        error = targets.shifts.std((1, 2)) / count**0.5
+        # Five standard errors; the end points' variance is the grid's, which has no part in a mean.
+        assert ((targets.shifts.mean((1, 2)) - expected).abs() < 5 * error).all()
+        assert (5 * error[[1, 3]] < 0.2 * moved[[1, 3]].abs()).all()
 
 
 def test_the_scale_is_the_deviation_of_the_target_for_data_of_unit_variance():
@@ -390,6 +422,8 @@ def test_the_card_says_what_it_is(tmp_path):
         ({"loss_kwargs": {"mode": "tilted"}}, "mode='tilted' is unknown; pass 'path_corrected' or 'plain'"),
         ({"loss_kwargs": {"strength": 0}}, "strength=0 pulls nowhere; pass a number above 0"),
         ({"loss_kwargs": {"noisings": 0}}, "noisings=0 makes no point to learn at; pass 1 or more"),
+        ({"loss_kwargs": {"consistency": -1}}, "consistency=-1 is no weight; pass a number of 0 or more"),
+        ({"loss_kwargs": {"mode": "plain", "consistency": 0.3}}, "consistency=0.3 has no meaning for mode=.plain.; leave it out"),
         ({"loss_kwargs": {"clip": -1.0}}, "clip=-1.0 bounds no difference; pass a number of nats above 0, or None"),
         ({"loss_kwargs": {"pairing": "next"}}, "loss_kwargs has 'pairing', which loss_type='ram' does not take"),
     ],
