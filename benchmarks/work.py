@@ -25,13 +25,11 @@ uniformly and by p_k ∝ √(mean loss of step k).
 from __future__ import annotations
 
 import argparse
-import json
 import sys
-import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from tqdm import tqdm
@@ -42,11 +40,10 @@ import work_digits
 import work_gradients
 import work_mixture
 import work_tables
+from rows import missing, read, record
 
 HERE = Path(__file__).parent
 RECORDED = HERE / "recorded" / "work.jsonl"
-Row = dict[str, Any]
-"""A setting's fields, and what was found."""
 
 
 @dataclass(frozen=True)
@@ -78,8 +75,14 @@ class Setting:
     seed: int = 0
     samples: int = 2000
 
+    loss_type: ClassVar[str] = "adjoint_matching"
 
-RUN: dict[str, Callable[[Any], Row]] = {
+    @property
+    def loss_kwargs(self) -> dict[str, Any]:
+        return {"pairing": self.pairing, "cap": self.cap}
+
+
+RUN: dict[str, Callable[[Any], dict[str, Any]]] = {
     "digits-ink": work_digits.run,
     "digits-three": work_digits.run,
     "mixture": work_mixture.run,
@@ -117,16 +120,16 @@ def ink() -> Iterator[Setting]:
     yield from seeds(INK, **score(), **SHORT_CHAIN)
     for option in ({"pairing": "next"}, score()):
         for steps, updates in ((5, 90), (20, 22), (40, 11)):
-            yield from seeds(INK, 1, **option, steps=steps, loss_steps=(steps + 1) // 2, updates=updates)
+            yield from seeds(INK, **option, steps=steps, loss_steps=(steps + 1) // 2, updates=updates)
     for per_rollout, updates, count in ((1, 50, 3), (2, 70, 3), (2, 88, 1), (3, 102, 1)):
         yield from seeds(INK, count, **score(), **SHORT_CHAIN | {"updates": updates}, per_rollout=per_rollout)
 
 
 def three() -> Iterator[Setting]:
     """The demo's second reward before score pairing; caps and a shorter chain at no more work."""
-    yield from seeds(THREE, 1)
+    yield from seeds(THREE)
     for cap in (1.0, 1.2, 1.5):
-        yield from seeds(THREE, 2 if cap == 1.2 else 1, **score(cap))
+        yield from seeds(THREE, **score(cap))
     yield from seeds(THREE, 1, **score(), steps=5, loss_steps=3, updates=235)
 
 
@@ -152,33 +155,6 @@ def shortened(setting: Setting) -> Setting:
     return replace(setting, steps=4, loss_steps=2, updates=2, batch=2, samples=16)
 
 
-def read(path: Path) -> list[Row]:
-    """The rows of a file that are whole; none if there is no file."""
-    rows = []
-    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
-        try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError:
-            print(f"a torn row of {path.name} is left out and run again: {line[:60]}…", file=sys.stderr)
-    return rows
-
-
-def missing(wanted: Iterable[Setting], rows: Sequence[Row]) -> list[Setting]:
-    recorded = [row["setting"] for row in rows]
-    return [setting for setting in dict.fromkeys(wanted) if asdict(setting) not in recorded]
-
-
-def record(setting: Setting, path: Path) -> None:
-    """Run a setting and append its row."""
-    start = time.perf_counter()
-    found = RUN[setting.problem](setting)
-    row = {"setting": asdict(setting), "found": found, "seconds": round(time.perf_counter() - start, 1)}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    before = path.read_text(encoding="utf-8") if path.exists() else ""
-    with path.open("a", encoding="utf-8") as file:
-        file.write("\n" * (before[-1:] not in ("", "\n")) + json.dumps(row) + "\n")
-
-
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description="Error against work; the rows are kept.")
     parser.add_argument("--only", choices=RUN, help="this problem alone")
@@ -195,7 +171,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         wanted = [shortened(s) for s in wanted]
     if not options.table:
         for setting in tqdm(missing(wanted, read(options.rows)), unit="run"):
-            record(setting, options.rows)
+            record(setting, RUN[setting.problem], options.rows)
     print(work_tables.tables(read(options.rows)))
 
 

@@ -50,6 +50,8 @@ def run(setting: Any) -> dict[str, Any]:
     task = demo.make_task(setting.problem.removeprefix("digits-"))
     with tempfile.TemporaryDirectory() as folder:
         trainer = make_trainer(setting, task, folder)
+        if setting.per_rollout > 1:
+            trainer.method = Kept(trainer.method, setting.per_rollout)
         trainer.train()
     capped = [line["capped"] for line in trainer.state.log_history if "capped" in line]
     return {
@@ -70,7 +72,8 @@ def make_trainer(setting: Any, task: demo.Task, folder: str) -> CountedTrainer:
             num_inference_steps=setting.steps,
             num_loss_steps=setting.loss_steps,
             num_generations=setting.batch,
-            loss_kwargs={"pairing": setting.pairing, "cap": setting.cap},
+            loss_type=setting.loss_type,
+            loss_kwargs=setting.loss_kwargs,
             pipeline_kwargs=ONE_TOKEN,
             per_device_train_batch_size=1,
             max_steps=setting.updates,
@@ -91,8 +94,6 @@ def make_trainer(setting: Any, task: demo.Task, folder: str) -> CountedTrainer:
         peft_config=LoraConfig(r=task.rank, lora_alpha=task.rank, target_modules=demo.LINEAR_LAYERS),
     )
     trainer.work = WorkCount(trainer.denoiser.network)
-    if setting.per_rollout > 1:
-        trainer.method = Kept(trainer.method, setting.per_rollout)
     return trainer
 
 

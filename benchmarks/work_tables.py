@@ -4,10 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from statistics import mean
-from typing import Any
 
-Row = dict[str, Any]
-"""`setting`, the fields of a `Setting`, and `found`."""
+from rows import Row
 
 
 def tables(rows: Sequence[Row]) -> str:

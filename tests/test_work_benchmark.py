@@ -11,12 +11,14 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 
+import network_chain
 import work
 import work_digits
 import work_gradients
 import work_kept
 import work_mixture
 import work_tables
+from rows import read
 from work_count import WorkCount
 
 from diffusers_adjoint.core.matching import LossSteps
@@ -34,7 +36,7 @@ def test_a_row_that_is_there_is_not_run_again(tmp_path, capsys):
     rows = tmp_path / "rows.jsonl"
     work.main(["--short", "--rows", str(rows)])
     first = rows.read_text()
-    assert [row["setting"]["seed"] for row in work.read(rows)] == [0, 1]
+    assert [row["setting"]["seed"] for row in read(rows)] == [0, 1]
     work.main(["--short", "--rows", str(rows)])
     assert rows.read_text() == first
     assert capsys.readouterr().out.count("| next | – | 4 | 2 | 2 | 2 | 0.01 | 1 |") == 2  # one line of two seeds, in each table
@@ -44,11 +46,11 @@ def test_a_row_that_is_there_is_not_run_again(tmp_path, capsys):
 def test_a_row_torn_by_a_kill_is_run_again(tmp_path):
     rows = tmp_path / "rows.jsonl"
     work.main(["--short", "--rows", str(rows)])
-    whole = work.read(rows)
+    whole = read(rows)
     rows.write_text(rows.read_text()[:-40])
-    assert [row["setting"]["seed"] for row in work.read(rows)] == [0]
+    assert [row["setting"]["seed"] for row in read(rows)] == [0]
     work.main(["--short", "--rows", str(rows)])
-    again = work.read(rows)
+    again = read(rows)
     assert [row["found"] for row in again] == [row["found"] for row in whole]  # and the same numbers: all is seeded
 
 
@@ -59,7 +61,7 @@ def test_short_rows_stay_out_of_the_record(capsys):
 
 
 def test_the_record_holds_the_settings_and_makes_the_tables(capsys):
-    rows = work.read(work.RECORDED)
+    rows = read(work.RECORDED)
     recorded, wanted = [row["setting"] for row in rows], [asdict(setting) for setting in work.settings()]
     assert all(recorded.count(setting) == 1 for setting in wanted)
     assert all(setting in wanted for setting in recorded)
@@ -92,10 +94,10 @@ def test_the_work_of_an_update(pairing):
     network = work_mixture.Network(2, base.forward)
     setting = replace(work.MIXTURE, pairing=pairing, steps=6, loss_steps=5, updates=1, batch=3)
     count, chosen = WorkCount(network, base), []
-    choose = work_mixture.choose_loss_steps
+    choose = network_chain.choose_loss_steps
     with pytest.MonkeyPatch.context() as patch, count.counting():
-        patch.setattr(work_mixture, "choose_loss_steps", lambda *given: chosen.append(choose(*given)) or chosen[-1])
-        work_mixture.train(network, base, setting)
+        patch.setattr(network_chain, "choose_loss_steps", lambda *given: chosen.append(choose(*given)) or chosen[-1])
+        network_chain.train(network, base, AdjointMatching(pairing), work_mixture.Scored, setting)
     earliest = chosen[0].indices[0]
     lowest = earliest + (pairing == "next" or earliest == 0)  # pure noise is paired as "next"
     means_alone = lowest - earliest  # of the base at the earliest step
@@ -110,8 +112,8 @@ def test_a_rollout_that_is_kept_serves_as_many_updates():
     generator = torch.Generator().manual_seed(0)
 
     def targets(steps):
-        start = work_mixture.gaussian(4, generator)
-        chain = work_mixture.NetworkChain(network, base, work_mixture.make_scheduler("posterior", 5), start, generator)
+        start = network_chain.gaussian(4, generator)
+        chain = network_chain.NetworkChain(network, base, network_chain.make_scheduler("posterior", 5), start, generator)
         with count.counting():
             return kept.targets(chain, LossSteps(steps, (0.4, 0.4)), work_mixture.Scored)
 
@@ -139,8 +141,8 @@ def test_the_tilts_own_velocity_is_at_no_distance():
 def test_the_chain_is_the_schedulers():
     """Its ODE limit aside: one step of `PathSampler` with the same noise has the same mean."""
     base, generator = work_mixture.Base(), torch.Generator().manual_seed(0)
-    x = work_mixture.gaussian(4, generator)
-    chain = work_mixture.NetworkChain(base, base, work_mixture.make_scheduler("posterior", 4), x, generator)
+    x = network_chain.gaussian(4, generator)
+    chain = network_chain.NetworkChain(base, base, network_chain.make_scheduler("posterior", 4), x, generator)
     sampler = PathSampler(FLOW, lambda t: (2 * FLOW.eta(t)).sqrt(), torch.linspace(0, 1, 5))
     for k in range(1, 4):
         # Sigmas are float32 in diffusers; the other's noise is integrated by 256 midpoints.
@@ -207,9 +209,9 @@ def test_digits_in_short(tmp_path, monkeypatch):
     monkeypatch.setattr(work, "settings", lambda: [replace(work.INK, per_rollout=2, **score), gradients])
     rows = tmp_path / "rows.jsonl"
     work.main(["--short", "--rows", str(rows)])
-    ink, gradients = (row["found"] for row in work.read(rows))
+    ink, gradients = (row["found"] for row in read(rows))
     assert ink["work"] <= 2 * (3 + 8 + 2 * 6)  # the second update has the first one's paths: nothing but two losses
     assert set(ink["samplers"]) == {"ODE", "memoryless"} and 0 <= ink["capped"] <= 1
     assert list(gradients["variances"]) == ["uniform", "loss", "loss, repeated", "gradient", "all"]
     assert json.loads(rows.read_text().splitlines()[0])["setting"]["steps"] == 4
-    assert work_tables.tables(work.read(rows)).count("##") == 2
+    assert work_tables.tables(read(rows)).count("##") == 2
