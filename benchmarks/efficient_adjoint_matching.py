@@ -1,18 +1,11 @@
-r"""Efficient Adjoint Matching beside Adjoint Matching on the digits: share of the tilt's shift at equal work, rows that are kept.
+r"""Efficient Adjoint Matching on the digits: what its variance, its noise and its steps change; rows that are kept.
 
     python benchmarks/efficient_adjoint_matching.py           # every run that has no row yet, then the table
     python benchmarks/efficient_adjoint_matching.py --table   # the table alone
 
-The demo's pipeline and reward "ink" (`examples/digits/demo.py`), through the public trainer. Each run is a `Setting`; its row
-goes to the end of `recorded/efficient_adjoint_matching.jsonl`, and a setting with a row is not run again.
-
-**Share.** (after − before)/(target − before) of the mean reward, for ODE samples (20 steps) and memoryless ones (10), with the
-start noise of as many base samples, of which the difference is taken. The target comes from `REFEREE` base samples by importance
-weights; its error is common to all rows.
-
-**Work.** Evaluations of the network a sample and update: 1 a forward, 2 with a vector–Jacobian product to the state, 3 with a
-backward pass to the weights. Adjoint Matching: K − 1 for the path, 1 + 2(K − 1) for the adjoint at most, 3 S for the loss.
-Efficient Adjoint Matching: K for the samples, 1 for the base's score, S for its means, 3 S for the loss.
+The digits of `objectives.py`, where Adjoint Matching stands beside it at the same work: share of the shift of the mean reward
+"ink", by both samplers. Each run is a `Setting`; its row goes to the end of `recorded/efficient_adjoint_matching.jsonl`, and a
+setting with a row is not run again.
 
 Two things that the objective does not offer are tried here: samples of weights that lag behind (`lag`), and a reference whose
 data have the covariance of the base's own samples (`variance="covariance"`, times `share`): one number an eigenvector.
@@ -21,37 +14,33 @@ data have the covariance of the base's own samples (`variance="covariance"`, tim
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 import tempfile
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
-from datasets import Dataset
-from peft import LoraConfig
 from torch import Tensor
 
-from diffusers_adjoint import AdjointMatchingConfig, AdjointMatchingTrainer, memoryless_scheduler
+from diffusers_adjoint import memoryless_scheduler
 from diffusers_adjoint.core.matching import LossSteps
 from diffusers_adjoint.objectives import EfficientAdjointMatching, Scored, Targets
 
-ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT / "examples" / "digits"))
+sys.path.insert(0, str(Path(__file__).parent))
 
-import demo  # noqa: E402
+import work_digits  # noqa: E402
+from rows import Row, missing, read, record  # noqa: E402
+from work_tables import markdown  # noqa: E402
 
 RECORDED = Path(__file__).parent / "recorded" / "efficient_adjoint_matching.jsonl"
-CACHE = ROOT / "build" / "efficient_adjoint_matching.pt"
-"""Of the rewards and latents of base samples, which take minutes to draw and are the same each time."""
-REFEREE, SAMPLES, SEED = 6000, 1000, 20_000
-TASK = demo.make_task("ink")
-ONE_TOKEN = {"max_sequence_length": 1}
+CACHE = work_digits.CACHE / "latents.pt"
+"""Of memoryless base samples, which are the same each time."""
+LATENTS, SEED = 1000, 20_000
+demo = work_digits.demo
 
 
 @dataclass(frozen=True)
@@ -59,61 +48,54 @@ class Setting:
     """A run.
 
     Args:
-        loss_type: of the trainer; pairing: of Adjoint Matching.
-        variance: C; "channels" and "covariance" are those of the base's samples, times share.
-        noise: of the base's score.
+        variance: C; "channels" and "covariance" are those of the base's samples, times `share`.
+        noise: at which the base is asked for its score.
         lag: share of the sampling weights that an update keeps; 0 samples the model itself.
     """
 
-    loss_type: str = "efficient_adjoint_matching"
-    pairing: str | None = None
-    variance: float | str | None = None
+    variance: float | str = 0.1
     share: float = 1.0
     noise: float = 0.1
-    loss_steps: int = 5
-    updates: int = 60
-    learning_rate: float = 3e-3
     lag: float = 0.0
+    loss_steps: int = 5
+    updates: int = 61
+    learning_rate: float = 3e-3
     seed: int = 0
+
+    problem: ClassVar[str] = "digits-ink"
+    loss_type: ClassVar[str] = "efficient_adjoint_matching"
+    steps: ClassVar[int] = 10
+    batch: ClassVar[int] = 64
+    samples: ClassVar[int] = 2000
+
+    @property
+    def loss_kwargs(self) -> dict[str, Any]:
+        """Of the objective, where it offers the variance."""
+        if self.variance == "covariance":
+            return {"noise": self.noise}
+        variances = (self.share * latents().transpose(0, 1).flatten(1).var(1)).tolist() if self.variance == "channels" else None
+        return {"variance": variances or self.variance, "noise": self.noise}
 
 
 def settings() -> list[Setting]:
-    """The most wanted first; 115 000 to 120 000 evaluations each."""
-    efficient = Setting(variance=0.1)
-    adjoint = Setting("adjoint_matching", "score", updates=45)
+    """The most wanted first; about 120 000 evaluations each."""
     return [
-        efficient,
-        replace(efficient, variance="covariance", share=0.3),
-        replace(efficient, variance="channels", lag=0.8),
-        replace(efficient, variance="channels"),
-        adjoint,
-        replace(adjoint, pairing="next"),
-        replace(efficient, learning_rate=1e-3),
-        replace(efficient, variance=0.3),
-        replace(efficient, noise=0.15),
+        Setting(),
+        Setting(variance="covariance", share=0.3),
+        Setting(variance="channels", lag=0.8),
+        Setting(variance="channels"),
+        Setting(learning_rate=1e-3),
+        Setting(variance=0.3),
+        Setting(noise=0.15),
     ]
 
 
-def work_of(setting: Setting) -> int:
-    """Evaluations of a run, all samples."""
-    steps, s = demo.STEPS["memoryless"], setting.loss_steps
-    efficient = steps + 1 + s + 3 * s
-    adjoint = steps - 1 + 1 + 2 * (steps - 1) + 3 * s
-    return (efficient if setting.loss_type == "efficient_adjoint_matching" else adjoint) * TASK.images * setting.updates
-
-
-# ------------------------------------------------------------------------------------------------------------ the base
-
-
 @cache
-def base() -> dict[str, Any]:
-    """Rewards of base samples by sampler, and latents of memoryless ones."""
+def latents() -> Tensor:
+    """Of memoryless base samples, (LATENTS, C, H, W)."""
     if not CACHE.exists():
         CACHE.parent.mkdir(parents=True, exist_ok=True)
-        pipeline = demo.load_pipeline()
-        with torch.no_grad():
-            rewards = {s: TASK.reward(demo.draw(pipeline, s, REFEREE, SEED, "base"), []) for s in demo.STEPS}
-        torch.save({"rewards": rewards, "latents": draw_latents(pipeline, SAMPLES)}, CACHE)
+        torch.save(draw_latents(demo.load_pipeline(), LATENTS), CACHE)
     return torch.load(CACHE)
 
 
@@ -205,90 +187,31 @@ class Lagging:
 # -------------------------------------------------------------------------------------------------------------- a run
 
 
-def make_trainer(setting: Setting, folder: str) -> AdjointMatchingTrainer:
-    """As the demo's `fine_tune`, with the setting's numbers."""
-    options: dict[str, Any] = {"pairing": setting.pairing}
-    if setting.loss_type == "efficient_adjoint_matching":
-        numbers = setting.share * base()["latents"].transpose(0, 1).flatten(1).var(1)
-        variance = numbers.tolist() if setting.variance == "channels" else setting.variance
-        options = {"variance": 0.1 if setting.variance == "covariance" else variance, "noise": setting.noise}
-    trainer = AdjointMatchingTrainer(
-        model=demo.load_pipeline(),
-        reward_funcs=TASK.reward,
-        args=AdjointMatchingConfig(
-            output_dir=folder,
-            reward_scale=TASK.reward_scale,
-            num_inference_steps=demo.STEPS["memoryless"],
-            num_loss_steps=setting.loss_steps,
-            num_generations=TASK.images,
-            loss_type=setting.loss_type,
-            loss_kwargs=options,
-            pipeline_kwargs=ONE_TOKEN,
-            per_device_train_batch_size=1,
-            max_steps=setting.updates,
-            learning_rate=setting.learning_rate,
-            adam_beta2=0.99,
-            max_grad_norm=0.0,
-            lr_scheduler_type="linear",
-            warmup_steps=5,
-            logging_steps=1,
-            save_strategy="no",
-            report_to="none",
-            disable_tqdm=True,
-            probe_base=False,
-            seed=setting.seed,
-            use_cpu=True,
-        ),
-        train_dataset=Dataset.from_dict({"prompt": [demo.OPEN_PROMPT] * setting.updates}),
-        peft_config=LoraConfig(r=TASK.rank, lora_alpha=TASK.rank, target_modules=demo.LINEAR_LAYERS),
-    )
-    if setting.variance == "covariance":
-        trainer.method = OfCovariance(trainer.method, torch.cov(base()["latents"].flatten(1).double().T), setting.share)
-    if setting.lag:
-        trained = [p for p in trainer.denoiser.network.parameters() if p.requires_grad]
-        trainer.method = Lagging(trainer.method, trained, setting.lag)
-    return trainer
-
-
 def run(setting: Setting) -> dict[str, Any]:
     """Train, sample, compare with the tilt of the base."""
+    task = demo.make_task("ink")
     with tempfile.TemporaryDirectory() as folder:
-        trainer = make_trainer(setting, folder)
+        trainer = work_digits.make_trainer(setting, task, folder)
+        if setting.variance == "covariance":
+            trainer.method = OfCovariance(trainer.method, torch.cov(latents().flatten(1).double().T), setting.share)
+        if setting.lag:
+            trained = [p for p in trainer.denoiser.network.parameters() if p.requires_grad]
+            trainer.method = Lagging(trainer.method, trained, setting.lag)
         trainer.train()
-    found: dict[str, Any] = {"work": work_of(setting)}
-    for sampler, before in base()["rewards"].items():
-        with torch.no_grad():
-            after = TASK.reward(demo.draw(trainer.pipeline, sampler, SAMPLES, SEED, "fine-tuned"), [])
-        moved, weights = (after - before[:SAMPLES]).double(), (TASK.reward_scale * before.double()).softmax(0)
-        target = weights @ before.double()
-        shift = target - before.double().mean()
-        error = (weights * (before - target) - (before - before.mean()) / len(before)).norm() / shift
-        found[sampler] = {
-            "share": float(moved.mean() / shift),
-            "error": float(moved.std() / SAMPLES**0.5 / shift),
-            "spread": float(after.std() / (weights * (before - target) ** 2).sum().sqrt()),
-            "referee": float(error),
-        }
-    return found
+    return {"work": trainer.work.total, **work_digits.measure(trainer, task, setting.samples)}
 
 
-# ------------------------------------------------------------------------------------------------------------ the rows
-
-
-def rows() -> list[dict[str, Any]]:
-    return [json.loads(line) for line in RECORDED.read_text(encoding="utf-8").splitlines()] if RECORDED.exists() else []
-
-
-def table() -> str:
-    lines = ["| run | work | share, ODE | share, memoryless | spread of the reward / the tilt's |", "|---|---|---|---|---|"]
-    for row in rows():
-        setting = Setting(**row["setting"])
-        plain = Setting(setting.loss_type, updates=setting.updates)
-        name = ", ".join(f"{k} {v}" for k, v in asdict(setting).items() if v != getattr(plain, k) or k == "loss_type")
-        ode, memoryless = (row["found"][sampler] for sampler in demo.STEPS)
-        shares = " | ".join(f"{one['share']:.3f} ± {one['error']:.3f}" for one in (ode, memoryless))
-        lines.append(f"| {name} | {row['found']['work']:,} | {shares} | {ode['spread']:.2f}, {memoryless['spread']:.2f} |")
-    return "\n".join(lines)
+def table(rows: list[Row]) -> str:
+    """A line a run."""
+    lines = []
+    for row in rows:
+        setting, found = row["setting"], row["found"]
+        shares = [f"{found['samplers'][sampler]['share']:.3f}" for sampler in demo.STEPS]
+        variance = setting["variance"] if setting["share"] == 1 else f"{setting['share']:g} · {setting['variance']}"
+        cells = [variance, setting["noise"], setting["lag"], setting["learning_rate"], f"{found['work'] / 1000:.0f}", *shares]
+        lines.append([str(cell) for cell in cells])
+    heads = ["C", "ε", "lag", "learning rate", "work, 1000", *(f"share, {sampler}" for sampler in demo.STEPS)]
+    return markdown(heads, lines)
 
 
 def main() -> None:
@@ -296,14 +219,9 @@ def main() -> None:
     parser.add_argument("--table", action="store_true", help="run nothing")
     torch.set_num_threads(1)  # small tensors: more threads are slower
     if not parser.parse_args().table:
-        for setting in settings():
-            if asdict(setting) not in [row["setting"] for row in rows()]:
-                start = time.perf_counter()
-                row = {"setting": asdict(setting), "found": run(setting), "seconds": round(time.perf_counter() - start)}
-                RECORDED.parent.mkdir(parents=True, exist_ok=True)
-                with RECORDED.open("a", encoding="utf-8") as file:
-                    file.write(json.dumps(row) + "\n")
-    print(table())
+        for setting in missing(settings(), read(RECORDED)):
+            record(setting, run, RECORDED)
+    print(table(read(RECORDED)))
 
 
 if __name__ == "__main__":

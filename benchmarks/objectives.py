@@ -28,7 +28,7 @@ import argparse
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -38,10 +38,11 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).parent))
 
 import objectives_tables
+import work
 import work_digits
 import work_gallery
 import work_mixture
-from rows import missing, read, record
+from rows import Row, missing, read, record
 from work_memory import peak_memory
 
 HERE = Path(__file__).parent
@@ -114,8 +115,22 @@ def mixture() -> Iterator[Setting]:
 
 
 def digits() -> Iterator[Setting]:
+    """But for Adjoint Matching, whose runs are those of `work.py`."""
     for seed in range(3):
-        yield from of_all(Setting("digits-ink", ""), UPDATES["digits-ink"], seed=seed)
+        runs = of_all(Setting("digits-ink", ""), UPDATES["digits-ink"], seed=seed)
+        yield from (setting for setting in runs if setting.loss_type != "adjoint_matching")
+
+
+def adjoint_matching_on_digits() -> list[Row]:
+    """Rows of `work.py` at the same work."""
+    found = []
+    for pairing, cap in (("score", 1.2), ("next", None)):
+        like = replace(work.INK, pairing=pairing, cap=cap, updates=UPDATES["digits-ink"][pairing])
+        for row in read(work.RECORDED):
+            if row["setting"] == asdict(replace(like, seed=row["setting"]["seed"])):
+                setting = asdict(Setting("digits-ink", "adjoint_matching", {"pairing": pairing}, seed=row["setting"]["seed"]))
+                found.append(row | {"setting": setting})
+    return found
 
 
 def gallery() -> Iterator[Setting]:
@@ -189,7 +204,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if not options.table:
         for setting in tqdm(missing(wanted, read(options.rows)), unit="run"):
             record(setting, RUN[setting.problem], options.rows)
-    print(objectives_tables.tables(read(options.rows)))
+    print(objectives_tables.tables(adjoint_matching_on_digits() + read(options.rows)))
 
 
 if __name__ == "__main__":
