@@ -47,6 +47,8 @@ SETTINGS = {
     "save_strategy": "no",
     "report_to": "none",
 }
+# Its own pipeline is tiny: only the sizes change.
+BLACK_BOX = {"num_generations": 4, "measured_images": 20, "warmup_steps": 0}
 FOLDER = tempfile.TemporaryDirectory()  # removed when the script ends
 
 
@@ -60,6 +62,8 @@ class TinyPickScore(PickScore):
 
 def smoke_options(name: str) -> list[str]:
     """Options that replace an example's weights and sizes; everything else stays as in its recipe."""
+    if name == "black_box":
+        return _words(SETTINGS | BLACK_BOX | {"output_dir": "out/smoke/black_box"})
     family = next(family for family in FAMILIES if family.name == FAMILY[name])
     model = Path(FOLDER.name) / name
     family.build().save_pretrained(model)
@@ -70,4 +74,8 @@ def smoke_options(name: str) -> list[str]:
         settings |= {"reward_model": clip, "reward_processor": clip}
     elif name != "own_reward":
         settings["reward_funcs"] = f"{Path(__file__)}:TinyPickScore"
+    return _words(settings)
+
+
+def _words(settings: dict[str, object]) -> list[str]:
     return [word for option, value in settings.items() for word in (f"--{option}", str(value))]
