@@ -76,6 +76,13 @@ class KnownChain:
     def base(self):
         return contextlib.nullcontext()
 
+    @contextlib.contextmanager
+    def reference(self):
+        """Within it the model is `frozen`, a mean function."""
+        own, self.mean = self.mean, self.frozen
+        yield
+        self.mean = own
+
     def noised(self, clean: Tensor, k: int) -> Tensor:
         return self.scheduler.noised(clean, torch.randn(clean.shape, generator=self._noise, dtype=clean.dtype), k)
 

@@ -13,7 +13,7 @@ from transformers import TrainingArguments
 
 from .field_types import require_types
 from .guidance import GUIDANCE
-from .objectives import OBJECTIVES, Objective, objective_of
+from .objectives import OBJECTIVES, Objective, Ram, objective_of
 from .rewards.black_box import IMAGES_AS
 from .schedulers.integrators import DEFAULT_INTEGRATOR, INTEGRATORS
 from .schedulers.memoryless import check_integrator
@@ -329,6 +329,11 @@ class AdjointMatchingConfig(TrainingArguments):
         """The one that `loss_type` and `loss_kwargs` name."""
         return objective_of(self.loss_type, parsed(self.loss_kwargs))
 
+    @property
+    def stages(self) -> int | None:
+        """In how many stages `loss_type="ram"` trains, each from a frozen copy of the model; `None` where there are none."""
+        return self.objective.stages if isinstance(self.objective, Ram) else None
+
     def _check_objective(self) -> None:
         if self.adjoint_pairing is not None:
             raise ValueError(f"adjoint_pairing has moved; pass loss_kwargs={{'pairing': {self.adjoint_pairing!r}}} instead.")
@@ -345,6 +350,11 @@ class AdjointMatchingConfig(TrainingArguments):
                         f"{name}={value!r} takes the reward's gradient away, which loss_type={self.loss_type!r} needs; leave it "
                         f"out, or pass loss_type='ram'."
                     )
+        if self.stages is not None and self.max_steps < self.stages:
+            raise ValueError(
+                f"max_steps={self.max_steps} has fewer updates than the {self.stages} stages of mode='tilt_matching', whose ends "
+                f"must be known; pass max_steps, a multiple of stages."
+            )
         if self.objective.compares_images and self.num_generations < 2:
             raise ValueError(
                 f"loss_type={self.loss_type!r} compares the images of one prompt, and num_generations={self.num_generations} "

@@ -99,6 +99,9 @@ class PipelineChain:
     def base(self) -> AbstractContextManager[None]:
         return self.denoiser.base()
 
+    def reference(self) -> AbstractContextManager[None]:
+        return self.denoiser.reference()
+
     def sample(self) -> Tensor:
         with torch.no_grad():
             return self.mean(len(self.stds) - 1, self.rollout().states[-1])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from ..replay import Conditioning, PipelineReplay
 from ..replay.quantised import quantisation_of
 from ..replay.view import set_differentiable
+from .frozen_weights import FrozenWeights
 from .lora import adapter_off
 from .trained_state import TrainedState
 
@@ -54,6 +55,7 @@ class PipelineDenoiser(nn.Module):
         self.state = TrainedState(replay.pipeline, replay.component, base_adapters)
         self.evaluations = 0  # one an image and step, for the log
         self.base_active = False
+        self.stage: FrozenWeights | None = None  # what was trained as of the beginning of a stage, where there are stages
         # FSDP's units. The network is one of them, because pipelines call it without this module when they sample.
         units = {type(self.network).__name__, *(self.network._no_split_modules or [])}
         self._no_split_modules = sorted(units & {type(module).__name__ for module in self.network.modules()})
@@ -97,6 +99,16 @@ class PipelineDenoiser(nn.Module):
                 yield
         finally:
             self.base_active = False
+
+    def reference(self) -> AbstractContextManager[None]:
+        """Within this context `forward` is the model as of the beginning of the stage.
+
+        Raises:
+            ValueError: if there are no stages.
+        """
+        if self.stage is None:
+            raise ValueError("no weights are frozen yet; train with loss_kwargs={'mode': 'tilt_matching', 'stages': …}.")
+        return self.stage.in_place()
 
     def train(self, mode: bool = True) -> PipelineDenoiser:
         """Stays in evaluation mode whatever `Trainer` asks: dropout would make rollout, adjoint and loss three functions."""

@@ -66,3 +66,16 @@ REINFORCE_ADJOINT_MATCHING = Paper(
   url           = {https://arxiv.org/abs/2605.10759}
 }""",
 )
+
+TILT_MATCHING = Paper(
+    method="Tilt Matching",
+    arxiv="2512.21829",
+    bibtex="""@misc{potaptchik2025tilt,
+  title         = {Tilt Matching for Scalable Sampling and Fine-Tuning},
+  author        = {Potaptchik, Peter and Lee, Cheuk-Kit and Albergo, Michael S.},
+  year          = {2025},
+  eprint        = {2512.21829},
+  archivePrefix = {arXiv},
+  url           = {https://arxiv.org/abs/2512.21829}
+}""",
+)

@@ -9,6 +9,7 @@ would lie if x_1 were the clean prediction, or pushed away, by how much better x
 |---|---|---|---|
 | path_corrected | λ r(x̂_K) − Σ_{k<K−1} (w_k·ξ_k + ½‖w_k‖²) | μ_k^θ | p_base·e^{λr} |
 | plain, c = 0 | λ r(x̂_K) | μ_k^base | another law; right to first order in λ |
+| tilt_matching, c = 0 | (λ/n) r(x̂_K) | μ_k^ref | none: each of n stages goes 1/n of the way, up to O(1/n²) |
 
 **R of a path.** With w_k = (μ_k^θ − μ_k^base)/s_k and the path's own noise ξ_k = (x_{k+1} − μ_k^θ)/s_k, the sum is
 log dP^θ/dP^base of the states x_0 … x_{K−1}: ½‖ξ_k + w_k‖² − ½‖ξ_k‖² a step. As everywhere the reward is taken at the mean of
@@ -26,6 +27,11 @@ that a later one takes back is never seen. Such means are those of no noised dat
 become those of the noised end points. On a grid c has a price: it trusts the sampler, whose end points are off by the grid's
 error, and (R − R̄) has to hold against that.
 
+**Tilt Matching** (2512.21829) needs no paths' cost. The model as it was at the beginning of a stage, frozen, draws the paths,
+ends them with its own last step, and is what the shift starts from. Tilting a law by e^{εr} moves E[x_1 | x_k] by
+ε Cov(r, x_1 | x_k) to first order; a stage regresses on that with ε = λ/n. After n stages the law is the tilt by λ, up to
+O(1/n), and training must stop.
+
 **The scale** of step k is the deviation that toward(x_1, x, k) − μ_k has for data N(m, I). A number says the same of all steps of
 its path, so each target has about the same noise in this unit. In that of the paths' KL, s_post, the last steps would have nearly
 all of the gradient's noise and little of its signal (`benchmarks/black_box.py`).
@@ -35,6 +41,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import ClassVar, Literal, cast
 
@@ -43,7 +50,7 @@ from torch import Tensor
 
 from ..core.matching import LossSteps, control, half_square
 from ..core.trajectory import Trajectory
-from .papers import REINFORCE_ADJOINT_MATCHING, Paper
+from .papers import REINFORCE_ADJOINT_MATCHING, TILT_MATCHING, Paper
 from .targets import DiffusionChain, Scored, Targets
 
 __all__ = ["Ram", "lead_over_the_others"]
@@ -61,32 +68,38 @@ class Ram:
     points 2 of the model ("plain": 1 of the base, too), of which one has a backward pass to the weights.
 
     Args:
-        mode: "path_corrected", or "plain", without the paths' cost: the paper's main loss, for comparison.
-        strength: γ > 0. In "path_corrected" only its ratio to c counts, but for optimizers that see the gradient's size; in
-            "plain" it is a factor of the target.
+        mode: "path_corrected"; "plain", without the paths' cost: the paper's main loss, for comparison; or "tilt_matching", which
+            goes to the tilt in `stages` and must stop there.
+        strength: γ > 0. In "path_corrected" only its ratio to c counts, but for optimizers that see the gradient's size;
+            otherwise it is a factor of the target.
         consistency: c ≥ 0, in "path_corrected" alone; `None` for .3.
         noisings: how often each end point is noised to each of the loss steps; two cost 4 evaluations a loss step.
         clip: bound of |R − R̄|, nats; `None` for none. Where the model's law is the tilt there is nothing to clip.
+        stages: n of "tilt_matching", of max_steps/n updates each.
 
     Raises:
-        ValueError: for another mode, or numbers that are none above 0.
+        ValueError: for another mode, numbers that are none above 0, or `stages` without "tilt_matching" or the other way round.
     """
 
-    mode: Literal["path_corrected", "plain"] = "path_corrected"
+    mode: Literal["path_corrected", "plain", "tilt_matching"] = "path_corrected"
     strength: float = 1.0
     consistency: float | None = None
     noisings: int = 1
     clip: float | None = None
+    stages: int | None = None
 
     needs_gradient: ClassVar[bool] = False
     switches_adapter: ClassVar[bool] = False
     scores_end_points: ClassVar[bool] = True
     compares_images: ClassVar[bool] = True
-    paper: ClassVar[Paper] = REINFORCE_ADJOINT_MATCHING
 
     def __post_init__(self) -> None:
-        if self.mode not in ("path_corrected", "plain"):
-            raise ValueError(f"mode={self.mode!r} is unknown; pass 'path_corrected' or 'plain'.")
+        if self.mode not in ("path_corrected", "plain", "tilt_matching"):
+            raise ValueError(f"mode={self.mode!r} is unknown; pass 'path_corrected', 'plain' or 'tilt_matching'.")
+        if self.mode != "tilt_matching" and self.stages is not None:
+            raise ValueError(f"stages={self.stages!r} has no meaning for mode={self.mode!r}; pass mode='tilt_matching'.")
+        if self.mode == "tilt_matching" and not (isinstance(self.stages, int) and self.stages >= 1):
+            raise ValueError(f"stages={self.stages!r} leads nowhere; pass how many stages lead to the tilt, 10 for example.")
         if not (isinstance(self.strength, int | float) and 0 < self.strength < math.inf):
             raise ValueError(f"strength={self.strength!r} pulls nowhere; pass a number above 0.")
         if self.consistency is not None and self.mode != "path_corrected":
@@ -97,6 +110,11 @@ class Ram:
             raise ValueError(f"noisings={self.noisings!r} makes no point to learn at; pass 1 or more.")
         if self.clip is not None and not (isinstance(self.clip, int | float) and 0 < self.clip < math.inf):
             raise ValueError(f"clip={self.clip!r} bounds no difference; pass a number of nats above 0, or None for no bound.")
+
+    @property
+    def paper(self) -> Paper:
+        """As `Method.paper`."""
+        return TILT_MATCHING if self.mode == "tilt_matching" else REINFORCE_ADJOINT_MATCHING
 
     @property
     def tilts(self) -> bool:
@@ -120,6 +138,11 @@ class Ram:
         Raises:
             ValueError: if a prompt's images are not all there, or there is one only.
         """
+        with chain.reference() if self.mode == "tilt_matching" else nullcontext():
+            return self._targets_of_paths(chain, steps, score)
+
+    def _targets_of_paths(self, chain: DiffusionChain, steps: LossSteps, score: Callable[[Tensor], Scored]) -> Targets:
+        """Along new paths of what `chain.mean` is now."""
         group = chain.images_per_prompt
         path = chain.rollout(keep_means=True)
         if group < 2 or path.states.shape[1] % group:
@@ -127,10 +150,11 @@ class Ram:
             raise ValueError(f"{count} images cannot be compared in groups of {group}; pass two or more of each prompt together.")
         with torch.no_grad():
             last = len(path) - 1
-            clean = chain.base_mean(last, path.states[last]).to(path.states)
+            ends = chain.mean if self.mode == "tilt_matching" else chain.base_mean
+            clean = ends(last, path.states[last]).to(path.states)
             scored = score(clean)
             log_ratio, kl = _against_base(chain, path)
-            values = scored.exponent - log_ratio if self.tilts else scored.exponent
+            values = scored.exponent / (self.stages or 1) - (log_ratio if self.mode == "path_corrected" else 0.0)
             leads = lead_over_the_others(values.where(scored.usable, torch.nan), group)
             return self._at_noised_points(chain, steps, clean, scored, leads, kl)
 
@@ -149,7 +173,7 @@ class Ram:
             x = chain.noised(clean, k)
             own = chain.mean(k, x)
             states.append(x)
-            means.append(own if self.tilts else chain.base_mean(k, x))
+            means.append(chain.base_mean(k, x) if self.mode == "plain" else own)
             shifts.append(weights * (chain.toward(clean, x, k) - own))
         # One noising more makes the sum over points longer, not the loss larger.
         scales = self.noisings**0.5 * self.scales(chain)[list(indices)].to(clean)

@@ -125,6 +125,9 @@ class DiffusionChain(Chain, Protocol):
     def toward(self, clean: Tensor, x: Tensor, k: int) -> Tensor:
         """The mean that step k has from x when the clean prediction is x_1: the inverse of `clean`."""
 
+    def reference(self) -> AbstractContextManager[None]:
+        """Within it the model is the copy that was frozen at the beginning of a stage."""
+
     def sample(self) -> Tensor:
         """x_1, the noiseless end points of new paths of the model, shape (B, …); K evaluations, without graph."""
 
@@ -147,8 +150,10 @@ class Method(Protocol):
     """Whether what it scores are ends of paths x̂_K, which may remember the noise that the paths came from."""
     compares_images: ClassVar[bool]
     """Whether an image learns from its reward beside those of the same prompt's others, along paths of the model itself."""
-    paper: ClassVar[Paper]
-    """What a model card cites."""
+
+    @property
+    def paper(self) -> Paper:
+        """What a model card cites."""
 
     @property
     def tilts(self) -> bool:

@@ -146,7 +146,7 @@ class ProblemChain:
         )
 
     gains = posterior_stds = levels = times = images_per_prompt = property(_predicts_no_clean_data)
-    clean = toward = sample = noised = base_score = _predicts_no_clean_data
+    clean = toward = sample = noised = base_score = reference = _predicts_no_clean_data
 
 
 def accumulate_gradient(

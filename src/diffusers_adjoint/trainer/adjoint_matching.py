@@ -14,6 +14,7 @@ from __future__ import annotations
 from collections.abc import Collection
 from copy import copy
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
@@ -27,6 +28,7 @@ from .iterations import KeptBatch, points_of, require_plain_steps, union
 from .parallel import synchronised
 from .regress import Fit, regress
 from .reward_trainer import RewardTrainer
+from .stages import begin_stage, load_stage, require_whole_weights, save_stage
 
 __all__ = ["AdjointMatchingTrainer"]
 
@@ -113,12 +115,26 @@ class AdjointMatchingTrainer(RewardTrainer):
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> tuple[list[Any], Any]:
         """As the host calls it before each update; what is kept of one that an error has ended is forgotten."""
         self._kept = []
+        if (stages := self.args.stages) is not None:
+            begin_stage(self.denoiser, self.state.global_step, self.args.max_steps, stages)
         return super().get_batch_samples(*args, **kwargs)
 
     def _check_before_training(self) -> Collection[str]:
         scaled = self.accelerator.scaler is not None
         require_plain_steps(self.args.num_iterations, deepspeed=self.is_deepspeed_enabled, scaled=scaled)
+        require_whole_weights(self.args.stages, divided=self.is_deepspeed_enabled or self.is_fsdp_enabled)
         return super()._check_before_training()
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        """The host's, and the weights as of the beginning of the stage."""
+        super()._save_optimizer_and_scheduler(output_dir)
+        if self.args.should_save:
+            save_stage(self.denoiser, Path(output_dir))
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is not None and self.args.stages is not None:
+            load_stage(self.denoiser, Path(checkpoint))
 
     def _go_on(self, model: nn.Module) -> None:
         """After the first iteration's backward passes: the step that they ask for and the next one's passes, up to the last."""
