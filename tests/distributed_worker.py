@@ -13,7 +13,7 @@ from diffusers_adjoint.trainer.reward_trainer import RewardTrainer
 def train(
     folder: str, batch: int, accumulation: int, way: str, iterations: int
 ) -> tuple[RewardTrainer, list[bool], dict[str, torch.Tensor]]:
-    """Two updates of four images, in the dataset's order; also which forwards were set to synchronise, and the first weights."""
+    """Two updates of four prompts, in the dataset's order; also which forwards were set to synchronise, and the first weights."""
     trainer = make_trainer(
         folder,
         rows=PROMPTS * 2,
@@ -25,6 +25,7 @@ def train(
         max_grad_norm=0.0,
         probe_base=True,
         num_iterations=iterations,
+        num_generations=2 if way == "ram" else 1,
         **every_step(way, 2),
     )
     synchronised: list[bool] = []

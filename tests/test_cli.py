@@ -17,7 +17,7 @@ from trl import ModelConfig
 
 from diffusers_adjoint import AdjointMatchingConfig
 from diffusers_adjoint.cli.commands import TrainArguments, load_prompts, load_rewards, lora_config, main, parse_arguments
-from diffusers_adjoint.objectives import AdjointMatching
+from diffusers_adjoint.objectives import AdjointMatching, Ram
 from diffusers_adjoint.rewards import PickScore
 
 REWARDS = """
@@ -118,6 +118,18 @@ def test_options_of_an_objective_come_from_the_command_line(recipe, capsys):
     assert arguments.config.objective == AdjointMatching(pairing="paper")
     line = refusal(capsys, "train", "--config", recipe, "--loss_kwargs", '{"pairing": "previous"}')
     assert "pairing='previous' is unknown; pass 'score', 'next' or 'paper'." in line
+
+
+def test_a_reward_that_is_a_number_trains_by_the_same_recipe(recipe, tmp_path):
+    (tmp_path / "counts.py").write_text(
+        "def bright(images, prompts):\n    return [sum(image.convert('L').histogram()[100:]) for image in images]\n"
+    )
+    options = ["--loss_type", "ram", "--num_generations", "4", "--images_as", "pil", "--reward_workers", "2"]
+    assert main(["train", "--config", recipe, "--reward_funcs", "counts.py:bright", *options]) == 0
+    weights = load_file(tmp_path / "out" / "pytorch_lora_weights.safetensors")
+    assert any(value.any() for name, value in weights.items() if "lora_B" in name)
+    kwargs = ["--loss_kwargs", '{"mode": "tilt_matching", "stages": 2}']
+    assert parse_arguments(["--config", recipe, *options, *kwargs]).config.objective == Ram("tilt_matching", stages=2)
 
 
 def test_a_recipe_trains_and_saves_a_lora_that_loads(recipe, model, tmp_path):

@@ -10,7 +10,13 @@ from tiny_trainer import difference, logged, weights
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("way", "loss_steps", "iterations"),
-    [("adjoint_matching", 2, 1), ("adjoint_matching", 2, 2), ("basic_adjoint_matching", 2, 1), ("discrete_adjoint", 4, 1)],
+    [
+        ("adjoint_matching", 2, 1),
+        ("adjoint_matching", 2, 2),
+        ("basic_adjoint_matching", 2, 1),
+        ("ram", 2, 1),
+        ("discrete_adjoint", 4, 1),
+    ],
 )
 def test_two_processes_give_the_weights_of_one(tmp_path, way, loss_steps, iterations):
     run_worker(TORCHRUN, "distributed_worker.py", str(tmp_path), way, str(iterations))
