@@ -41,7 +41,7 @@ BATCH = 250  # images a pipeline call
 class MeasureArguments(ScriptArguments):
     """The options of TRL's scripts, and how many images tell where the model is."""
 
-    measured_images: int = field(default=4000, metadata={"help": "Images of the base, and of the tuned model."})
+    measured_images: int = field(default=2000, metadata={"help": "Images of the base, and of the tuned model."})
 
 
 def holes(images: list[Image], prompts: list[str]) -> list[int]:
