@@ -57,10 +57,16 @@ def digits(rows: Sequence[Row]) -> str:
     chance = ", ".join(
         f"±{max(row['found']['samplers'][sampler]['error'] for row in rows):.3f} ({sampler})" for sampler in referee
     )
+    # Reward's λ, from numbers that the rows have: λ E[r] = log Z − gap + KL.
+    nats, before = rows[0]["found"]["nats"], rows[0]["found"]["samplers"]["memoryless"]
+    scale = (nats["log_z"] - nats["gap"] + nats["kl"]) / (before["before"] + before["moved"])
+    shift = scale * referee["memoryless"]["shift"]
+    of_reward = max(row["found"]["samplers"]["memoryless"]["error"] for row in rows) * shift
+    of_kl = max(row["found"]["nats"]["error"] for row in rows)
     return (
-        f"Common to all rows: the referee's error, {errors} of a share and ±{rows[0]['found']['nats']['log_z_error']:.2f} nats. "
-        f"A row's own, from its samples, at most: {chance} of a share, "
-        f"±{max(row['found']['nats']['error'] for row in rows):.2f} nats of its KL.\n\n"
+        f"Common to all rows: the referee's error, {errors} of a share and ±{nats['log_z_error']:.2f} nats. "
+        f"From a row's samples, at most: {chance} of a share, ±{of_kl:.2f} nats of its KL and ±{of_reward:.2f} nats of its λE[r]; "
+        f"the last is nearly the same chance in all rows, whose samples have one start noise and one base beside them.\n\n"
         + markdown([*HEADS, "capped", "share, ODE", "share, memoryless", "log Z − (E[λr] − KL)"], lines)
     )
 
