@@ -65,7 +65,7 @@ def digits(rows: Sequence[Row]) -> str:
     of_kl = max(row["found"]["nats"]["error"] for row in rows)
     return (
         f"Common to all rows: the referee's error, {errors} of a share and ±{nats['log_z_error']:.2f} nats. "
-        f"From a row's samples, at most: {chance} of a share, ±{of_kl:.2f} nats of its KL and ±{of_reward:.2f} nats of its λE[r]; "
+        f"From a row's samples, at most: {chance} of a share, ±{of_kl:.2f} nats of its KL and ±{of_reward:.2f} of its λE[r]; "
         f"the last is nearly the same chance in all rows, whose samples have one start noise and one base beside them.\n\n"
         + markdown([*HEADS, "capped", "share, ODE", "share, memoryless", "log Z − (E[λr] − KL)"], lines)
     )

@@ -9,6 +9,9 @@ from tiny_trainer import PROMPTS, every_step, logged, make_trainer, weights
 
 from diffusers_adjoint.trainer.reward_trainer import RewardTrainer
 
+# Steps so large that the second update has spent the budget, and λ falls.
+BUDGET = {"target_kl": 1e-3, "reward_scale": None, "learning_rate": 30.0}
+
 
 def train(
     folder: str, batch: int, accumulation: int, way: str, iterations: int
@@ -21,12 +24,11 @@ def train(
         gradient_accumulation_steps=accumulation,
         train_sampling_strategy="sequential",
         optim="sgd",
-        learning_rate=1e-3,
         max_grad_norm=0.0,
         probe_base=True,
         num_iterations=iterations,
         num_generations=2 if way == "ram" else 1,
-        **every_step(way, 2),
+        **{"learning_rate": 1e-3} | (BUDGET if way == "target_kl" else every_step(way, 2)),
     )
     synchronised: list[bool] = []
     original = trainer.training_step
@@ -48,8 +50,11 @@ def train(
 if __name__ == "__main__":
     folder, way, iterations = sys.argv[1:]
     trainer, synchronised, start = train(folder, batch=1, accumulation=2, way=way, iterations=int(iterations))
+    scales: list[float] = [0.0, 0.0]
+    torch.distributed.all_gather_object(scales, trainer.reward_scale)
     if trainer.is_world_process_zero():
         result = {
+            "scales": scales,
             "world_size": torch.distributed.get_world_size(),
             "start": start,
             "weights": weights(trainer),

@@ -269,6 +269,29 @@ CASES = {
         "num_train_epochs has a whole number", "below 1.8e+308", {"max_steps": -1, "num_train_epochs": 10**400}
     ),
     "scale not a number": Case("reward_scale=nan", "≥ 0", {"reward_scale": float("nan")}),
+    "a scale and a budget": Case(
+        "target_kl=1.0 finds the scale that reward_scale=5.0 sets", "one of the two", {"reward_scale": 5.0, "target_kl": 1.0}
+    ),
+    "no budget": Case("target_kl=0.0 is no distance", "nats above 0", {"reward_scale": None, "target_kl": 0.0}),
+    "a budget below 0": Case("target_kl=-1.0 is no distance", "nats above 0", {"reward_scale": None, "target_kl": -1.0}),
+    "a budget without end": Case("target_kl=inf", "finite number", {"reward_scale": None, "target_kl": float("inf")}),
+    "a budget that is no number": Case("target_kl=nan", "finite number", {"reward_scale": None, "target_kl": float("nan")}),
+    "a bool for a budget": Case(
+        "target_kl=True is of type bool", "a number or None", {"reward_scale": None, "target_kl": True}, error=TypeError
+    ),
+    "a budget as text": Case(
+        "target_kl='1' is of type str", "a number or None", {"reward_scale": None, "target_kl": "1"}, error=TypeError
+    ),
+    "a budget of another law": Case(
+        "loss_type='one_step' with these options converges to another law",
+        "pass reward_scale",
+        {"reward_scale": None, "target_kl": 1.0, "loss_type": "one_step"},
+    ),
+    "a budget of guided paths": Case(
+        "cfg_mode='rollout' draws paths by guidance",
+        "reward_scale in place of target_kl",
+        {"reward_scale": None, "target_kl": 1.0, "cfg_mode": "rollout", "guidance_scale": 2.0},
+    ),
     "guidance below 1": Case("guidance_scale=0.5", "pass 1", {"guidance_scale": 0.5}),
     "no generations": Case("num_generations=0", "at least 1", {"num_generations": 0}),
     "no image in evaluation": Case("num_generations_eval=0", "at least 1", {"num_generations_eval": 0}),

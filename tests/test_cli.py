@@ -215,6 +215,7 @@ def test_help_names_the_commands(capsys):
         (["train", "--config", "unknown.yaml"], "unknown options --colour blue"),
         (["train", "--config", "recipe.yaml", "--max_steps", "many"], "invalid int value: 'many'"),
         (["train", "--config", "recipe.yaml", "--reward_scale", "-1"], "reward_scale=-1.0 is not a scale"),
+        (["train", "--config", "recipe.yaml", "--target_kl", "1"], "target_kl=1.0 finds the scale that reward_scale=10 sets"),
         (["train", "--config", "recipe.yaml", "--dtype", "auto"], "dtype='auto' is unknown to diffusers"),
         (["train", "--config", "recipe.yaml", "--load_in_4bit"], "load_in_4bit is an option for language models"),
         (["train", "--config", "recipe.yaml", "--attn_implementation", "sdpa"], "attn_implementation is an option"),

@@ -120,6 +120,9 @@ def test_a_recipe_and_a_command_line_are_text_that_becomes_numbers(tmp_path, rea
     )
     (args,) = parser.parse_yaml_file(recipe)
     assert (args.reward_scale, args.reward_weights, args.pipeline_kwargs) == (10, [1, 2], {"height": 64})
+    recipe.write_text(f"output_dir: {tmp_path}\nuse_cpu: true\ntarget_kl: 0.5\n")
+    (args,) = parser.parse_yaml_file(recipe)
+    assert (args.reward_scale, args.target_kl) == (None, 0.5)
 
 
 def test_every_field_of_ours_refuses_what_it_is_not(tmp_path):

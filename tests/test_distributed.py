@@ -15,6 +15,7 @@ from tiny_trainer import difference, logged, weights
         ("adjoint_matching", 2, 2),
         ("basic_adjoint_matching", 2, 1),
         ("ram", 2, 1),
+        ("target_kl", 2, 1),
         ("discrete_adjoint", 4, 1),
     ],
 )
@@ -34,5 +35,8 @@ def test_two_processes_give_the_weights_of_one(tmp_path, way, loss_steps, iterat
     # Spreads of a thousandth of the rewards, and squared in the target: three digits of float32 less, and one more.
     for name, column in (("spreads", "reward_std_between"), ("targets", "target_kl_estimate")):
         assert result[name] == pytest.approx([line[column] for line in single.state.log_history if "reward" in line], rel=1e-2)
+    # λ follows a KL that the two have measured together, and is the same number on both.
+    assert result["scales"][0] == result["scales"][1] == pytest.approx(single.reward_scale, rel=1e-4)
+    assert (single.reward_scale < logged(single, "reward_scale")[0]) if way == "target_kl" else single.reward_scale == 50.0
     # Two updates of two micro-batches: only the last backward pass before a step of the optimizer synchronises.
     assert result["synchronised"] == ([False] * (2 * loss_steps - 1) + [True]) * 2 * iterations

@@ -210,6 +210,7 @@ def test_the_table_of_metrics_is_complete(tmp_path):
         ("plain", {}),
         ("guided", {"guidance_scale": 4.0, "cfg_mode": "rollout", "reward": [brightness, brightness]}),
         ("ram", {"loss_type": "ram", "loss_kwargs": {"clip": 3.0}}),
+        ("budget", {"target_kl": 0.5, "reward_scale": None}),
     ):
         trainer = make_trainer(tmp_path / folder, **both, **options)
         trainer.train()

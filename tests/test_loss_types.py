@@ -150,6 +150,7 @@ def test_what_no_objective_has_is_refused(tmp_path, changes, message):
         ({"method": "reinforce"}, "method='reinforce' is unknown; pass one of 'discrete_adjoint'"),
         ({"num_loss_steps": 2}, "num_loss_steps=2 has no meaning for method='discrete_adjoint'"),
         ({"loss_clip": 1.0}, "loss_clip=1.0 has no meaning"),
+        ({"target_kl": 1.0, "reward_scale": None}, "target_kl=1 is for AdjointMatchingTrainer; pass reward_scale"),
         ({"loss_type": "basic_adjoint_matching"}, "loss_type='basic_adjoint_matching' has no meaning"),
         ({"loss_kwargs": {"pairing": "paper"}}, "loss_kwargs={'pairing': 'paper'} has no meaning"),
         ({"loss_step_selection": "paper"}, "loss_step_selection='paper' has no meaning"),

@@ -44,8 +44,12 @@ class AdjointMatchingConfig(TrainingArguments):
     > Parameters that control the target distribution p_base(x)·exp(λ r(x))
 
     Args:
-        reward_scale (`float`, defaults to 1.0):
-            λ, nats per unit of reward. The larger, the further from the base; λ·std(r) of 1 to 3 is a moderate tilt.
+        reward_scale (`float`, *optional*):
+            λ, nats per unit of reward; 1 when neither it nor `target_kl` is given. The larger, the further from the base;
+            λ·std(r) of 1 to 3 is a moderate tilt.
+        target_kl (`float`, *optional*):
+            In place of `reward_scale`: how far from the base to go, as the KL of the model's paths to the base's, nats. λ is
+            estimated from 256 images of the base, and follows the logged `kl` while training goes on.
         reward_weights (`list[float]`, *optional*):
             Weight of each reward function in r; all 1 when not given.
         images_as (`str`, defaults to `"tensor"`):
@@ -159,7 +163,12 @@ class AdjointMatchingConfig(TrainingArguments):
         default=None,
         metadata={"help": "Arguments of DiffusionPipeline.from_pretrained, when the model is given by name."},
     )
-    reward_scale: float = field(default=1.0, metadata={"help": "λ, nats per unit of reward."})
+    reward_scale: float | None = field(
+        default=None, metadata={"help": "λ, nats per unit of reward; 1 when neither it nor target_kl is given."}
+    )
+    target_kl: float | None = field(
+        default=None, metadata={"help": "In place of reward_scale: the KL to the base to go to, nats; λ follows it."}
+    )
     reward_weights: list[float] | None = field(
         default=None, metadata={"help": "Weight of each reward function; all 1 when not given."}
     )
@@ -303,8 +312,6 @@ class AdjointMatchingConfig(TrainingArguments):
                 f"num_loss_steps={self.num_loss_steps} does not fit num_inference_steps={self.num_inference_steps}; "
                 f"pass 1 to {self.num_inference_steps}."
             )
-        if not (math.isfinite(self.reward_scale) and self.reward_scale >= 0):
-            raise ValueError(f"reward_scale={self.reward_scale} is not a scale; pass a finite number ≥ 0 and negate the reward.")
         if not (math.isfinite(self.guidance_scale) and self.guidance_scale >= 1):
             raise ValueError(f"guidance_scale={self.guidance_scale} is not a number from 1 on; pass 1 for no guidance.")
         if not all(map(math.isfinite, self.reward_weights or [])):
@@ -321,8 +328,35 @@ class AdjointMatchingConfig(TrainingArguments):
         if self.num_images_to_log < 0:
             raise ValueError(f"num_images_to_log={self.num_images_to_log} is no number of images; pass 0 for none, or more.")
         self._check_objective()
+        self._check_target()
         if self.loss_clip is not None and not self.loss_clip > 0:
             raise ValueError(f"loss_clip={self.loss_clip} would silence every term; pass a positive number or None.")
+
+    def _check_target(self) -> None:
+        """λ, or the KL in its place; with neither λ is 1 from here on."""
+        if self.target_kl is None:
+            self.reward_scale = 1.0 if self.reward_scale is None else self.reward_scale
+            if not (math.isfinite(self.reward_scale) and self.reward_scale >= 0):
+                raise ValueError(
+                    f"reward_scale={self.reward_scale} is not a scale; pass a finite number ≥ 0 and negate the reward."
+                )
+            return
+        if self.reward_scale is not None:
+            raise ValueError(
+                f"target_kl={self.target_kl} finds the scale that reward_scale={self.reward_scale} sets; pass one of the two."
+            )
+        if not 0 < self.target_kl < math.inf:
+            raise ValueError(f"target_kl={self.target_kl} is no distance to go; pass a finite number of nats above 0.")
+        if not self.objective.tilts:
+            raise ValueError(
+                f"target_kl is the distance of a tilt, and loss_type={self.loss_type!r} with these options converges to another "
+                f"law; pass reward_scale."
+            )
+        if self.cfg_mode == "rollout" and self.guidance_scale > 1:
+            raise ValueError(
+                "cfg_mode='rollout' draws paths by guidance that the loss does not have, whose KL to the base is not measured; "
+                "pass reward_scale in place of target_kl, or cfg_mode='none' or 'full'."
+            )
 
     @property
     def objective(self) -> Objective:

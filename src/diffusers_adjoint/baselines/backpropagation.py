@@ -93,6 +93,10 @@ class RewardBackpropagationTrainer(RewardTrainer):
         for name in UNUSED:
             if (value := getattr(args, name)) != AdjointMatchingConfig.__dataclass_fields__[name].default:
                 raise ValueError(f"{name}={value!r} has no meaning for method={method.name!r}; leave it out.")
+        if args.target_kl is not None:
+            raise ValueError(
+                f"target_kl={args.target_kl:g} is for AdjointMatchingTrainer; pass reward_scale to method={method.name!r}."
+            )
         if args.fp16:  # the gradient scaler would scale what one step hands to the next
             raise ValueError(f"method={method.name!r} does not go with fp16=True; pass bf16=True.")
         return method

@@ -176,9 +176,12 @@ def _quoted(text: str) -> str:
 
 def _target(facts: CardFacts) -> str:
     reward = " + ".join(f"{weight:g}·{_code(name)}" for name, weight in facts.rewards.items())
+    scale, budget = facts.settings.get("reward_scale"), facts.settings.get("target_kl")
+    weight = "a λ" if scale is None else f"λ = {scale:g} nats per unit of reward"  # a budget's is known from training on
+    weight += "" if budget is None else f", found in training for a distance of {budget:g} nats to the base,"
     return (
-        f"## What it was tuned for\n\nThe target is p_base(x)·exp(λ r(x)), with λ = {facts.settings['reward_scale']:g} nats per "
-        f"unit of reward and r = {reward}: the base's own distribution, in which a sample gains likelihood with its reward; not "
+        f"## What it was tuned for\n\nThe target is p_base(x)·exp(λ r(x)), with {weight} and r = {reward}: the base's own "
+        f"distribution, in which a sample gains likelihood with its reward; not "
         f"the sample of the highest reward."
         + ("" if facts.tilts else " The method is biased: what it converges to is near this target, but is not it.")
     )

@@ -26,7 +26,7 @@ __all__ = ["base_model_of", "card_facts", "hub_id", "licence_of", "medium_of", "
 logger = logging.get_logger(__name__)
 
 # A list of what may be told: the other arguments hold local paths, tokens and names of machines.
-SETTINGS = ["reward_scale", "guidance_scale", "cfg_mode", "num_inference_steps", "num_loss_steps"]
+SETTINGS = ["reward_scale", "target_kl", "guidance_scale", "cfg_mode", "num_inference_steps", "num_loss_steps"]
 SETTINGS += ["loss_type", "loss_kwargs", "loss_step_selection", "loss_clip", "num_iterations"]
 SETTINGS += ["learning_rate", "lr_scheduler_type", "optim"]
 SETTINGS += ["weight_decay", "max_grad_norm", "num_generations", "seed", "bf16", "fp16"]

@@ -83,6 +83,8 @@ class AdjointMatchingTrainer(RewardTrainer):
         with self._progress("loss", len(steps[0].indices)):
             fit = self.regress(model, chain, targets if len(steps) == 1 else points_of(targets, steps[0]), targets.scored.usable)
         self.record(targets.scored, fit.kl, fit.keep, targets.logged)
+        if self.budget is not None:
+            self.budget.add(fit, steps[0])
         if len(steps) > 1:
             self._kept.append(KeptBatch(chain, copy(self.replay.scheduler), replace(targets, scored=None), steps, fit.keep))
             if chain.ends_update:
@@ -117,6 +119,8 @@ class AdjointMatchingTrainer(RewardTrainer):
         self._kept = []
         if (stages := self.args.stages) is not None:
             begin_stage(self.denoiser, self.state.global_step, self.args.max_steps, stages)
+        if self.budget is not None:
+            self.budget.begin_update()
         return super().get_batch_samples(*args, **kwargs)
 
     def _check_before_training(self) -> Collection[str]:

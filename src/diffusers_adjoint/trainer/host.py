@@ -188,6 +188,7 @@ class PipelineTrainer(PublishingTrainer):
                 self._save_rng_state(str(partial))
             if self.args.should_save:
                 self._write_state(partial)
+                self._write_memory(partial)
             self._wait()  # for the files of the other processes
             if self.args.should_save:
                 RunRecord.write(partial, self._run, after=last_written(run_dir))
@@ -256,8 +257,11 @@ class PipelineTrainer(PublishingTrainer):
 
         checkpoint, self._run = from_first_process(choose)
         self._finished = checkpoint is not None and self._has_all_updates(Path(checkpoint))
+        if checkpoint is not None:
+            self._read_memory(Path(checkpoint))
         if not self._finished:  # otherwise nothing is evaluated
             self._columns = self._check_before_training()
+            self._find_scale_before_training()
             if checkpoint is None and self.state.global_step == 0:  # else it is the base no more, and was probed before
                 self._probe_before_training()
         self._counts, self._shown.evaluated = Counts(self.accelerator, self.denoiser), None
@@ -361,9 +365,22 @@ class PipelineTrainer(PublishingTrainer):
         folder = Path(self.state.best_model_checkpoint)
         from_first_process(lambda: require_whole(folder, self._weights_name))
         self._load_from_checkpoint(str(folder))
+        self._read_memory(folder)
 
     def _check_before_training(self) -> Collection[str]:
         """A subclass's checks, before any rollout; returns the names of the first row's columns, which all rows must have."""
+        raise NotImplementedError
+
+    def _write_memory(self, folder: Path) -> None:
+        """What a subclass must know to go on from a checkpoint, besides weights, optimizer and random numbers."""
+        raise NotImplementedError
+
+    def _read_memory(self, folder: Path) -> None:
+        """That of a checkpoint."""
+        raise NotImplementedError
+
+    def _find_scale_before_training(self) -> None:
+        """λ, where a subclass is to find it."""
         raise NotImplementedError
 
     def _probe_before_training(self) -> None:

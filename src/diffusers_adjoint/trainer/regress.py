@@ -24,11 +24,13 @@ class Fit:
         loss: its share of the update's loss, 0-dimensional.
         kl: the path KL of each sample, (B,), nats: the objective's own, or an estimate if the scales are the steps' noise.
         keep: the samples that had their part in the loss, (B,) bool.
+        step_kls: step → its share of the path KL of each sample, (B,), nats; empty where `kl` is the objective's own.
     """
 
     loss: Tensor
     kl: Tensor
     keep: Tensor
+    step_kls: dict[int, Tensor]
 
 
 def regress(
@@ -56,7 +58,7 @@ def regress(
     """
     keep = require(keep & bounded_paths(targets.states, targets.base_means, targets.shifts))
     states, base_means, shifts = (zero_unless(keep, v) for v in (targets.states, targets.base_means, targets.shifts))
-    total, kl = states.new_zeros(()), states.new_zeros(len(keep))
+    total, kl, step_kls = states.new_zeros(()), states.new_zeros(len(keep)), dict[int, Tensor]()
     steps = targets.steps
     for i, (k, inclusion) in enumerate(zip(steps.indices, steps.inclusion, strict=True)):
         with synchronised(i == len(steps.indices) - 1):
@@ -66,8 +68,10 @@ def regress(
             loss = torch.where(keep, losses, 0.0).mean() * share
             backward(loss)
         total += loss.detach()
-        kl += step_kl(moved.detach(), base_means[i], targets.scales[i]) / inclusion
-    return Fit(total, kl if targets.kl is None else targets.kl, keep)
+        share_of_kl = step_kl(moved.detach(), base_means[i], targets.scales[i])
+        step_kls[k] = step_kls.get(k, 0.0) + share_of_kl
+        kl += share_of_kl / inclusion
+    return Fit(total, kl, keep, step_kls) if targets.kl is None else Fit(total, targets.kl, keep, {})
 
 
 def bounded_paths(*values: Tensor) -> Tensor:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Collection, Mapping, Sequence
-from functools import partial
+from dataclasses import replace
+from functools import cached_property, partial
+from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import torch
 from diffusers import DiffusionPipeline
@@ -21,12 +23,14 @@ from ..core.matching import LossSteps
 from ..data.columns import collate_columns, prompts_of, rows_of, without_prompt
 from ..data.given_datasets import dataset_of, eval_datasets_of
 from ..guidance import GUIDANCE
+from ..hub import CardFacts
 from ..model.chain import PipelineChain, predicts_scores
 from ..model.denoiser import PipelineDenoiser
 from ..model.devices import place
 from ..model.loading import load_pipeline
 from ..model.lora import add_lora
 from ..model.randomness import Stream, random_numbers_kept, seeded_generators
+from ..model.sharding import from_first_process
 from ..objectives import Method
 from ..pictures.samples import SampleImages
 from ..replay import PipelineReplay
@@ -49,7 +53,8 @@ from .checks import (
 from .evaluation import kl_name, require_known_metric
 from .gradients import require_checkpointing, require_gradients, warn_of_unused
 from .host import PipelineTrainer
-from .probe import first_rows, probe_base, sampler_differences, warn_of_differences, warn_of_distillation
+from .kl_budget import KLBudget, first_scale
+from .probe import base_rewards, first_rows, probe_base, sampler_differences, warn_of_differences, warn_of_distillation
 from .progress import progress
 from .sample_log import announce_memory, per_prompt, summarise
 from .scoring import ScoredImages, score_images
@@ -59,6 +64,8 @@ from .updates import AfterOptimizerStep, require_asked_for, require_finite_weigh
 __all__ = ["RewardTrainer"]
 
 logger = logging.get_logger(__name__)
+
+Drawn = TypeVar("Drawn")
 
 
 class RewardTrainer(PipelineTrainer):
@@ -115,10 +122,16 @@ class RewardTrainer(PipelineTrainer):
         self._suit_paths()
         place(pipeline, args.device, args.offload_text_encoders)
         self.reward.to(args.device)
-        self._target_kl = TargetKL()
+        self._target_kl = TargetKL(args.target_kl)
         self._idle_steps: list[int] = []  # of the trained network; found at the start of training
         self._probed: dict[str, float] = {}  # what the probe measured, until it is logged
         self.add_callback(AfterOptimizerStep(self._judge_update))
+
+    @cached_property
+    def budget(self) -> KLBudget | None:
+        """What sets λ in place of `reward_scale`, where the settings ask for a distance to go."""
+        summed = partial(self.accelerator.reduce, reduction="sum")
+        return None if self.args.target_kl is None else KLBudget(self.args.target_kl, summed)
 
     def method_of(self, args: AdjointMatchingConfig) -> Method:
         """What is going to be trained, which the settings say; raises ValueError for settings that it has no use for."""
@@ -127,6 +140,11 @@ class RewardTrainer(PipelineTrainer):
     def choose_steps(self, chain: PipelineChain) -> LossSteps:
         """The steps that carry the loss of the coming update, the same for all of its images."""
         raise NotImplementedError
+
+    @property
+    def reward_scale(self) -> float:
+        """λ of the update under way, or of the coming one, nats per unit of reward."""
+        return cast(float, self.args.reward_scale) if self.budget is None else self.budget.reward_scale
 
     def _suit_paths(self) -> None:
         """Give the paths the discretisation that the method wants for them, unless the user has named one."""
@@ -172,7 +190,7 @@ class RewardTrainer(PipelineTrainer):
             if self.state.global_step == 0 and self.method.scores_end_points:
                 memory = [correlation(start, end) for start, end in zip(chain.start, end_point, strict=True)]
                 self._counts.samples.add("memory", chain.start.new_tensor(memory))
-            return score_images(end_point, chain, self.reward, self.args.reward_scale, differentiate=self.method.needs_gradient)
+            return score_images(end_point, chain, self.reward, self.reward_scale, differentiate=self.method.needs_gradient)
 
         return score
 
@@ -193,6 +211,8 @@ class RewardTrainer(PipelineTrainer):
         """After the backward passes; the last micro-batch of an update decides whether it is one."""
         if not chain.ends_update:
             return
+        if self.budget is not None:
+            self.budget.end_update()
         self._check_gradients()
         if not self._can_step(model, self.args.num_iterations):
             self._counts.updates.drop(model)
@@ -291,10 +311,27 @@ class RewardTrainer(PipelineTrainer):
         """
         if not self.args.probe_base:
             return
+        probe = self._of_the_base(probe_base)
+        self._probed = probe.summary()
+        if self.is_world_process_zero():
+            if self.budget is None:
+                self._target_kl.announce(self.reward_scale, probe.rewards)
+            # For a run that is interrupted before a line of training.
+            self._probed |= self._target_kl.logged(self.state.log_history)
+            warn_of_differences(sampler_differences(probe), self.args.num_inference_steps)
+
+    def _find_scale_before_training(self) -> None:
+        """λ to begin with, where a budget of KL asks for one and no checkpoint knows it."""
+        if self.budget is not None and self.budget.spent is None:
+            rewards = self._of_the_base(base_rewards)
+            self.budget.spent = from_first_process(partial(first_scale, rewards, self.budget.budget))
+
+    def _of_the_base(self, measure: Callable[..., Drawn]) -> Drawn:
+        """What `measure` finds in images of the first rows by the base; no random number of training is drawn for it."""
         replay = _replay_of(self.pipeline, self.args, self.args.sampling_integrator)
         together = self.args.per_device_train_batch_size * self.args.num_generations
         with self.denoiser.base(), self._text_encoders(), random_numbers_kept(self.args.device):
-            probe = probe_base(
+            return measure(
                 replay,
                 self.reward,
                 first_rows(self.train_dataset),
@@ -303,14 +340,23 @@ class RewardTrainer(PipelineTrainer):
                 seed=self.args.seed,
                 watched=partial(tqdm, desc="samples of the base", leave=False, disable=not self._shows_progress),
             )
-        self._probed = probe.summary()
-        if self.is_world_process_zero():
-            self._target_kl.announce(self.args.reward_scale, probe.rewards)
-            # For a run that is interrupted before a line of training.
-            self._probed |= self._target_kl.logged(self.state.log_history)
-            warn_of_differences(sampler_differences(probe), self.args.num_inference_steps)
+
+    def _write_memory(self, folder: Path) -> None:
+        if self.budget is not None:
+            self.budget.write(folder)
+
+    def _read_memory(self, folder: Path) -> None:
+        if self.budget is not None:
+            self.budget.read(folder)
 
     # ------------------------------------------------------------------------------------------------ logging, evaluation
+
+    def _card_facts(self, *given: Any) -> tuple[CardFacts, SampleImages]:
+        """With the λ that a budget of KL has come to."""
+        facts, samples = super()._card_facts(*given)
+        if self.budget is None or self.budget.spent is None:
+            return facts, samples
+        return replace(facts, settings={**facts.settings, "reward_scale": self.reward_scale}), samples
 
     def record(self, scored: ScoredImages, kl: Tensor, keep: Tensor, logged: Mapping[str, Tensor] = MappingProxyType({})) -> None:
         """Into the next line of the log, and count the images that train; `logged` has further numbers of each, by name."""
@@ -330,8 +376,8 @@ class RewardTrainer(PipelineTrainer):
         """After the first update, from all its images: what the end points remember and, without a probe, what λ asks for."""
         samples, main = self._counts.samples, self.is_world_process_zero()
         rewards = samples.gathered("reward", self.accelerator.gather)
-        if main and not self.args.probe_base:
-            self._target_kl.announce(self.args.reward_scale, per_prompt(rewards, self.args.num_generations))
+        if main and not self.args.probe_base and self.budget is None:
+            self._target_kl.announce(self.reward_scale, per_prompt(rewards, self.args.num_generations))
         if self.method.scores_end_points:
             memory = samples.gathered("memory", self.accelerator.gather)
             samples.forget("memory")
@@ -340,11 +386,13 @@ class RewardTrainer(PipelineTrainer):
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Adds reward, reward_std, reward_std_between, rewards/<name>/mean, /std and /missing, kl or kl_unguided
-        (nats), target_kl_estimate (nats), adjoint_norm, skipped, evaluations_per_second, and what the objective logs (capped)."""
+        (nats), target_kl_estimate (nats), reward_scale (with target_kl), adjoint_norm, skipped, evaluations_per_second, and what
+        the objective logs (capped)."""
         if "loss" in logs:
             logs |= summarise(self._counts.samples.drain(self.accelerator.gather), self.args.num_generations)
             logs |= {"evaluations_per_second": self._counts.rate.since_last()}
             logs |= self._target_kl.logged(self.state.log_history)
+            logs |= {} if self.budget is None else {"reward_scale": self.budget.reward_scale}
             if self.is_world_process_zero():
                 self._target_kl.watch(logs)
         super().log(logs, start_time)

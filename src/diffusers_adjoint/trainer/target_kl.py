@@ -16,10 +16,14 @@ logger = logging.get_logger(__name__)
 
 
 class TargetKL:
-    """How far from the base training is to end, in nats, and whether the user was told that it went further."""
+    """How far from the base training is to end, in nats, and whether the user was told that it went further.
 
-    def __init__(self) -> None:
-        self._kl: float | None = None
+    Args:
+        asked: by the user, who sets λ otherwise.
+    """
+
+    def __init__(self, asked: float | None = None) -> None:
+        self._kl = asked
         self._left = False
 
     def announce(self, reward_scale: float, rewards: Tensor) -> None:
