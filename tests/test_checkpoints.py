@@ -34,9 +34,11 @@ def checkpoints(folder):
         (sd3, True, 2, {"method": "discrete_adjoint"}),
         (sd3, True, 2, {"num_iterations": 2}),
         (sd3, True, 2, {"loss_type": "ram", "num_generations": 2}),
+        (sd3, True, 2, {"loss_type": "efficient_adjoint_matching"}),
+        (sd3, True, 2, {"loss_type": "one_step"}),
         (sd3, True, 3, {"num_generations": 2, "optim": "adafactor", "lr_scheduler_type": "cosine", "warmup_steps": 2}),
     ],
-    ids=["sd3", "sd15", "full", "back-propagation", "two iterations", "ram", "other optimizer"],
+    ids=["sd3", "sd15", "full", "back-propagation", "two iterations", "ram", "efficient", "one step", "other optimizer"],
 )
 def test_stop_and_resume_equals_a_straight_run(tmp_path, build, lora, stop, settings):
     settings = STEPS | {"lora": lora, "max_steps": 4, "per_device_train_batch_size": 1} | settings

@@ -14,6 +14,8 @@ from tiny_trainer import difference, logged, weights
         ("adjoint_matching", 2, 1),
         ("adjoint_matching", 2, 2),
         ("basic_adjoint_matching", 2, 1),
+        ("efficient_adjoint_matching", 2, 1),
+        ("one_step", 2, 1),
         ("ram", 2, 1),
         ("target_kl", 2, 1),
         ("discrete_adjoint", 4, 1),

@@ -57,13 +57,16 @@ def test_two_ways_make_the_same_update_and_the_lean_adjoint_another(tmp_path, lo
     assert difference(runs["adjoint_matching"][1], reference) > 0.02 * moved
 
 
-@pytest.mark.parametrize("loss_type", ["basic_adjoint_matching", "discrete_adjoint", "efficient_adjoint_matching"])
-def test_splitting_the_batch_changes_nothing(tmp_path, loss_type):
+@pytest.mark.parametrize("lora", [True, False], ids=["lora", "full"])
+@pytest.mark.parametrize(
+    "loss_type", ["basic_adjoint_matching", "discrete_adjoint", "efficient_adjoint_matching", "one_step"]
+)
+def test_splitting_the_batch_changes_nothing(tmp_path, loss_type, lora):
     # The last step starts with less noise than it asks the base's score at, and carries no loss.
     options = {"num_loss_steps": K - 1} if loss_type == "efficient_adjoint_matching" else {}
     halves = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}
-    whole = one_update(tmp_path / "whole", loss_type, True, per_device_train_batch_size=4, **options)
-    split = one_update(tmp_path / "split", loss_type, True, **halves, **options)
+    whole = one_update(tmp_path / "whole", loss_type, lora, per_device_train_batch_size=4, **options)
+    split = one_update(tmp_path / "split", loss_type, lora, **halves, **options)
     moved = difference(whole[1], whole[0])
     assert 0 < difference(whole[1], split[1]) + 1e-12 < 1e-4 * moved
 
@@ -181,6 +184,32 @@ def test_checkpointing_that_the_user_has_switched_on_is_seen(tmp_path):
 def test_the_gradient_scaler_does_not_go_with_back_propagation(tmp_path):
     with pytest.raises(ValueError, match="method='discrete_adjoint' does not go with fp16=True"):
         make_trainer(tmp_path, fp16=True, **every_step("discrete_adjoint", K))
+
+
+@pytest.mark.parametrize("loss_type", ["efficient_adjoint_matching", "one_step"])
+def test_images_without_a_finite_reward_are_left_out_or_stop_the_run(tmp_path, loss_type):
+    options = {"reward": not_a_number_for_the_first, "train_sampling_strategy": "sequential", "rows": PROMPTS[:2]}
+    start, after, log = one_update(tmp_path / "skip", loss_type, True, **options, num_loss_steps=2)
+    assert log["skipped"] == 1 and difference(start, after) > 0 and all(value.isfinite().all() for value in after.values())
+    with pytest.raises(ValueError, match="pass on_nonfinite='skip'"):
+        one_update(tmp_path / "raise", loss_type, True, on_nonfinite="raise", **options, num_loss_steps=2)
+
+
+def not_a_number_for_the_first(images, prompts, **columns):
+    values = images.mean((1, 2, 3))
+    return torch.stack([math.nan * v if prompt == PROMPTS[0] else v for prompt, v in zip(prompts, values, strict=True)])
+
+
+@pytest.mark.parametrize("loss_type", ["basic_adjoint_matching", "efficient_adjoint_matching", "one_step", "ram"])
+def test_a_card_cites_the_paper_of_its_objective(tmp_path, loss_type):
+    trainer = make_trainer(tmp_path, max_steps=1, loss_type=loss_type, num_generations=2)
+    trainer.train()
+    trainer.create_model_card()
+    text = (tmp_path / "README.md").read_text()
+    paper = OBJECTIVES[loss_type]().paper
+    assert f"https://arxiv.org/abs/{paper.arxiv}" in text and paper.bibtex in text
+    assert f"| `loss_type` | {loss_type} |" in text
+    assert ("The method is biased" in text) != OBJECTIVES[loss_type]().tilts
 
 
 def test_the_card_of_back_propagation_says_so(tmp_path):
