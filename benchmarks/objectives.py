@@ -136,7 +136,9 @@ def adjoint_matching_on_digits() -> list[Row]:
 def gallery() -> Iterator[Setting]:
     for data in work_gallery.tilt_2d.GALLERY:
         like = Setting(data, "", steps=20, loss_steps=5, batch=128, learning_rate=5e-3, samples=10_000)
-        yield from of_all(like, UPDATES["gallery"])
+        for setting in of_all(like, UPDATES["gallery"]):
+            # At 5e-3 its paths' cost grows beyond all bounds on these data, and the samples are no numbers.
+            yield replace(setting, learning_rate=1e-3) if setting.loss_type == "ram" else setting
 
 
 def costs() -> Iterator[Setting]:
