@@ -99,7 +99,7 @@ def main() -> None:
     before = draw(pipe, arguments.script.measured_images)  # a new adapter changes nothing yet
     trainer.train(resume_from_checkpoint=arguments.resume)
     trainer.save_model()
-    print(report(before, draw(pipe, arguments.script.measured_images), arguments.config.reward_scale))
+    print(report(before, draw(pipe, arguments.script.measured_images), trainer.reward_scale))
 
 
 if __name__ == "__main__":

@@ -125,6 +125,15 @@ def test_holes_are_what_the_strokes_enclose(monkeypatch):
     assert min(means[0], means[6], means[9]) > 0.7 and means[8] > 1.2 and max(means[i] for i in (1, 2, 3, 4, 5, 7)) < 0.2
 
 
+def test_counting_holes_to_a_budget_is_compared_with_the_tilt_that_it_found(run, tmp_path, capsys):
+    """λ is in no setting then."""
+    recipe = tmp_path / "recipe.yaml"
+    text = (EXAMPLES / "recipes" / "black_box.yaml").read_text(encoding="utf-8")
+    recipe.write_text(text.replace("reward_scale: 1.5 ", "target_kl: 0.2 "), encoding="utf-8")
+    run("black_box", "--smoke", "--config", str(recipe))
+    assert "share with a hole" in capsys.readouterr().out
+
+
 def pictures_of(grey):
     return [Image.fromarray((255 * picture).round().byte().numpy()) for picture in grey]
 
