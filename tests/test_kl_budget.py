@@ -340,6 +340,11 @@ def test_an_update_that_an_error_ended_leaves_nothing_behind(tmp_path):
     assert len(trainer.budget.spent.kls) == len(kls) + 1
 
 
+def test_before_training_there_is_no_scale_yet(tmp_path):
+    with pytest.raises(ValueError, match="no λ is known yet for target_kl=0.001; call train"):
+        make_trainer(tmp_path, **SMALL).reward_scale  # noqa: B018
+
+
 def test_the_card_and_the_record_tell_budget_and_scale(tmp_path):
     trainer = make_trainer(tmp_path, **SMALL | {"save_strategy": "steps", "save_steps": 4})
     trainer.create_model_card()

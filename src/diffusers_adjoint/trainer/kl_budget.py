@@ -132,8 +132,13 @@ class KLBudget:
 
     @property
     def reward_scale(self) -> float:
-        """λ of the update under way, or of the coming one, nats per unit of reward."""
-        assert self.spent is not None  # it is known from the start of training on
+        """λ of the update under way, or of the coming one, nats per unit of reward.
+
+        Raises:
+            ValueError: before training, which estimates it.
+        """
+        if self.spent is None:
+            raise ValueError(f"no λ is known yet for target_kl={self.budget:g}; call train() first, which estimates it.")
         return self.spent.reward_scale
 
     def add(self, fit: Fit, steps: LossSteps) -> None:

@@ -143,7 +143,7 @@ class RewardTrainer(PipelineTrainer):
 
     @property
     def reward_scale(self) -> float:
-        """λ of the update under way, or of the coming one, nats per unit of reward."""
+        """λ of the update under way, or of the coming one, nats per unit of reward; ValueError before a budget has found one."""
         return cast(float, self.args.reward_scale) if self.budget is None else self.budget.reward_scale
 
     def _suit_paths(self) -> None:
