@@ -49,7 +49,7 @@ class AdjointMatchingConfig(TrainingArguments):
             λ·std(r) of 1 to 3 is a moderate tilt.
         target_kl (`float`, *optional*):
             In place of `reward_scale`: how far from the base to go, as the KL of the model's paths to the base's, nats. λ is
-            estimated from 256 images of the base, and follows the logged `kl` while training goes on.
+            estimated from 256 images of the base, and follows the KL that training measures (the logged `kl` is noisier).
         reward_weights (`list[float]`, *optional*):
             Weight of each reward function in r; all 1 when not given.
         images_as (`str`, defaults to `"tensor"`):
