@@ -56,7 +56,10 @@ class FrozenWeights:
             ValueError: if the file is missing or of other weights.
         """
         if not file.is_file():
-            raise ValueError(f"{file.parent} holds no {file.name}; pass a checkpoint that a run with the same stages wrote.")
+            raise ValueError(
+                f"{file.parent} holds no {file.name}; pass a checkpoint that a run with the same stages wrote, without "
+                f"save_only_model."
+            )
         with safe_open(file, "pt") as saved:
             found = cls(network, int(saved.metadata()["stage"]))
         weights = load_file(file)
