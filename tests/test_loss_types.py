@@ -58,9 +58,7 @@ def test_two_ways_make_the_same_update_and_the_lean_adjoint_another(tmp_path, lo
 
 
 @pytest.mark.parametrize("lora", [True, False], ids=["lora", "full"])
-@pytest.mark.parametrize(
-    "loss_type", ["basic_adjoint_matching", "discrete_adjoint", "efficient_adjoint_matching", "one_step"]
-)
+@pytest.mark.parametrize("loss_type", ["basic_adjoint_matching", "discrete_adjoint", "efficient_adjoint_matching", "one_step"])
 def test_splitting_the_batch_changes_nothing(tmp_path, loss_type, lora):
     # The last step starts with less noise than it asks the base's score at, and carries no loss.
     options = {"num_loss_steps": K - 1} if loss_type == "efficient_adjoint_matching" else {}
