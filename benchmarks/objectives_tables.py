@@ -60,7 +60,8 @@ def gallery(rows: Sequence[Row]) -> str:
     lines = []
     for name, (row,) in by_objective(rows).items():
         found = [row["found"]["rewards"][reward] for reward in names]
-        cells = [f"{f['share'][0]:.2f}, {f['w2']['tuned']:.3f}" if f["w2"] else "diverged" for f in found]
+        shares = [f"{f['share'][0]:.2f}" if f["share"] else "–" for f in found]
+        cells = [f"{share}, {f['w2']['tuned']:.3f}" if f["w2"] else "diverged" for share, f in zip(shares, found, strict=True)]
         lines.append([name, f"{row['found']['work'] / 3e6:.1f}", *cells])
     w2 = [rows[0]["found"]["rewards"][reward]["w2"] for reward in names]
     lines += [

@@ -42,12 +42,12 @@ def test_the_record_holds_the_settings_and_makes_the_tables(capsys):
 
 
 def test_runs_of_a_problem_have_about_the_same_work():
-    """Their numbers are compared: the least is 95 % of the most."""
+    """Their numbers are compared: the least is 93 % of the most."""
     for problem in objectives.RUN:
         rows = objectives.adjoint_matching_on_digits() + read(objectives.RECORDED)
         works = [row["found"]["work"] for row in rows if row["setting"]["problem"] == problem]
         if problem != "costs":
-            assert min(works) > 0.95 * max(works)
+            assert min(works) > 0.93 * max(works)
 
 
 def test_a_setting_is_run_once():
@@ -112,3 +112,19 @@ def test_a_short_run_on_digits_and_the_costs(tmp_path, monkeypatch):
     assert costs["ram"]["work"] == 7 + 8 and costs["ram"]["rewards"] == 1 and not costs["ram"]["reward_gradient"]
     assert costs["one_step"]["rewards"] == 2 and costs["one_step"]["reward_gradient"]
     assert costs["ram"]["peak_bytes"] < costs["adjoint_matching"]["peak_bytes"]
+
+
+def test_the_docs_have_its_numbers():
+    """Each objective's mean W2 on the mixture, and the shares of each seed on the digits."""
+    page = (Path(__file__).parents[1] / "docs/results.md").read_text(encoding="utf-8")
+
+    def short(value):
+        return f"{value:.3f}".removeprefix("0") if value < 1 else f"{value:.3f}"
+
+    for loss_type, options in objectives.OBJECTIVES.values():
+        rows = objectives.adjoint_matching_on_digits() + read(objectives.RECORDED)
+        mine = [r for r in rows if (r["setting"]["loss_type"], r["setting"]["loss_kwargs"]) == (loss_type, options)]
+        w2 = [r["found"]["w2"] for r in mine if r["setting"]["problem"] == "mixture"]
+        assert f"| {' | '.join(short(sum(w[s] for w in w2) / 3) for s in ('ODE', 'memoryless'))} |" in page
+        shares = [r["found"]["samplers"]["ODE"]["share"] for r in mine if r["setting"]["problem"] == "digits-ink"]
+        assert len(shares) == 3 and f"({', '.join(map(short, shares))})" in page
