@@ -46,7 +46,7 @@ class AdjointMatchingConfig(TrainingArguments):
     Args:
         reward_scale (`float`, *optional*):
             λ, nats per unit of reward; 1 when neither it nor `target_kl` is given. The larger, the further from the base;
-            λ·std(r) of 1 to 3 is a moderate tilt.
+            λ·std(r) of 1 to 2 is a moderate tilt.
         target_kl (`float`, *optional*):
             In place of `reward_scale`: how far from the base to go, as the KL of the model's paths to the base's, nats. λ is
             estimated from 256 images of the base, and follows the KL that training measures (the logged `kl` is noisier).
