@@ -13,6 +13,7 @@ from tiny_trainer import PROMPTS, config, difference, logged, make_trainer, watc
 
 from diffusers_adjoint.core.matching import LossSteps
 from diffusers_adjoint.metrics.scale import tilt_scale
+from diffusers_adjoint.trainer import probe
 from diffusers_adjoint.trainer.kl_budget import BUDGET_NAME, KLBudget, Spent, first_scale, next_scale
 from diffusers_adjoint.trainer.regress import Fit
 
@@ -221,6 +222,12 @@ def test_a_kl_that_the_objective_knows_is_taken_as_it_is():
 SMALL = {"reward_scale": None, "target_kl": 1e-3, "max_steps": 4, "learning_rate": 0.1, "rows": PROMPTS * 4}
 
 
+@pytest.fixture(autouse=True)
+def few_images(monkeypatch):
+    """The base draws 32 images for λ in place of 256, which would be most of these tests' time."""
+    monkeypatch.setattr(probe, "IMAGES_FOR_SCALE", 32)
+
+
 def scales_seen(trainer):
     """λ with which each micro-batch is scored, in the trainer's own updates."""
     seen = []
@@ -232,7 +239,7 @@ def test_the_first_update_is_that_of_the_scale_found(tmp_path, caplog):
     found = make_trainer(tmp_path, **SMALL | {"max_steps": 1})
     found.train()
     (line,) = [line for line in caplog.messages if line.startswith("target_kl=0.001 nats: λ begins at")]
-    assert "where 256 images of the base say that a third of it is spent" in line
+    assert "where 32 images of the base say that a third of it is spent" in line
     given = make_trainer(tmp_path, **SMALL | {"max_steps": 1, "target_kl": None, "reward_scale": found.reward_scale})
     given.train()
     assert difference(weights(found), weights(given)) == 0.0
