@@ -145,28 +145,18 @@ def tilt_matching(grid: line.Grid, stages: int) -> dict[str, Any]:
 
 def make_trainer(folder: str, seed: int, updates: int, **options: Any) -> work_digits.CountedTrainer:
     """The trainer of the digits demo, on groups of all images."""
-    settings = {
+    settings = work_digits.COMMON | {
         "output_dir": folder,
         "reward_scale": 40.0,
         "num_inference_steps": 10,
         "num_loss_steps": 5,
         "num_generations": IMAGES,
-        "pipeline_kwargs": {"max_sequence_length": 1},
-        "per_device_train_batch_size": 1,
         "max_steps": updates,
         "learning_rate": 3e-3,
-        "adam_beta2": 0.99,
-        "max_grad_norm": 0.0,
         "lr_scheduler_type": "linear",
-        "warmup_steps": 5,
         "logging_steps": 1,
-        "save_strategy": "no",
-        "report_to": "none",
         "seed": seed,
-        "use_cpu": True,
-        "probe_base": False,
         "num_images_to_log": 0,
-        "disable_tqdm": True,
     }
     trainer = work_digits.CountedTrainer(
         model=demo.load_pipeline(),

@@ -36,7 +36,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 import work_digits
 from rows import Row, missing, read, record
-from work_digits import BASE_SEED, ONE_TOKEN, WARMUP, demo
+from work_digits import BASE_SEED, COMMON, demo
 
 from diffusers_adjoint import AdjointMatchingConfig, AdjointMatchingTrainer
 from diffusers_adjoint.metrics import markdown_table, tilt_estimate
@@ -90,23 +90,14 @@ def trained(setting: Setting, task: demo.Task, folder: str) -> tuple[AdjointMatc
             num_inference_steps=task.steps,
             num_loss_steps=task.loss_steps,
             num_generations=task.images,
-            pipeline_kwargs=ONE_TOKEN,
-            per_device_train_batch_size=1,
             per_device_eval_batch_size=250,
             num_generations_eval=1,
             num_images_to_log=0,
             max_steps=setting.updates,
             learning_rate=setting.learning_rate or task.learning_rate,
-            adam_beta2=0.99,
-            max_grad_norm=0.0,
             lr_scheduler_type=setting.schedule,
-            warmup_steps=WARMUP,
-            save_strategy="no",
-            report_to="none",
-            disable_tqdm=True,
-            probe_base=False,
             seed=setting.seed,
-            use_cpu=True,
+            **COMMON,
         ),
         train_dataset=Dataset.from_dict({"prompt": [demo.OPEN_PROMPT] * setting.updates}),
         callbacks=[watch],

@@ -30,7 +30,19 @@ BASE_SEED, PATH_SEED, PATHS = 20_000, 10_000, 500
 BASE_TIMES = 12  # base samples for each tuned one: the referee's error is that of all rows
 CHUNK = 2000  # a multiple of the demo's batch, so that the seeds go on
 ONE_TOKEN = {"max_sequence_length": 1}
-WARMUP = 5
+COMMON = {
+    "pipeline_kwargs": ONE_TOKEN,
+    "per_device_train_batch_size": 1,
+    "adam_beta2": 0.99,
+    "max_grad_norm": 0.0,
+    "warmup_steps": 5,
+    "save_strategy": "no",
+    "report_to": "none",
+    "disable_tqdm": True,
+    "probe_base": False,
+    "use_cpu": True,
+}
+"""Settings of every run on the digits."""
 CACHE = ROOT / "build" / "work"
 """Of the rewards of base samples, which take minutes to draw and are the same each time."""
 
@@ -74,21 +86,12 @@ def make_trainer(setting: Any, task: demo.Task, folder: str) -> CountedTrainer:
             num_generations=setting.batch,
             loss_type=setting.loss_type,
             loss_kwargs=setting.loss_kwargs,
-            pipeline_kwargs=ONE_TOKEN,
-            per_device_train_batch_size=1,
             max_steps=setting.updates,
             learning_rate=setting.learning_rate,
-            adam_beta2=0.99,
-            max_grad_norm=0.0,
             lr_scheduler_type="linear",
-            warmup_steps=WARMUP,
             logging_steps=1,
-            save_strategy="no",
-            report_to="none",
-            disable_tqdm=True,
-            probe_base=False,
             seed=setting.seed,
-            use_cpu=True,
+            **COMMON,
         ),
         train_dataset=Dataset.from_dict({"prompt": [demo.OPEN_PROMPT] * setting.updates}),
         peft_config=LoraConfig(r=task.rank, lora_alpha=task.rank, target_modules=demo.LINEAR_LAYERS),

@@ -173,7 +173,7 @@ class KLBudget:
             (folder / BUDGET_NAME).write_text(json.dumps(asdict(self.spent)), encoding="utf-8")
 
     def read(self, folder: Path) -> None:
-        """From a checkpoint, if it has one: without, λ is still to be estimated."""
+        """From a checkpoint, if it has one; else what is known stays, and a new trainer has λ still to estimate."""
         if (folder / BUDGET_NAME).exists():
             values = json.loads((folder / BUDGET_NAME).read_text(encoding="utf-8"))
             step_kls = {int(step): share for step, share in values["step_kls"].items()}

@@ -8,7 +8,7 @@ samples something else on the memoryless chain.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -135,12 +135,9 @@ def probe_base(
     """
     prompts = rows_of(columns)
     count = max(2, math.ceil(IMAGES / prompts))
-    repeated = repeat_rows(columns, count)
     found: dict[str, list[dict[str, Tensor]]] = {"memoryless": [], "own": []}
     with torch.no_grad():
-        for first in watched(range(0, prompts * count, batch_size)):
-            numbers = range(first, min(first + batch_size, prompts * count))
-            part = {name: values[numbers.start : numbers.stop] for name, values in repeated.items()}
+        for numbers, part in _batches(columns, count, batch_size, watched):
             for kind, measured in found.items():
                 noise = seeded_generators(seed, 0, numbers, Stream.PROBE_NOISE) if kind == "memoryless" else None
                 images = replay.sample(part, seeded_generators(seed, 0, numbers, Stream.PROBE), noise, guided=guided)
@@ -160,17 +157,23 @@ def base_rewards(
     watched: Any = iter,
 ) -> Tensor:
     """r of ⌈256/P⌉ memoryless images of each of P rows, (P, n), float64, CPU, NaN for no value; arguments as of `probe_base`."""
-    prompts = rows_of(columns)
-    count = math.ceil(IMAGES_FOR_SCALE / prompts)
-    repeated, found = repeat_rows(columns, count), []
+    prompts, found = rows_of(columns), []
     with torch.no_grad():
-        for first in watched(range(0, prompts * count, batch_size)):
-            numbers = range(first, min(first + batch_size, prompts * count))
-            part = {name: values[numbers.start : numbers.stop] for name, values in repeated.items()}
+        for numbers, part in _batches(columns, math.ceil(IMAGES_FOR_SCALE / prompts), batch_size, watched):
             streams = Stream.PROBE, Stream.PROBE_NOISE
             images = replay.sample(part, *(seeded_generators(seed, 0, numbers, stream) for stream in streams), guided=guided)
             found.append({"reward": reward.total(images_and_rewards(reward, images, part)[1])})
     return _by_prompt(found, prompts)["reward"]
+
+
+def _batches(
+    columns: dict[str, list[Any]], count: int, batch_size: int, watched: Any
+) -> Iterator[tuple[range, dict[str, list[Any]]]]:
+    """The numbers of each batch's images and their rows, for `count` images of each row, those of a row next to each other."""
+    repeated, images = repeat_rows(columns, count), rows_of(columns) * count
+    for first in watched(range(0, images, batch_size)):
+        numbers = range(first, min(first + batch_size, images))
+        yield numbers, {name: values[numbers.start : numbers.stop] for name, values in repeated.items()}
 
 
 def _measure(reward: WeightedReward, images: Tensor, columns: dict[str, list[Any]]) -> dict[str, Tensor]:
