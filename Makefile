@@ -41,9 +41,11 @@ clean:
 	rm -rf $(VENV) build dist out src/*.egg-info .pytest_cache .ruff_cache .mypy_cache
 
 # torch alone first: the pinned release is taken from wherever pip is told to look, a local CPU build included,
-# before anything else can ask for another one.
+# before anything else can ask for another one. Last the recognisers of examples/words, whose weights are all that is used:
+# without what their programs need, onnxruntime and OpenCV.
 $(INSTALLED): setup.py constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install -c constraints.txt torch
 	$(BIN)/python -m pip install -c constraints.txt -e '.[dev,docs]'
+	$(BIN)/python -m pip install -c constraints.txt --no-deps rapidocr rapidocr-onnxruntime
 	touch $@

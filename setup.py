@@ -37,6 +37,8 @@ EXTRAS: dict[str, list[str]] = {
     # bring torchvision, which the package itself does without.
     "rewards": ["open-clip-torch>=3.3", "protobuf>=7.36", "sentencepiece>=0.2"],
     "metrics": ["dreamsim>=0.2.1", "lpips>=0.1.4"],
+    # The weights of two text recognisers, and what reads their graphs; examples/words. The first has no release for Python 3.13.
+    "words": ["matplotlib>=3.10", "onnx>=1.20", "rapidocr==3.10.0", "rapidocr-onnxruntime==1.4.4"],
     "docs": [
         "latex2mathml>=3.81",
         "mkdocs>=1.6",
@@ -49,6 +51,7 @@ EXTRAS: dict[str, list[str]] = {
         "ftfy>=6.3",
         "matplotlib>=3.10",
         "mypy>=2.0",
+        "onnx>=1.20",
         "pre-commit>=4.0",
         "pytest>=9.0",
         "pytest-xdist>=3.8",
