@@ -6,7 +6,7 @@ Nothing is written to the user's pipeline: each call runs on a shallow copy that
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import nullcontext
 from operator import attrgetter
 from typing import Any
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from .casting import vae_dtype
 from .conditioning import Preparations, Recording, Returned, copied, fresh, in_order, remembering
+from .slices import Decode
 from .stand_in import ReplayStop, replayable_call
 from .view import (
     called_in_place_of,
@@ -114,9 +115,15 @@ class PipelineCalls:
         returns: dict[str, tuple[Returned, ...]],
         device: torch.device,
         denoiser: nn.Module | None = None,
+        decoding: Callable[[Any], Decode] | None = None,
     ) -> Any:
-        """The images of the recorded call, or `ReplayStop` where the probe leaves it; its preparing methods return `returns`."""
+        """The images of the recorded call, or `ReplayStop` where the probe leaves it; its preparing methods return `returns`.
+
+        With `decoding` its VAE has another `decode`, made from the VAE.
+        """
         view, generators = self._view(probe, device), copied(generators)
+        if decoding is not None:
+            set_method(view, "vae.decode", decoding(view.vae))
         if recording.vae_dtype != vae_dtype(view):  # the methods that cast it are not run again
             view.vae.to(dtype=recording.vae_dtype)
         replayed = {name: in_order(name, values, generators) for name, values in returns.items()}

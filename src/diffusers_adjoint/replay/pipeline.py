@@ -8,7 +8,7 @@ guidance and its latents look like. Text encodings and starting latents are reco
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any
 
@@ -20,6 +20,8 @@ from ..core.transition import Transition
 from .arguments import CallArguments
 from .calls import PipelineCalls
 from .conditioning import Conditioning, Preparations, Recording, copied, latents_in, slot_of
+from .frames import FrameLayout
+from .slices import Decode, decoding, has_decoder, measuring, same
 from .stand_in import RecordedStep, ReplayStop, make_probe, make_recorder, probe_class
 from .view import counting_rows, denoiser_names, no_guidance, set_differentiable
 
@@ -36,6 +38,7 @@ class PipelineReplay:
         guidance_scale: classifier-free guidance, 1 for none, or the scale that a distilled network takes as an input.
         pipeline_kwargs: further arguments of every call (height, max_sequence_length, …).
         component: name of the denoiser to train; `None` for the one that diffusers puts LoRA on.
+        chooses_frames: whether `decode` is going to be asked for some frames of a video only.
 
     Attributes:
         component: the denoiser's name in the pipeline.
@@ -44,6 +47,7 @@ class PipelineReplay:
         num_inference_steps: K of the last `prepare`: as asked for, or the length of `sigmas` where these are given.
         guides_itself: whether guidance acts that no scale switches off; of `find_guidance`.
         guidance_is_distilled: whether the network is asked for the predictions of a guided one, by a scale above 1.
+        frame_layout: which frames the VAE makes of which latent frames; of `find_frames`, without which it is `None`.
 
     Raises:
         TypeError: if `pipeline` is no diffusers pipeline.
@@ -59,6 +63,7 @@ class PipelineReplay:
         guidance_scale: float = 1.0,
         pipeline_kwargs: dict[str, Any] | None = None,
         component: str | None = None,
+        chooses_frames: bool = False,
     ) -> None:
         self.denoisers = denoiser_names(pipeline)
         self.component = component or self.denoisers[0]
@@ -77,6 +82,8 @@ class PipelineReplay:
         self.guides_itself = False
         self.guidance_is_distilled = self.embeds_guidance and guidance_scale > 1
         self.num_inference_steps = num_inference_steps
+        self.chooses_frames = chooses_frames
+        self.frame_layout: FrameLayout | None = None
         self.arguments = CallArguments(
             self.name,
             self._calls.function,
@@ -248,22 +255,30 @@ class PipelineReplay:
             raise ValueError(f"{self.name} does not call scheduler.step at step {index}; it cannot be replayed.")
         return probe.captured[: len(x)]  # a pipeline that carries its batch doubled for guidance hands it over like that
 
-    def decode(self, x: Tensor, conditioning: Conditioning) -> Tensor:
+    def decode(self, x: Tensor, conditioning: Conditioning, frames: Sequence[int] | None = None) -> Tensor:
         """Images of final latents x by the pipeline's own unpacking, VAE and post-processing; no denoiser evaluation.
 
         Args:
             x: shape (B, …), data.
             conditioning: as for `predict`.
+            frames: numbers of the frames of a video that are wanted, ascending, after `find_frames`; `None` for all.
 
         Returns:
             Images (B, 3, H, W) in [0, 1], videos (B, F, 3, H, W) or waveforms (B, …) in the pipeline's dtype, differentiable in
-            x (the pipeline clamps images: a saturated pixel has no gradient).
+            x (the pipeline clamps images: a saturated pixel has no gradient). The gradient is that of the whole decoding's same
+            frames. After `find_frames` it takes one more forward pass, and the memory of one slice, where the decoder has slices.
         """
+        layout = self.frame_layout
+        if layout is None:
+            return self._decode(x, conditioning)
+        return self._decode(x, conditioning, decoding(layout, range(layout.num_frames) if frames is None else frames))
+
+    def _decode(self, x: Tensor, conditioning: Conditioning, decoding: Callable[[Any], Decode] | None = None) -> Tensor:
         probe = make_probe(self._probe_class, self.scheduler, visit=())
         guided = True in conditioning.recordings
         recording, returns = conditioning.recording(guided), conditioning.returns_with(x, guided)
         try:
-            return self._calls.replayed(probe, recording, conditioning.generators, returns, x.device)
+            return self._calls.replayed(probe, recording, conditioning.generators, returns, x.device, decoding=decoding)
         except ReplayStop:
             raise ValueError(
                 f"{self.name} calls scheduler.step outside its loop over timesteps; it cannot be replayed."
@@ -360,6 +375,35 @@ class PipelineReplay:
             self._calls.ordinary(recorder, self.arguments(columns, len(generators)), generators, preparations)
         latents = latents_in(preparations.returns["prepare_latents"][0].value)
         self._slot = slot_of(recorder.first_sample, latents)
+
+    def find_frames(self, x: Tensor, conditioning: Conditioning) -> None:
+        """Find which frames of a video its VAE can decode without the others, by a few decodings without gradient.
+
+        Args:
+            x: any state, shape (B, …).
+
+        Raises:
+            ValueError: if there are no frames to choose from, or they cannot be told apart.
+        """
+        found: list[FrameLayout] = []
+        with torch.no_grad():
+            whole = self._decode(x, conditioning, self._measuring(found))
+        if whole.ndim != 5 or len(found) != 1:
+            raise ValueError(
+                f"decode_frames chooses from the frames of a video, whose latents (B, C, F, H, W) a VAE decodes together, and "
+                f"{self.name} decodes none; leave it out."
+            )
+        self.frame_layout = found[0]
+        chosen = self.frame_layout.frames_of([len(self.frame_layout.sizes) // 2])
+        with torch.no_grad():
+            alone = self.decode(x, conditioning, chosen)
+        if len(whole[0]) != self.frame_layout.num_frames or not same(alone, whole[:, chosen]):
+            raise ValueError(
+                f"{self.name} changes the frames that its VAE decodes, so none can be chosen; leave decode_frames out."
+            )
+
+    def _measuring(self, found: list[FrameLayout]) -> Callable[[Any], Decode] | None:
+        return measuring(self.name, found) if has_decoder(getattr(self.pipeline, "vae", None)) else None
 
     def _dry_run(
         self, columns: dict[str, list[Any]], generators: list[torch.Generator], texts: dict[str, list[Any]], *, guided: bool

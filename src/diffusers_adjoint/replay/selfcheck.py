@@ -80,6 +80,8 @@ class _Check:
         self.generators = generators
         replay.find_state(columns, self._generators())
         self.x, self.conditioning = replay.prepare(columns, self._generators(), unguided=unguided)
+        if replay.chooses_frames:  # first, so that the check's own decodings need no more memory than those of training
+            replay.find_frames(self.x, self.conditioning)
 
     def decoding_has_a_gradient(self) -> None:
         """Back through the decoder once; first of all, because it is what no setting can mend."""
