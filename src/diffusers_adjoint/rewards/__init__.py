@@ -8,6 +8,7 @@ from .combine import RewardGradient, WeightedReward, reward_gradient
 from .hpsv2 import HPSv2
 from .image_statistics import brightness, colourfulness, compressibility, contrast, saturation, sharpness
 from .imagereward import ImageReward
+from .motion import MotionFloor, motion
 from .pickscore import PickScore
 from .preprocess import differentiable_preprocess
 from .prompt_contrast import PromptContrast
@@ -18,6 +19,7 @@ __all__ = [
     "ClassLogProbability",
     "HPSv2",
     "ImageReward",
+    "MotionFloor",
     "PickScore",
     "PromptContrast",
     "RewardGradient",
@@ -29,6 +31,7 @@ __all__ = [
     "contrast",
     "differentiable_preprocess",
     "gradient_clipped",
+    "motion",
     "normalised",
     "per_frame",
     "reward_gradient",
