@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from tiny_rewards import brightness
 from torch.autograd import gradcheck
 
 from diffusers_adjoint.rewards import MotionFloor, WeightedReward, motion, reward_gradient
@@ -75,3 +76,11 @@ def test_a_video_that_stands_still_has_no_gradient_and_no_nan():
 def test_bad_input(call, error, message):
     with pytest.raises(error, match=message):
         call()
+
+
+def test_it_asks_for_all_frames():
+    assert WeightedReward(MotionFloor(0.1)).asked_frames(4) == {0, 1, 2, 3}
+    with pytest.raises(
+        ValueError, match=r"^reward 'brightness' does not say which frames it looks at, .*; put per_frame around it, "
+    ):
+        WeightedReward([MotionFloor(0.1), brightness]).asked_frames(4)

@@ -14,6 +14,7 @@ from transformers import TrainingArguments
 from .field_types import require_types
 from .guidance import GUIDANCE
 from .objectives import OBJECTIVES, Objective, Ram, objective_of
+from .replay.frames import FrameChoice
 from .rewards.black_box import IMAGES_AS
 from .schedulers.integrators import DEFAULT_INTEGRATOR, INTEGRATORS
 from .schedulers.memoryless import check_integrator
@@ -84,6 +85,13 @@ class AdjointMatchingConfig(TrainingArguments):
             one that diffusers puts LoRA on when not given. The steps of the others stay as they are and carry no loss.
         offload_text_encoders (`bool`, defaults to `False`):
             Keep the text encoders on the CPU while the denoiser works; they are moved for the encoding of each batch.
+        decode_frames (`str`, defaults to `"all"`):
+            Of videos, what is decoded for the rewards in training, chosen by latent frames, each of which is one frame or a few.
+            `"all"`; `"first"`, the first latent frame; `"even_2"`, two in even distances, or as many as the number says;
+            `"random_2"`, two that are drawn for each update, and then the target is the tilt by the mean reward over the draws:
+            the rewards get a shorter video. `"asked"`: the frames that the rewards look at (`per_frame`), in a video that is grey
+            elsewhere, with the same values as `"all"`. With all but `"all"` a decoder that works in slices keeps one slice's
+            graph, for one forward pass more; no later frame is decoded where it would change nothing.
         num_generations (`int`, defaults to 1):
             Images per prompt. A rollout has `per_device_train_batch_size` × `num_generations` images. `loss_type="ram"` compares
             those of one prompt, and takes 2 or more.
@@ -201,6 +209,12 @@ class AdjointMatchingConfig(TrainingArguments):
     offload_text_encoders: bool = field(
         default=False, metadata={"help": "Keep the text encoders on the CPU except while a batch is encoded."}
     )
+    decode_frames: str = field(
+        default="all",
+        metadata={
+            "help": "Of videos, the latent frames decoded for the rewards: all, first, asked, random_2, even_2 (any number)."
+        },
+    )
     num_generations: int = field(default=1, metadata={"help": "Images per prompt."})
     probe_base: bool = field(
         default=True, metadata={"help": "Draw images of the base before the first update, to see where training starts."}
@@ -300,6 +314,7 @@ class AdjointMatchingConfig(TrainingArguments):
         for name in ("integrator", "sampling_integrator"):
             if (value := getattr(self, name)) is not None:
                 check_integrator(value, name)
+        FrameChoice.of(self.decode_frames)
         for name in OWN_DICTS:
             if not isinstance(value := getattr(self, name), dict | None):
                 raise TypeError(f"{name} is a {type(value).__name__}; pass a dict of arguments, or JSON on the command line.")

@@ -29,7 +29,7 @@ logger = logging.get_logger(__name__)
 SETTINGS = ["reward_scale", "target_kl", "guidance_scale", "cfg_mode", "num_inference_steps", "num_loss_steps"]
 SETTINGS += ["loss_type", "loss_kwargs", "loss_step_selection", "loss_clip", "num_iterations"]
 SETTINGS += ["learning_rate", "lr_scheduler_type", "optim"]
-SETTINGS += ["weight_decay", "max_grad_norm", "num_generations", "seed", "bf16", "fp16"]
+SETTINGS += ["weight_decay", "max_grad_norm", "num_generations", "decode_frames", "seed", "bf16", "fp16"]
 TAGS: dict[tuple[Medium, str], str] = {
     ("image", "text"): "text-to-image",
     ("image", "image"): "image-to-image",

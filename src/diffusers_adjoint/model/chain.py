@@ -14,6 +14,7 @@ from ..core.adjoint import EndPoint, end_point
 from ..core.trajectory import MeanFunction, Trajectory
 from ..guidance import Guidance
 from ..replay import Conditioning, PipelineReplay
+from ..replay.frames import ChosenFrames
 from .denoiser import PipelineDenoiser
 from .paths import sample_trajectory
 from .randomness import stacked_noise
@@ -45,6 +46,7 @@ class PipelineChain:
         share: of the update's images on this process.
         ends_update: whether the update has no further micro-batch.
         images_per_prompt: how many images in a row are of one prompt.
+        frames: of a video, what the rewards see; `None` for all.
     """
 
     denoiser: PipelineDenoiser
@@ -56,6 +58,7 @@ class PipelineChain:
     share: float = 1.0
     ends_update: bool = True
     images_per_prompt: int = 1
+    frames: ChosenFrames | None = None
 
     @property
     def stds(self) -> Tensor:
@@ -127,5 +130,18 @@ class PipelineChain:
         return end_point(path, self.base_mean, self.mean if of == "model" else None)
 
     def decode(self, x: Tensor) -> Tensor:
-        """Images of final latents, differentiable in them."""
+        """Images of final latents as the rewards see them, differentiable in the latents."""
+        if self.frames is None:
+            return self.decode_all(x)
+        return self.frames.shown(self.denoiser.replay.decode(x, self.conditioning, self.frames.numbers))
+
+    def decode_all(self, x: Tensor) -> Tensor:
+        """The same with all frames."""
         return self.denoiser.replay.decode(x, self.conditioning)
+
+    @property
+    def reward_columns(self) -> dict[str, list[Any]]:
+        """The columns, and for a shorter video "frame_numbers", those of its frames in the whole one, for each sample."""
+        if self.frames is None or self.frames.in_place:
+            return self.columns
+        return {**self.columns, "frame_numbers": [list(self.frames.numbers)] * len(self.start)}

@@ -19,7 +19,7 @@ __all__ = ["Stream", "seeded_generator", "seeded_generators", "random_numbers_ke
 
 
 class Stream(IntEnum):
-    """Independent random streams of one sample (or, for the loss steps, of one update)."""
+    """Independent random streams of one sample (or, for the loss steps and the frames, of one update)."""
 
     START = 0
     STEP_NOISE = 1
@@ -29,6 +29,7 @@ class Stream(IntEnum):
     EVALUATION_NOISE = 5
     PROBE = 6
     PROBE_NOISE = 7
+    FRAMES = 8
 
 
 def seeded_generator(seed: int, update: int, sample: int, stream: Stream) -> torch.Generator:

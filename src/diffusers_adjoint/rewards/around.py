@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence, Sized
+from functools import partial
 from numbers import Integral, Real
 from typing import Any
 
@@ -33,16 +34,21 @@ class _Around(nn.Module):
         functions: f_i.
         weights: w_i; `None` for all 1.
         around: f(score, images, prompts, columns) → (B,).
+        frames: number of frames of a video → those that are looked at; `None` for those that the functions look at.
     """
 
     def __init__(
-        self, functions: Sequence[RewardFunction], weights: Sequence[float] | None, around: Callable[..., Tensor]
+        self,
+        functions: Sequence[RewardFunction],
+        weights: Sequence[float] | None,
+        around: Callable[..., Tensor],
+        frames: Callable[[int], list[int]] | None = None,
     ) -> None:
         super().__init__()
         for function in functions:
             if not callable(function):
                 raise TypeError(f"reward {function!r} is not callable; pass f(images=, prompts=, **columns).")
-        self.inner, self.around = WeightedReward(list(functions), weights), around
+        self.inner, self.around, self.frames = WeightedReward(list(functions), weights), around, frames
         self.parts = nn.ModuleList(f for f in functions if isinstance(f, nn.Module))
         self.__name__ = "_and_".join(self.inner.names)
 
@@ -52,6 +58,9 @@ class _Around(nn.Module):
 
     def require_arguments(self, columns: Columns) -> set[str]:
         return self.inner.require_arguments(columns)
+
+    def asked_frames(self, num_frames: int) -> set[int]:
+        return self.inner.asked_frames(num_frames) if self.frames is None else set(self.frames(num_frames))
 
     def _score(self, images: Tensor, prompts: list[str], columns: Columns) -> Tensor:
         values = self.inner(images, prompts, **columns)
@@ -129,7 +138,8 @@ def per_frame(reward: RewardFunction, num_frames: int = 4) -> nn.Module:
     """Mean of an image reward over frames of a video.
 
     The frames are evenly spaced (to the nearest frame) from the first to the last, which are among them; one alone is the middle
-    one, and of a shorter video it is all. They are scored in one batch of B × num_frames images.
+    one, and of a shorter video it is all. They are scored in one batch of B × num_frames images. With `decode_frames="asked"` the
+    trainer decodes what these frames need and no more.
 
     Args:
         reward: of images (B, 3, H, W); the prompts and columns of a video are repeated for its frames.
@@ -151,12 +161,13 @@ def per_frame(reward: RewardFunction, num_frames: int = 4) -> nn.Module:
             raise ValueError(
                 f"images has shape {tuple(videos.shape)}; pass videos (B, F, 3, H, W), or the reward without per_frame."
             )
-        frames = videos[:, _evenly_spaced(num_frames, videos.shape[1])]
+        frames = videos[:, spaced(videos.shape[1])]
         count = frames.shape[1]
         repeated = {name: _repeated(values, count) for name, values in columns.items()}
         return score(frames.flatten(0, 1), _repeated(prompts, count), repeated).view(-1, count).mean(1)
 
-    return _Around([reward], None, around)
+    spaced = partial(_evenly_spaced, num_frames)
+    return _Around([reward], None, around, spaced)
 
 
 def _evenly_spaced(count: int, of: int) -> list[int]:

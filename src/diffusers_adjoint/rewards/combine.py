@@ -91,6 +91,26 @@ class WeightedReward:
             asked |= signature.parameters.keys()
         return asked
 
+    def asked_frames(self, num_frames: int) -> set[int]:
+        """Numbers of the frames that a function looks at, of a video of `num_frames`.
+
+        Raises:
+            ValueError: if a function does not say, or names others.
+        """
+        asked: set[int] = set()
+        for name, function in zip(self.names, self.functions, strict=True):
+            if not hasattr(function, "asked_frames"):
+                raise ValueError(
+                    f"reward {name!r} does not say which frames it looks at, which decode_frames='asked' wants to know; put "
+                    f"per_frame around it, or pass decode_frames='all'."
+                )
+            frames = set(function.asked_frames(num_frames))
+            if not (frames and frames <= set(range(num_frames))):
+                told = f"reward {name!r} asks for the frames {sorted(frames)} of {num_frames}"
+                raise ValueError(f"{told}; ask for some from 0 to {num_frames - 1}.")
+            asked |= frames
+        return asked
+
     def __call__(self, images: Tensor, prompts: list[str], **columns: list[Any]) -> dict[str, Tensor]:
         """Each function's value, name → (B,) float32 or better. A function gets the columns that it has arguments for.
 

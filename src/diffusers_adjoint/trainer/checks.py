@@ -21,7 +21,7 @@ from ..replay.arguments import CallArguments
 from ..rewards import WeightedReward
 
 __all__ = ["columns_to_check", "require_config", "require_prompts", "require_unswitched_layers", "require_writable"]
-__all__ += ["warn_of_flat_rewards", "warn_of_given_start", "warn_of_guidance"]
+__all__ += ["warn_of_flat_rewards", "warn_of_given_start", "warn_of_guidance", "warn_of_whole_decodings"]
 
 logger = logging.get_logger(__name__)
 
@@ -116,6 +116,22 @@ def warn_of_given_start(replay: PipelineReplay) -> None:
             f"{replay.name} starts from a noisy image, not from noise: its start is not forgotten, so the samples follow "
             f"p_base·exp(λr) only for each given start, up to a factor that depends on it; strength=1 starts from noise."
         )
+
+
+def warn_of_whole_decodings(replay: PipelineReplay) -> None:
+    """Say that a choice of frames spares the decoder nothing, and what does."""
+    layout = replay.frame_layout
+    if layout is None or layout.sliced or layout.beginnings[0] < len(layout.sizes) or len(layout.sizes) == 1:
+        return
+    vae = replay.pipeline.vae
+    if vae._supports_gradient_checkpointing and not vae.is_gradient_checkpointing:
+        memory = "call vae.enable_gradient_checkpointing(), which leaves the frames as they are"
+    else:
+        memory = "make fewer or smaller frames"
+    logger.warning(
+        f"the {type(vae).__name__} decodes a video as a whole, each frame from those after it too, so that decode_frames spares "
+        f"the memory of the rewards alone; if that is short, {memory}."
+    )
 
 
 def warn_of_flat_rewards(gradient: torch.Tensor) -> None:

@@ -29,11 +29,12 @@ from ..model.denoiser import PipelineDenoiser
 from ..model.devices import place
 from ..model.loading import load_pipeline
 from ..model.lora import add_lora
-from ..model.randomness import Stream, random_numbers_kept, seeded_generators
+from ..model.randomness import Stream, random_numbers_kept, seeded_generator, seeded_generators
 from ..model.sharding import from_first_process
 from ..objectives import Method
 from ..pictures.samples import SampleImages
 from ..replay import PipelineReplay
+from ..replay.frames import ChosenFrames, FrameChoice
 from ..replay.selfcheck import check_replay
 from ..rewards import WeightedReward
 from ..rewards.quantised import warn_of_quantised_rewards
@@ -49,6 +50,7 @@ from .checks import (
     warn_of_flat_rewards,
     warn_of_given_start,
     warn_of_guidance,
+    warn_of_whole_decodings,
 )
 from .evaluation import kl_name, require_known_metric
 from .gradients import require_checkpointing, require_gradients, warn_of_unused
@@ -178,7 +180,21 @@ class RewardTrainer(PipelineTrainer):
             )
         noise = self._generators(images, Stream.STEP_NOISE)
         drawn = self.denoiser, self.guidance, start, conditioning, noise, columns
-        return PipelineChain(*drawn, inputs["share"], inputs["ends_update"], self.args.num_generations)
+        shared = inputs["share"], inputs["ends_update"], self.args.num_generations
+        return PipelineChain(*drawn, *shared, frames=self._chosen_frames())
+
+    def _chosen_frames(self) -> ChosenFrames | None:
+        """What the rewards of this update see of its videos, the same of all; `None` for everything."""
+        layout = self.replay.frame_layout
+        if layout is None:
+            return None
+        choice = FrameChoice.of(self.args.decode_frames)
+        if choice.kind == "asked":
+            asked = self.reward.asked_frames(layout.num_frames)
+            return ChosenFrames(tuple(sorted(asked)), layout.num_frames, in_place=True)
+        generator = seeded_generator(self.args.seed, self.state.global_step, 0, Stream.FRAMES)
+        latent_frames = choice.latent_frames(len(layout.sizes), generator)
+        return ChosenFrames(layout.frames_of(latent_frames), layout.num_frames)
 
     def _generators(self, images: Sequence[int], stream: Stream) -> list[torch.Generator]:
         return seeded_generators(self.args.seed, self.state.global_step, images, stream)
@@ -217,10 +233,23 @@ class RewardTrainer(PipelineTrainer):
         if not self._can_step(model, self.args.num_iterations):
             self._counts.updates.drop(model)
         if self.is_world_process_zero():
-            self._shown.trained = SampleImages.first(self.args.num_images_to_log, scored.images, chain.columns, scored.rewards)
+            self._shown.trained = self._pictures(chain, scored)
         if self.state.global_step == 0:  # an evaluation shows the base, and only now are the rewards the base's
             self._shown.evaluated = None
             self._announce()
+
+    def _pictures(self, chain: PipelineChain, scored: ScoredImages) -> SampleImages | Callable[[], SampleImages]:
+        """The first images; of videos that were decoded in part the whole, when it is going to be looked at."""
+        first = partial(SampleImages.first, self.args.num_images_to_log, columns=chain.columns, rewards=scored.rewards)
+        if chain.frames is None or not self.args.num_images_to_log:
+            return first(images=scored.images)
+        end_point = scored.end_point
+
+        def decoded() -> SampleImages:
+            with torch.no_grad():
+                return first(images=chain.decode_all(end_point))
+
+        return decoded
 
     def _check_gradients(self) -> None:
         """After the backward passes of the first update: name what would never learn, before the optimizer moves the rest."""
@@ -287,6 +316,7 @@ class RewardTrainer(PipelineTrainer):
         generators = self._generators(range(rows_of(columns)), Stream.START)
         with self._text_encoders():
             check_replay(self.replay, columns, generators, check_unguided=not self.guidance.loss)
+        warn_of_whole_decodings(self.replay)
         first = {"columns": columns, "first_image": 0, "share": 1.0, "ends_update": False}
         chain = self.prepare_chain(first)
         if self.guidance.loss and not self.replay.arguments.guides:
@@ -397,7 +427,7 @@ class RewardTrainer(PipelineTrainer):
                 self._target_kl.watch(logs)
         super().log(logs, start_time)
         if "loss" in logs:
-            self._show("train", self._shown.trained)
+            self._show("train", self._shown.of_training())
 
 
 def _denoiser_of(replay: PipelineReplay, peft_config: LoraConfig | None) -> PipelineDenoiser:
@@ -425,4 +455,5 @@ def _replay_of(pipeline: DiffusionPipeline, args: AdjointMatchingConfig, integra
         guidance_scale=args.guidance_scale,
         pipeline_kwargs=parsed(args.pipeline_kwargs),
         component=args.trained_component,
+        chooses_frames=args.decode_frames != "all",
     )

@@ -23,7 +23,8 @@ class ScoredImages:
     Args:
         rewards: r, shape (B,), NaN for an image without one; detached, as all of these.
         values: name → f_i, shape (B,).
-        images: the decoded end points.
+        end_point: that was scored, (B, …).
+        images: the decoded end points, of videos the frames that the rewards see.
         exponent: λr, shape (B,).
         tilt: λ∇r, shape (B, …), 0 for the images that are not usable; NaN where nothing is differentiated.
         usable: which images have a finite reward and, where it is differentiated, a bounded ½‖λ∇r‖², (B,) bool.
@@ -32,6 +33,7 @@ class ScoredImages:
 
     rewards: Tensor
     values: dict[str, Tensor]
+    end_point: Tensor
     images: Tensor
     exponent: Tensor
     tilt: Tensor
@@ -47,16 +49,17 @@ def score_images(
     Raises:
         ValueError: if a reward has no gradient where one is asked for.
     """
+    columns = chain.reward_columns
     if not differentiate:
         with torch.no_grad():
-            images, values = images_and_rewards(reward, chain.decode(end_point), chain.columns)
+            images, values = images_and_rewards(reward, chain.decode(end_point), columns)
         rewards = reward.total(values)
         unknown = torch.full_like(end_point, torch.nan)
         exponent, norms = reward_scale * rewards, torch.full_like(rewards, torch.nan)
-        return ScoredImages(rewards, values, images, exponent, unknown, rewards.isfinite(), norms)
-    found = reward_gradient(end_point, chain.decode, reward, prompts_of(chain.columns), without_prompt(chain.columns))
+        return ScoredImages(rewards, values, end_point, images, exponent, unknown, rewards.isfinite(), norms)
+    found = reward_gradient(end_point, chain.decode, reward, prompts_of(columns), without_prompt(columns))
     slope = reward_scale * found.gradient
     usable = found.rewards.isfinite() & bounded(half_square(slope))
     tilt = torch.where(usable.view(-1, *[1] * (slope.ndim - 1)), slope, 0.0)
     exponent, norms = reward_scale * found.rewards, slope.flatten(1).norm(dim=1)
-    return ScoredImages(found.rewards, found.values, found.images, exponent, tilt, usable, norms)
+    return ScoredImages(found.rewards, found.values, end_point, found.images, exponent, tilt, usable, norms)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,17 +22,23 @@ class Shown:
     """The last pictures of each kind; no number depends on them.
 
     Args:
-        trained: of the last rollout, on the main process.
+        trained: of the last rollout, on the main process, or what makes them when they are looked at.
         evaluated: of the last evaluation; `None` until there is one, and again when a call of `train` begins and after the first
             update of a run, since the earlier ones show another model.
     """
 
-    trained: SampleImages | None = None
+    trained: SampleImages | Callable[[], SampleImages] | None = None
     evaluated: SampleImages | None = None
+
+    def of_training(self) -> SampleImages | None:
+        """Those of the last rollout, made once."""
+        if not isinstance(self.trained, SampleImages | None):
+            self.trained = self.trained()
+        return self.trained
 
     def for_card(self) -> SampleImages:
         """Those of the last evaluation rather than of training; without either, no images, shape (0, 3, 1, 1)."""
-        return self.evaluated or self.trained or SampleImages(torch.zeros(0, 3, 1, 1), [], torch.zeros(0))
+        return self.evaluated or self.of_training() or SampleImages(torch.zeros(0, 3, 1, 1), [], torch.zeros(0))
 
 
 def show(pictures: SampleImages, name: str, step: int, folder: Path, callbacks: Sequence[TrainerCallback]) -> None:
