@@ -27,7 +27,9 @@ class Family:
         kwargs: `pipeline_kwargs`.
         columns: dataset columns, two rows.
         lora: names of the modules that LoRA adapts; `None` where all weights are trained.
+        network_lora: whether the LoRA is loaded into the network, because the pipeline has no way to do it.
         component: `trained_component`; `None` for the default.
+        one_sample: whether the pipeline takes one sample at a time; of two rows, the second one is used where another is needed.
         dtype: for finite differences; float32 where the network cannot run in double.
         step: of the finite differences, relative to the state.
         fast: whether `make test` runs it; the others run in `make test-slow`.
@@ -41,7 +43,9 @@ class Family:
     kwargs: dict[str, Any] = field(default_factory=dict)
     columns: dict[str, list[Any]] = field(default_factory=lambda: {"prompt": list(PROMPTS)})
     lora: tuple[str, ...] | None = ("to_q", "to_k", "to_v", "to_out.0")
+    network_lora: bool = False
     component: str | None = None
+    one_sample: bool = False
     dtype: torch.dtype = torch.float64
     step: float = 1e-3
     fast: bool = False

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 from datasets import Dataset, IterableDataset
-from diffusers import DDPMPipeline, DDPMScheduler, LCMScheduler, StableDiffusion3Pipeline, UNet2DModel
+from diffusers import DDPMPipeline, DDPMScheduler, LCMScheduler, UNet2DModel
 from peft import AdaLoraConfig, IA3Config, LoHaConfig, LoraConfig, get_peft_model
 from test_quantised import quantised
 from tiny_pipelines import sd3, sd15
@@ -114,10 +114,6 @@ def other_arguments(images, prompts, label):
     return brightness(images, prompts)
 
 
-class Unsaved(StableDiffusion3Pipeline):
-    save_lora_weights = None
-
-
 class NoStart(DDPMPipeline):
     """A call in whose module no noise is drawn."""
 
@@ -133,11 +129,6 @@ def without(name):
     pipeline = sd3()
     setattr(pipeline, name, None)
     return pipeline
-
-
-def without_lora_saving():
-    pipeline = sd3()
-    return Unsaved(**pipeline.components)
 
 
 def wrapped(wrap):
@@ -434,7 +425,6 @@ CASES = {
     "LoRA that rewrites the base": Case(
         "init_lora_weights='pissa'", "'gaussian'", trainer={"peft_config": lora(init_lora_weights="pissa")}
     ),
-    "pipeline cannot save a LoRA": Case("Unsaved cannot save", "peft_config=None", trainer={"model": without_lora_saving}),
     "all weights of a bf16 network": Case(
         "torch.bfloat16", "float32", trainer={"model": lambda: sd3().to(torch.bfloat16), "peft_config": None}
     ),

@@ -24,12 +24,18 @@ SEEDS = (1, 2)
 
 
 @pytest.fixture(params=[pytest.param(f, marks=() if f.fast else pytest.mark.slow, id=f.name) for f in FAMILIES])
-def family(request):
+def family(request, monkeypatch):
+    if request.param.one_sample:
+        monkeypatch.setitem(globals(), "SEEDS", SEEDS[:1])
     return request.param
 
 
 def generators():
     return [torch.Generator().manual_seed(seed) for seed in SEEDS]
+
+
+def columns_of(family):
+    return {name: values[: len(SEEDS)] for name, values in family.columns.items()}
 
 
 def prepared(pipeline, family):
@@ -41,8 +47,8 @@ def prepared(pipeline, family):
         pipeline_kwargs=family.kwargs,
         component=family.component,
     )
-    replay.find_state(family.columns, generators())
-    return replay, *replay.prepare(family.columns, generators())
+    replay.find_state(columns_of(family), generators())
+    return replay, *replay.prepare(columns_of(family), generators())
 
 
 def component_of(pipeline, family):
@@ -71,11 +77,17 @@ class Step:
 
 
 def call_arguments(family, **changes):
-    columns = {name: list(values) if isinstance(values, list) else values for name, values in family.columns.items()}
+    """As a user writes it, also one who has a single image and a single prompt."""
+    columns = {name: values[0] if is_bare(values[0]) else values for name, values in columns_of(family).items()}
     scale = {} if family.scale is None else {family.scale: family.guidance_scale}
     batch = {} if columns else {"batch_size": len(SEEDS)}
-    ours = {"num_inference_steps": STEPS, "generator": generators(), "output_type": "pt", "return_dict": False}
+    ours = {"num_inference_steps": STEPS, "output_type": "pt", "return_dict": False}
+    ours["generator"] = generators() if len(SEEDS) > 1 else generators()[0]
     return {**family.kwargs, **columns, **scale, **batch, **ours, **changes}
+
+
+def is_bare(value):
+    return len(SEEDS) == 1 and not isinstance(value, int)
 
 
 def images_of(pipeline, family):
@@ -134,13 +146,13 @@ def test_replay_is_the_pipelines_own_call_to_the_bit(family):
 
 
 def test_a_single_sample_is_replayed_to_the_bit_too(family, monkeypatch):
+    if family.one_sample:
+        pytest.skip("is always a single one")
     replay, *_ = prepared(family.build(), family)  # where the state lies is found with two
     monkeypatch.setitem(globals(), "SEEDS", SEEDS[1:])
-    columns = {name: values[1:] for name, values in family.columns.items()}
-    # As a user writes it who has one image and one prompt.
-    bare = {name: values if isinstance(values[0], int) else values[0] for name, values in columns.items()}
-    steps, images = ordinary(family.build(), replace(family, columns=bare))
-    _, conditioning = replay.prepare(columns, generators())
+    family = replace(family, columns={name: values[1:] for name, values in family.columns.items()})
+    steps, images = ordinary(family.build(), family)
+    _, conditioning = replay.prepare(family.columns, generators())
     for index, step in enumerate(steps):
         with torch.no_grad():
             assert torch.equal(replay.predict(step.sample, index, conditioning), step.model_output)
@@ -153,7 +165,7 @@ def test_every_column_acts(family):
     with torch.no_grad():
         output = replay.predict(x, 1, conditioning)
         for name, values in family.columns.items():
-            y, other = replay.prepare({**family.columns, name: values[::-1]}, generators())
+            y, other = replay.prepare({**columns_of(family), name: values[::-1][: len(SEEDS)]}, generators())
             # Image to image: the image acts on the start alone.
             change = (replay.predict(x, 1, other) - output).norm() / output.norm() + (y - x).norm() / x.norm()
             assert change > 1e-4, name  # float32 rounding is below 1e-6
@@ -228,7 +240,7 @@ def make_trainer(family, folder, **changes):
         "pipeline_kwargs": dict(family.kwargs),
         "trained_component": family.component,
         "max_steps": 2,
-        "per_device_train_batch_size": 2,
+        "per_device_train_batch_size": len(SEEDS),
         "learning_rate": 5e-2,
         "save_strategy": "no",
         "report_to": "none",
@@ -247,6 +259,9 @@ def load(pipeline, family, folder):
     if family.lora is None:
         network = getattr(pipeline, component)
         pipeline.register_modules(**{component: type(network).from_pretrained(folder / component).eval()})
+    elif family.network_lora:
+        network = getattr(pipeline, component)
+        network.load_lora_adapter(folder, prefix=None, weight_name="pytorch_lora_weights.safetensors")
     elif component == "transformer_2":
         pipeline.load_lora_weights(folder, load_into_transformer_2=True)
     else:
@@ -306,10 +321,31 @@ def test_guidance_nowhere_and_everywhere(family, tmp_path):
     assert sum(counts["full"]) > 1.3 * sum(counts["none"])  # twice at the steps that are guided, half of them in Lumina 2
 
 
-@pytest.mark.slow
-def test_the_table_in_the_docs_is_that_of_the_families():
+@pytest.fixture(scope="module")
+def page():
     source = Path(__file__).parents[1] / "docs" / "pipelines_table.py"
     spec = importlib.util.spec_from_file_location("pipelines_table", source)
     page = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(page)
+    return page
+
+
+@pytest.mark.slow
+def test_the_table_in_the_docs_is_that_of_the_families(page):
     assert page.BEGIN + page.table() + page.END in page.PAGE.read_text(encoding="utf-8")
+
+
+@pytest.mark.slow
+def test_every_pipeline_class_of_diffusers_is_in_the_docs_with_the_way_it_is_trained(page):
+    ways = {cls.__name__: page.how_it_is_trained(cls) for cls in page.exported()}
+    assert ways["StableDiffusion3Pipeline"] == ways["WanPipeline"] == ways["StableDiffusionPipeline"] == page.PIPELINE
+    assert ways["HunyuanImagePipeline"] == ways["Cosmos2TextToImagePipeline"] == ways["KandinskyV22Pipeline"] == page.NETWORK
+    # Kandinsky 3 has the pipeline's method, and a network that takes no adapter.
+    assert ways["DiTPipeline"] == ways["Kandinsky3Pipeline"] == ways["LattePipeline"] == page.ALL
+    assert "scheduler" in ways["LatentConsistencyModelPipeline"] and "no transformer" in ways["ShapEPipeline"]
+    assert len(ways) == len(set(ways)) > 250
+    assert page.BEGIN_CLASSES + page.classes() + page.END_CLASSES in page.PAGE.read_text(encoding="utf-8")
+    for family in FAMILIES:
+        name = type(family.build()).__name__
+        lora = page.NETWORK if family.network_lora else page.PIPELINE
+        assert ways[name] == (page.ALL if family.lora is None else lora), name

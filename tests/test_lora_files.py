@@ -215,7 +215,7 @@ def test_odd_names_of_layers_are_read_whole(tmp_path, build, part, kind, version
     load_lora(again.unet, "unet", tmp_path)
     assert torch.equal(sample(again), expected)
     fresh = build()
-    load_saved_lora(fresh, tmp_path / WEIGHTS_NAME)
+    load_saved_lora(fresh, "unet", tmp_path / WEIGHTS_NAME)
     assert torch.equal(sample(fresh), expected)
 
 
@@ -229,7 +229,7 @@ def test_the_output_of_an_attention_that_is_one_layer_keeps_its_name(tmp_path):
     add_lora(again, "transformer", LoraConfig(r=2, lora_alpha=8, **config))
     load_lora(again.transformer, "transformer", tmp_path)
     fresh = hidream()
-    load_saved_lora(fresh, tmp_path / WEIGHTS_NAME, adapter_name="adjoint")
+    load_saved_lora(fresh, "transformer", tmp_path / WEIGHTS_NAME, "adjoint")
     expected = get_peft_model_state_dict(pipeline.transformer, adapter_name="adjoint")
     for network in (again.transformer, fresh.transformer):
         read = get_peft_model_state_dict(network, adapter_name="adjoint")
@@ -250,7 +250,7 @@ def test_a_lora_with_the_names_of_old_attention_processors_is_evaluated(tmp_path
         old[f"{attention}.processor.{projection}_lora.{'down' if matrix == 'lora_A' else 'up'}.weight"] = value
     save_file(old, file, metadata)
     fresh = sd15()
-    load_saved_lora(fresh, file)
+    load_saved_lora(fresh, "unet", file)
     assert torch.equal(sample(fresh), sample(pipeline))
 
 
@@ -258,8 +258,9 @@ def test_a_lost_weight_is_noticed(tmp_path, monkeypatch):
     pipeline = tuned(sd15, target_modules="all-linear")
     write = type(pipeline).save_lora_weights
 
-    def forgetful(folder, unet_lora_layers, **kwargs):
-        write(folder, unet_lora_layers=dict(list(unet_lora_layers.items())[1:]), **kwargs)
+    def forgetful(folder, unet_lora_layers, unet_lora_adapter_metadata):
+        kept = dict(list(unet_lora_layers.items())[1:])
+        write(folder, unet_lora_layers=kept, unet_lora_adapter_metadata=unet_lora_adapter_metadata)
 
     monkeypatch.setattr(type(pipeline), "save_lora_weights", forgetful)
     with pytest.raises(OSError, match="does not hold the weights of the adapter"):

@@ -67,18 +67,18 @@ def t5_encoder(tokenizer: T5TokenizerFast) -> T5EncoderModel:
     return T5EncoderModel(config)
 
 
-def vae(**kwargs) -> AutoencoderKL:
+def vae(**config) -> AutoencoderKL:
     """Latents (4, h, w) ↔ images (3, 2h, 2w)."""
-    return AutoencoderKL(
-        sample_size=16,
-        latent_channels=4,
-        block_out_channels=(4, 8),
-        layers_per_block=1,
-        norm_num_groups=2,
-        down_block_types=("DownEncoderBlock2D", "DownEncoderBlock2D"),
-        up_block_types=("UpDecoderBlock2D", "UpDecoderBlock2D"),
-        **kwargs,
-    )
+    settings = {
+        "sample_size": 16,
+        "latent_channels": 4,
+        "block_out_channels": (4, 8),
+        "layers_per_block": 1,
+        "norm_num_groups": 2,
+        "down_block_types": ("DownEncoderBlock2D", "DownEncoderBlock2D"),
+        "up_block_types": ("UpDecoderBlock2D", "UpDecoderBlock2D"),
+    }
+    return AutoencoderKL(**settings | config)
 
 
 def eval_mode(pipeline):

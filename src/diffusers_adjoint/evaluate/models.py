@@ -40,14 +40,20 @@ class Model:
     @contextmanager
     def active(self) -> Iterator[None]:
         """Within this context the pipeline is this model: no other adapter acts."""
-        if self.adapter is not None:
-            self.pipeline.set_adapters(self.adapter)
-            self.pipeline.enable_lora()
+        carrying = [] if self.adapter is None else _carrying(self.pipeline, self.adapter)
+        for part in carrying:
+            part.set_adapter(self.adapter)
+            part.enable_adapters()
         try:
             yield
         finally:
-            if self.adapter is not None:
-                self.pipeline.disable_lora()
+            for part in carrying:
+                part.disable_adapters()
+
+
+def _carrying(pipeline: DiffusionPipeline, adapter: str) -> list[Any]:
+    """Its networks that have layers of this adapter; text encoders may be among them."""
+    return [part for part in pipeline.components.values() if adapter in getattr(part, "peft_config", {})]
 
 
 def load_models(
@@ -124,11 +130,10 @@ def _tuned(base: DiffusionPipeline, source: str, name: str, adapter: str, compon
         denoisers = denoiser_names(base)
         shared = {part: network for part, network in base.components.items() if part not in denoisers}
         return Model(name, type(base).from_pretrained(source, **{**init_kwargs, "revision": None}, **shared))
-    if not hasattr(base, "load_lora_weights"):
-        raise ValueError(f"{type(base).__name__} takes no LoRA, only whole pipelines")
-    options: dict[str, Any] = {"load_into_transformer_2": True} if component == "transformer_2" else {}
-    load_saved_lora(base, _lora_file(source), adapter_name=adapter, **options)
-    if adapter not in getattr(getattr(base, component, None), "peft_config", {}):
+    load_saved_lora(base, component, _lora_file(source), adapter)
+    carrying = _carrying(base, adapter)
+    if getattr(base, component) not in carrying:
         raise ValueError(f"it has no layer in the {component}")
-    base.disable_lora()
+    for part in carrying:
+        part.disable_adapters()
     return Model(name, base, adapter)

@@ -14,7 +14,7 @@ from diffusers import DiffusionPipeline
 from huggingface_hub import ModelCard, ModelCardData
 
 from ..metrics.table import escaped
-from ..model.lora import ADAPTER
+from ..model.lora import ADAPTER, WEIGHTS_NAME, pipeline_saves_lora
 from ..objectives.papers import Paper
 
 __all__ = ["CardFacts", "Licence", "Medium", "Sample", "model_card"]
@@ -130,18 +130,23 @@ def _how_to_load(facts: CardFacts) -> str:
     source = (facts.base_model or "path/to/the/base") if adapter else facts.repo_id
     lines = ["import torch", f"from {module} import {name}", ""]
     lines += [f"pipe = {name}.from_pretrained({_quoted(source)}, dtype={facts.dtype})"]
-    lines += _adapter_lines(facts.repo_id, facts.component, facts.base_adapters) if facts.base_adapters is not None else []
+    lines += _adapter_lines(facts, facts.base_adapters) if facts.base_adapters is not None else []
     lines += ['pipe.to("cuda" if torch.cuda.is_available() else "cpu")']
     return "\n".join(["## How to load", "", "```python", *lines, *_call_lines(facts), "```"])
 
 
-def _adapter_lines(repo_id: str, component: str, base_adapters: Sequence[str]) -> list[str]:
-    second = ", load_into_transformer_2=True" if component == "transformer_2" else ""
-    lines = [f'pipe.load_lora_weights({_quoted(repo_id)}, adapter_name="{ADAPTER}"{second})']
+def _adapter_lines(facts: CardFacts, base_adapters: Sequence[str]) -> list[str]:
+    source, named = _quoted(facts.repo_id), f'adapter_name="{ADAPTER}"'
+    if pipeline_saves_lora(facts.pipeline_class, facts.component):
+        owner, second = "pipe", ", load_into_transformer_2=True" if facts.component == "transformer_2" else ""
+        lines = [f"pipe.load_lora_weights({source}, {named}{second})"]
+    else:
+        owner = f"pipe.{facts.component}"
+        lines = [f"{owner}.load_lora_adapter({source}, prefix=None, weight_name={_quoted(WEIGHTS_NAME)}, {named})"]
     if base_adapters:
         names = ", ".join(map(_quoted, [*base_adapters, ADAPTER]))
         lines = ["# The base was tuned with adapters on: load these first, under the names below.", *lines]
-        lines += [f"pipe.set_adapters([{names}])"]
+        lines += [f"{owner}.set_adapters([{names}])"]
     return lines
 
 

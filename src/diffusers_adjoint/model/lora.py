@@ -1,5 +1,6 @@
-"""LoRA on a diffusers denoiser: attach, switch off, save for `load_lora_weights`, load for resuming.
+"""LoRA on a diffusers denoiser: attach, switch off, save for diffusers' own readers, load for resuming.
 
+Where the pipeline's class saves no LoRA of the denoiser, the file is that of the network: `network.load_lora_adapter` reads it.
 Adapters that the pipeline comes with stay as they are: they belong to the base.
 """
 
@@ -8,6 +9,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import inspect
+import json
 import math
 import tempfile
 from collections.abc import Iterator
@@ -20,6 +22,7 @@ from typing import Any
 import torch
 from diffusers import DiffusionPipeline
 from diffusers.loaders import PeftAdapterMixin
+from diffusers.loaders.lora_base import LORA_ADAPTER_METADATA_KEY, LoraBaseMixin
 from diffusers.training_utils import cast_training_params
 from diffusers.utils import convert_state_dict_to_diffusers, logging
 from peft import LoraConfig, PeftType
@@ -31,7 +34,7 @@ from torch import Tensor, nn
 
 from .sharding import gathered, spread_like
 
-__all__ = ["ADAPTER", "adapter_off", "add_lora", "load_lora", "load_saved_lora", "save_lora"]
+__all__ = ["ADAPTER", "adapter_off", "add_lora", "load_lora", "load_saved_lora", "pipeline_saves_lora", "save_lora"]
 
 logger = logging.get_logger(__name__)
 
@@ -61,7 +64,7 @@ def add_lora(pipeline: DiffusionPipeline, component: str, peft_config: LoraConfi
     Raises:
         TypeError: if `peft_config` is not one of a LoRA, or its rank or strength is no number.
         ValueError: if rank or strength would train nothing, if the network cannot take an adapter, has fused ones or none of the
-            target modules, or if the adapter would change the base or could not be saved for `load_lora_weights`.
+            target modules, or if the adapter would change the base or would not come back from its file.
     """
     network = getattr(pipeline, component)
     name = type(network).__name__
@@ -69,7 +72,6 @@ def add_lora(pipeline: DiffusionPipeline, component: str, peft_config: LoraConfi
     _require_numbers(peft_config)
     if not isinstance(network, PeftAdapterMixin):
         raise ValueError(f"{name} has no add_adapter; pass peft_config=None for full fine-tuning.")
-    _require_saving(type(pipeline), component)
     _require_untouched_base(peft_config)
     _require_loadable(peft_config)
     base_adapters = _active_adapters(network)
@@ -107,7 +109,9 @@ def _active_adapters(network: PeftAdapterMixin) -> list[str]:
     layers = [module for module in network.modules() if isinstance(module, BaseTunerLayer)]
     name = type(network).__name__
     if any(layer.merged for layer in layers):
-        raise ValueError(f"{name} carries a fused adapter; call unload_lora_weights() after fuse_lora().")
+        raise ValueError(
+            f"{name} carries a fused adapter; call unload_lora_weights() after fuse_lora(), or its own unload_lora()."
+        )
     if network._hf_peft_config_loaded and ADAPTER in network.peft_config:
         raise ValueError(
             f"{name} already carries an adapter {ADAPTER!r}; call delete_adapters({ADAPTER!r}), or fuse_lora() and "
@@ -119,13 +123,11 @@ def _active_adapters(network: PeftAdapterMixin) -> list[str]:
     return active
 
 
-def _require_saving(pipeline_class: type[DiffusionPipeline], component: str) -> None:
+def pipeline_saves_lora(pipeline_class: type[DiffusionPipeline], component: str) -> bool:
+    """Whether the pipeline saves and loads a LoRA of this component. Where it does not, the network does so itself."""
     method = getattr(pipeline_class, "save_lora_weights", None)
     needed = {f"{_saved_as(component)}_lora_layers", f"{_saved_as(component)}_lora_adapter_metadata"}
-    if method is None or not needed <= inspect.signature(method).parameters.keys():
-        raise ValueError(
-            f"{pipeline_class.__name__} cannot save a LoRA of its {component}; pass peft_config=None for full fine-tuning."
-        )
+    return method is not None and needed <= inspect.signature(method).parameters.keys()
 
 
 def _saved_as(component: str) -> str:
@@ -203,7 +205,10 @@ def _switch_on(network: PeftAdapterMixin, base_adapters: list[str]) -> None:
 
 
 def save_lora(pipeline: DiffusionPipeline, component: str, folder: str | Path, *, write: bool = True) -> None:
-    """Write `pytorch_lora_weights.safetensors` that `pipeline.load_lora_weights(folder)` reads, alpha included.
+    """Write `pytorch_lora_weights.safetensors`, alpha included, that diffusers reads.
+
+    `pipeline.load_lora_weights(folder)` reads it where `pipeline_saves_lora`; elsewhere it is the file of
+    `network.save_lora_adapter`, which `network.load_lora_adapter(folder, prefix=None, weight_name=…)` reads.
 
     The weights keep PEFT's own names. diffusers' older names exist for attention layers only, and its reader decides by the
     first name in the file which of the two all of them are: of a UNet's file with both it lost the attention layers.
@@ -223,22 +228,48 @@ def save_lora(pipeline: DiffusionPipeline, component: str, folder: str | Path, *
     if not write:
         return
     # Without the metadata the reader takes alpha = r, and the tuned model comes back scaled wrongly, silently.
-    name = _saved_as(component)
-    metadata = {f"{name}_lora_adapter_metadata": network.peft_config[ADAPTER].to_dict()}
-    type(pipeline).save_lora_weights(str(folder), **{f"{name}_lora_layers": weights}, **metadata)
+    metadata = network.peft_config[ADAPTER].to_dict()
+    if pipeline_saves_lora(type(pipeline), component):
+        name = _saved_as(component)
+        options = {f"{name}_lora_layers": weights, f"{name}_lora_adapter_metadata": metadata}
+        type(pipeline).save_lora_weights(str(folder), **options)
+        expected = {f"{name}.{key}" for key in weights}
+    else:
+        _write_as_the_network(weights, metadata, folder)
+        expected = set(weights)
     file = Path(folder) / WEIGHTS_NAME
     with safe_open(file, "pt") as saved:
-        if set(saved.keys()) != {f"{name}.{key}" for key in weights}:
+        if set(saved.keys()) != expected:
             raise OSError(
                 f"{file} does not hold the weights of the adapter under their names; the installed diffusers renames them."
             )
+
+
+def _write_as_the_network(weights: dict[str, Tensor], metadata: dict[str, Any], folder: str | Path) -> None:
+    """The file of `network.save_lora_adapter`, which itself would write only this process's part of divided weights."""
+    LoraBaseMixin.write_lora_layers(
+        state_dict=weights,
+        save_directory=str(folder),
+        is_main_process=True,
+        weight_name=WEIGHTS_NAME,
+        save_function=None,
+        safe_serialization=True,
+        lora_adapter_metadata=metadata,
+    )
+
+
+def _is_the_networks(file: Path) -> bool:
+    """Whether a network saved this file, by the adapter's settings in it: a pipeline writes them under the component's name."""
+    with safe_open(file, "pt") as saved:
+        metadata = (saved.metadata() or {}).get(LORA_ADAPTER_METADATA_KEY)
+    return metadata is not None and "r" in json.loads(metadata)
 
 
 def read_lora(file: Path, unet: nn.Module | None) -> dict[str, Tensor]:
     """The weights in a file of `save_lora`, under the names of the file, or PEFT's where an earlier version renamed some.
 
     Args:
-        file: whose names begin with that of the component.
+        file: whose names begin with that of the component where a pipeline saved it.
         unet: the network that the file may belong to; only of a UNet names were changed.
 
     Raises:
@@ -269,24 +300,39 @@ def load_lora(network: nn.Module, component: str, folder: str | Path) -> None:
     """
     file = Path(folder) / WEIGHTS_NAME
     read = read_lora(file, network if component == "unet" else None)
-    weights = {key.removeprefix(f"{_saved_as(component)}."): value for key, value in read.items()}
+    prefix = "" if _is_the_networks(file) else f"{_saved_as(component)}."
+    weights = {key.removeprefix(prefix): value for key, value in read.items()}
     expected = get_peft_model_state_dict(network, adapter_name=ADAPTER)
     if weights.keys() != expected.keys() or any(weights[key].shape != expected[key].shape for key in expected):
         raise ValueError(f"{file} does not fit the adapter in training; resume with the peft_config it was trained with.")
     set_peft_model_state_dict(network, spread_like(weights, expected), adapter_name=ADAPTER)
 
 
-def load_saved_lora(pipeline: DiffusionPipeline, file: Path, **options: Any) -> None:
-    """`pipeline.load_lora_weights` of a file of `save_lora`, whichever version wrote it.
+def load_saved_lora(pipeline: DiffusionPipeline, component: str, file: Path, adapter_name: str | None = None) -> None:
+    """diffusers' own loading of a file of `save_lora`, whichever version wrote it.
 
     Args:
         pipeline: a fresh one.
-        options: of `load_lora_weights`.
+        component: the denoiser that the LoRA belongs to.
+        adapter_name: under which the pipeline gets it.
+
+    Raises:
+        ValueError: if the pipeline and its network take none.
     """
+    network = getattr(pipeline, component)
+    if _is_the_networks(file):
+        if not isinstance(network, PeftAdapterMixin):
+            raise ValueError(f"{type(network).__name__} takes no LoRA")
+        network.load_lora_adapter(str(file.parent), prefix=None, weight_name=file.name, adapter_name=adapter_name)
+        return
+    if not hasattr(pipeline, "load_lora_weights"):
+        raise ValueError(f"{type(pipeline).__name__} takes no LoRA of this form, only one that its network saved")
+    options: dict[str, Any] = {"load_into_transformer_2": True} if component == "transformer_2" else {}
     with tempfile.TemporaryDirectory() as folder, safe_open(file, "pt") as saved:
         names, metadata = set(saved.keys()), saved.metadata()
         weights = read_lora(file, getattr(pipeline, "unet", None))
         if weights.keys() != names:  # diffusers' reader would drop a part of them
             file = Path(folder) / WEIGHTS_NAME
             save_file(weights, file, metadata)
-        pipeline.load_lora_weights(str(file.parent), weight_name=file.name, use_safetensors=True, **options)
+        options |= {"weight_name": file.name, "use_safetensors": True, "adapter_name": adapter_name}
+        pipeline.load_lora_weights(str(file.parent), **options)

@@ -121,5 +121,5 @@ class TrainedState:
 
     def _way_back(self, adapters: list[str]) -> str:
         if len(adapters) == 1:
-            return f"call set_adapters({ADAPTER!r}, 1.0) on the pipeline"
-        return f"call set_adapters({adapters}, […]) on the pipeline with the strengths that it had, 1.0 for {ADAPTER!r},"
+            return f"call set_adapters({ADAPTER!r}, 1.0) on the {self._component}"
+        return f"call set_adapters({adapters}, […]) on the {self._component} with the strengths that it had, 1.0 for {ADAPTER!r},"

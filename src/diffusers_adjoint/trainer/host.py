@@ -133,7 +133,10 @@ class PipelineTrainer(PublishingTrainer):
         return self.replay.component if self.denoiser.base_adapters is None else WEIGHTS_NAME
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Write the LoRA that `pipeline.load_lora_weights(output_dir)` reads, or the whole pipeline with its own scheduler.
+        """Write the LoRA, or the whole pipeline with its own scheduler.
+
+        `pipeline.load_lora_weights(output_dir)` reads the LoRA, or where the pipeline takes none, its network:
+        `network.load_lora_adapter(output_dir, prefix=None, weight_name="pytorch_lora_weights.safetensors")`. The card says which.
 
         Raises:
             ValueError: if the network is not as it was trained, its adapter taken away or set to another strength, or if a weight
