@@ -25,7 +25,7 @@ from transformers import CLIPConfig, CLIPImageProcessorPil
 
 from diffusers_adjoint import memoryless_scheduler
 from diffusers_adjoint.replay import PipelineReplay
-from diffusers_adjoint.replay.conditioning import slot_of
+from diffusers_adjoint.replay.conditioning import Numbering, place_of
 from diffusers_adjoint.replay.stand_in import ReplayedTimesteps, ReplayStop
 
 STEPS = 4
@@ -593,25 +593,46 @@ def test_a_state_inside_larger_latents(seeds):
     assert torch.equal(x, whole[:, 1:5])  # the recording is as it was
 
 
-@pytest.mark.parametrize(
-    ("shape", "order", "part"),
-    [
-        ((2, 5, 4, 3), (0, 1, 2, 3), (slice(None), slice(1, 4))),
-        ((2, 5, 4, 3), (0, 1, 2, 3), (slice(None), slice(2, 5), slice(None), slice(0, 2))),
-        ((2, 5, 4, 3), (0, 2, 3, 1), (slice(None), slice(None), slice(None), slice(1, 2))),
-        ((1, 1, 4, 3), (0, 3, 2, 1), (slice(None), slice(1, 3))),
-    ],
-)
-def test_where_a_part_lies(shape, order, part):
-    latents = torch.randn(shape).permute(order)
-    assert torch.equal(latents[slot_of(latents[part], latents)], latents[part])
+def packed(latents):
+    return latents.unflatten(2, (-1, 2)).permute(0, 2, 1, 3, 4).flatten(2)
 
 
-def test_what_is_no_part_has_no_place():
+SELECTIONS = {
+    "channels": lambda latents: latents[:, 1:4],
+    "channels and columns": lambda latents: latents[:, 2:5, :, 0:2],
+    "every other": lambda latents: latents[:, ::2],
+    "a copy": lambda latents: latents[:, 1:].clone(),
+    "packed, then cut": lambda latents: packed(latents)[:, 1:],
+    "another order": lambda latents: latents.permute(0, 3, 1, 2),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("select", SELECTIONS.values(), ids=SELECTIONS.keys())
+def test_where_a_part_lies(select, dtype):
+    latents = torch.randn(2, 5, 40, 3, dtype=dtype)  # 600 elements, which one digit does not number
+    digits = [select(Numbering(d).recording("", lambda: latents)()) for d in Numbering.digits_of(latents)]
+    assert len(digits) == 2
+    place = place_of(select(latents), latents, digits)
+    assert torch.equal(latents.flatten(1)[:, place], select(latents))
+
+
+def test_what_is_no_selection_has_no_place():
     latents = torch.randn(2, 4, 3)
-    assert slot_of(latents, latents) is None
-    assert slot_of(latents[:, 1:].clone(), latents) is None
-    assert slot_of(latents[:, ::2], latents) is None
+    for function in (
+        lambda x: 2 * x,
+        lambda x: x.flip(0),
+        lambda x: x[:, :2].repeat(1, 2, 1),
+        lambda x: x + 1,
+        lambda x: x.cumsum(1),
+    ):
+        digits = [function(Numbering(0).recording("", lambda: latents)())]
+        assert place_of(function(latents), latents, digits) is None
+
+
+def test_latents_are_numbered_once():
+    numbered = Numbering(0).recording("prepare_latents", lambda: (torch.zeros(1, 3), "mask"))
+    assert torch.equal(numbered()[0], torch.tensor([[0.0, 1.0, 2.0]])) and torch.equal(numbered()[0], torch.zeros(1, 3))
 
 
 class StepsAudioToo(Loop):

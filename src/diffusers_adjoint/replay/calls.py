@@ -5,6 +5,7 @@ Nothing is written to the user's pipeline: each call runs on a shallow copy that
 
 from __future__ import annotations
 
+import inspect
 import logging
 from collections.abc import Callable, Iterable
 from contextlib import nullcontext
@@ -16,7 +17,7 @@ from diffusers import DiffusionPipeline, ModelMixin
 from torch import Tensor, nn
 
 from .casting import vae_dtype
-from .conditioning import Preparations, Recording, Returned, copied, fresh, in_order, remembering
+from .conditioning import Numbering, Preparations, Recording, Returned, copied, fresh, in_order, remembering
 from .slices import Decode
 from .stand_in import ReplayStop, replayable_call
 from .view import (
@@ -45,7 +46,7 @@ class PipelineCalls:
 
     Attributes:
         function: the `__call__`, out of its `torch.no_grad`.
-        source: what draws x_0, "prepare_latents" or, in pipelines that have none, "randn_tensor".
+        source: what draws x_0: "prepare_latents", in pipelines that have none another method that prepares, or "randn_tensor".
         insists_on_safety_checker: whether it runs its safety checker itself, where others hand over to a method that does
             without one. It then keeps the user's.
         exchanges_processors: whether it puts other attention processors in before its loop, and the old ones back after it, as
@@ -57,7 +58,7 @@ class PipelineCalls:
 
     def __init__(self, pipeline: DiffusionPipeline, component: str) -> None:
         self.function = replayable_call(type(pipeline))
-        self.source = "prepare_latents" if hasattr(type(pipeline), "prepare_latents") else "randn_tensor"
+        self.source = _source(type(pipeline), self.function)
         self.insists_on_safety_checker = "safety_checker" in self.function.__code__.co_names
         self.exchanges_processors = "attn_processors" in self.function.__code__.co_names
         self._pipeline, self._component = pipeline, component
@@ -71,12 +72,16 @@ class PipelineCalls:
             )
 
     def ordinary(
-        self, scheduler: Any, arguments: dict[str, Any], generators: list[torch.Generator], latents: Preparations | None = None
+        self,
+        scheduler: Any,
+        arguments: dict[str, Any],
+        generators: list[torch.Generator],
+        latents: Preparations | Numbering | None = None,
     ) -> Any:
-        """The images of the undisturbed call; `latents` records what its prepare_latents returns."""
+        """The images of the undisturbed call; `latents` records, or numbers, what its source returns."""
         view = self._view(scheduler)
         if latents is not None:
-            set_method(view, "prepare_latents", latents.recording("prepare_latents", view.prepare_latents))
+            set_method(view, self.source, latents.recording(self.source, getattr(view, self.source)))
         with self._processors_restored(view):
             return _images(type(self._pipeline).__call__(view, **fresh({**arguments, "generator": list(generators)})))
 
@@ -149,6 +154,22 @@ class PipelineCalls:
         if self.insists_on_safety_checker:
             view.__dict__["safety_checker"] = self._pipeline.safety_checker
         return view
+
+
+def _source(pipeline_class: type[DiffusionPipeline], call: Any) -> str:
+    """What draws x_0."""
+    if hasattr(pipeline_class, "prepare_latents"):
+        return "prepare_latents"
+    for name in call.__code__.co_names:
+        method = getattr(pipeline_class, name, None) if name.startswith("prepare_") else None
+        if method is not None and "randn_tensor" in inspect.unwrap(method).__code__.co_names:
+            return str(name)
+    return "randn_tensor"
+
+
+def _given(generators: list[torch.Generator]) -> list[torch.Generator] | torch.Generator:
+    """As a user of one sample writes it: pipelines exist that take no list."""
+    return generators[0] if len(generators) == 1 else list(generators)
 
 
 def _images(output: Any) -> Any:

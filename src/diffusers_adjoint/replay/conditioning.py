@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor
 
 __all__ = ["Conditioning", "Preparations", "Recording", "Returned", "copied", "fresh", "in_order", "latents_in"]
-__all__ += ["remembering", "slot_of"]
+__all__ += ["Numbering", "place_of", "remembering"]
 
 
 @dataclass(frozen=True)
@@ -43,15 +44,16 @@ class Conditioning:
 
     Args:
         recordings: guided or not → what the pipeline's call prepared; both the same where no guidance acts.
-        source: what draws x_0, "prepare_latents" or "randn_tensor"; the first tensor it returned holds x_0, whatever it
+        source: what draws x_0, such as "prepare_latents" or "randn_tensor"; the first tensor it returned holds x_0, whatever it
             returned beside it (image latents, masks) is condition.
-        slot: where x_0 lies in that tensor, beside condition frames or channels; `None` if it is x_0.
+        place: where the elements of a sample's x_0 lie among those of that tensor, beside condition frames or channels, shape
+            that of x_0 without its batch, int64; `None` if the tensor is x_0.
         generators: of the samples, copies, as they were before the call.
     """
 
     recordings: dict[bool, Recording]
     source: str
-    slot: tuple[slice, ...] | None
+    place: Tensor | None
     generators: tuple[torch.Generator, ...]
 
     def recording(self, guided: bool) -> Recording:
@@ -63,7 +65,7 @@ class Conditioning:
     def start(self) -> Tensor:
         """x_0 in the pipeline's dtype, shape (B, …)."""
         latents = self._latents(next(iter(self.recordings.values())))
-        return latents if self.slot is None else latents[self.slot]
+        return latents if self.place is None else latents.flatten(1)[:, self.place]
 
     def returns_with(self, x: Tensor, guided: bool) -> dict[str, tuple[Returned, ...]]:
         """The returns of the dry run with x in place of x_0, rounded to the pipeline's dtype (states are kept in float32).
@@ -76,9 +78,10 @@ class Conditioning:
         recording = self.recording(guided)
         latents = self._latents(recording)
         whole = x.to(latents.dtype)
-        if self.slot is not None:
-            whole = latents.clone()
-            whole[self.slot] = x.to(latents.dtype)
+        if self.place is not None:
+            whole = latents.clone()  # as it lies in memory, by which kernels may round
+            index: tuple[slice | Tensor, ...] = (slice(None), *torch.unravel_index(self.place, latents.shape[1:]))
+            whole[index] = x.to(latents.dtype)
         first, *others = recording.returns[self.source]
         value = (whole, *first.value[1:]) if isinstance(first.value, tuple) else whole
         return {**recording.returns, self.source: (Returned(value, first.states), *others)}
@@ -124,20 +127,58 @@ class Preparations:
         return recorded
 
 
-def slot_of(x: Tensor, latents: Tensor) -> tuple[slice, ...] | None:
-    """The index by which x is a part of `latents`, sharing its memory; `None` if it is not, or is all of it.
+class Numbering:
+    """In place of `Preparations`: latents that say which of a sample's elements they are, in one digit of their numbers.
 
-    It holds for other batch sizes too: a dimension that is not cut is taken whole, whatever its size.
+    Args:
+        digit: 0 for the last one; to a base that is exact in every dtype of latents.
     """
-    shared = x.untyped_storage().data_ptr() == latents.untyped_storage().data_ptr()
-    if not shared or x.shape == latents.shape or x.stride() != latents.stride():
+
+    BASE = 256
+
+    def __init__(self, digit: int) -> None:
+        self._unit = self.BASE**digit
+
+    def recording(self, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        """`function`, whose first returned latents become numbers."""
+        calls: list[None] = []
+
+        @functools.wraps(function)
+        def numbered(*args: Any, **kwargs: Any) -> Any:
+            value = function(*args, **kwargs)
+            calls.append(None)
+            if len(calls) > 1:
+                return value
+            latents = latents_in(value)
+            digits = torch.arange(latents[0].numel(), device=latents.device) // self._unit % self.BASE
+            marked = digits.view(latents.shape[1:]).expand_as(latents).to(latents.dtype, copy=True)
+            return (marked, *value[1:]) if isinstance(value, tuple) else marked
+
+        return numbered
+
+    @classmethod
+    def digits_of(cls, latents: Tensor) -> range:
+        """As many as it takes to number a sample's elements."""
+        return range(max(1, math.ceil(math.log(latents[0].numel(), cls.BASE))))
+
+
+def place_of(x: Tensor, latents: Tensor, digits: list[Tensor]) -> Tensor | None:
+    """Where the elements of a sample of x lie among those of `latents`; `None` if x is no selection of them.
+
+    Args:
+        x: what the loop starts from, shape (B, …).
+        latents: what was prepared, shape (B, …).
+        digits: what the loop started from when `Numbering` prepared the latents, the last digit first.
+    """
+    if len(x) != len(latents) or any(found.shape != x.shape for found in digits):
         return None
-    slot, offset = [slice(None)] * x.ndim, int(x.storage_offset() - latents.storage_offset())
-    cut = [dim for dim in range(x.ndim) if x.shape[dim] != latents.shape[dim]]
-    for dim in sorted(cut, key=latents.stride, reverse=True):
-        start, offset = divmod(offset, latents.stride(dim))
-        slot[dim] = slice(start, start + x.shape[dim])
-    return tuple(slot)
+    place = torch.zeros(x.shape, dtype=torch.int64, device=x.device)
+    for position, found in enumerate(digits):
+        place += found.round().to(torch.int64) * Numbering.BASE**position
+    first, elements = place[0], latents.flatten(1)
+    if not (place == first).all() or len(first.unique()) != first.numel() or first.min() < 0 or first.max() >= elements.shape[1]:
+        return None
+    return first if torch.equal(elements[:, first], x.to(latents.dtype)) else None
 
 
 def copied(generators: Iterable[torch.Generator]) -> list[torch.Generator]:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from ..core.transition import Transition
 from .arguments import CallArguments
 from .calls import PipelineCalls
-from .conditioning import Conditioning, Preparations, Recording, copied, latents_in, slot_of
+from .conditioning import Conditioning, Numbering, Preparations, Recording, copied, latents_in, place_of
 from .frames import FrameLayout
 from .slices import Decode, decoding, has_decoder, measuring, same
 from .stand_in import RecordedStep, ReplayStop, make_probe, make_recorder, probe_class
@@ -77,7 +77,7 @@ class PipelineReplay:
             set_differentiable(getattr(pipeline, name))
         self._calls = PipelineCalls(pipeline, self.component)
         self._probe_class = probe_class(type(scheduler), self.name)
-        self._slot: tuple[slice, ...] | None = None
+        self._place: Tensor | None = None
         self._first = 0
         self.guides_itself = False
         self.guidance_is_distilled = self.embeds_guidance and guidance_scale > 1
@@ -211,7 +211,7 @@ class PipelineReplay:
             for generator, start in zip(generators, before, strict=True):
                 generator.set_state(start.get_state())
             recordings[mode] = self._dry_run(columns, generators, texts, guided=mode)
-        conditioning = Conditioning(recordings, self._calls.source, self._slot, tuple(before))
+        conditioning = Conditioning(recordings, self._calls.source, self._place, tuple(before))
         x = conditioning.start
         return x.to(torch.promote_types(x.dtype, torch.float32)), conditioning
 
@@ -364,17 +364,30 @@ class PipelineReplay:
         self.guides_itself = sum(rows) > len(x)
 
     def find_state(self, columns: dict[str, list[Any]], generators: list[torch.Generator]) -> None:
-        """Find where the state lies in the prepared latents when it is a part of them; one step of the pipeline.
+        """Find where the state lies in the prepared latents when it is a part of them; one step of the pipeline, or a few.
 
-        For pipelines that keep condition frames or channels in the same tensor. To be called before `prepare`.
+        For pipelines that keep condition frames or channels in the same tensor, or unpack it before `scheduler.step` sees it: any
+        selection and order of its elements is found. To be called before `prepare`.
         """
         if self._calls.source == "randn_tensor":
             return
-        recorder, preparations = make_recorder(self.scheduler, generators, stop_after=1), Preparations(generators)
+        preparations = Preparations(generators)
+        first = self._first_sample(columns, generators, preparations)
+        latents = latents_in(preparations.returns[self._calls.source][0].value)
+        self._place = None
+        if first is None or (first.shape == latents.shape and torch.equal(first.to(latents.dtype), latents)):
+            return
+        digits = [self._first_sample(columns, copied(generators), Numbering(d)) for d in Numbering.digits_of(latents)]
+        self._place = place_of(first, latents, [found for found in digits if found is not None])
+
+    def _first_sample(
+        self, columns: dict[str, list[Any]], generators: list[torch.Generator], latents: Preparations | Numbering
+    ) -> Tensor | None:
+        """What the pipeline's own call hands to `scheduler.step` first."""
+        recorder = make_recorder(self.scheduler, generators, stop_after=1)
         with suppress(ReplayStop):
-            self._calls.ordinary(recorder, self.arguments(columns, len(generators)), generators, preparations)
-        latents = latents_in(preparations.returns["prepare_latents"][0].value)
-        self._slot = slot_of(recorder.first_sample, latents)
+            self._calls.ordinary(recorder, self.arguments(columns, len(generators)), generators, latents)
+        return recorder.record[0].sample if recorder.record else None
 
     def find_frames(self, x: Tensor, conditioning: Conditioning) -> None:
         """Find which frames of a video its VAE can decode without the others, by a few decodings without gradient.

@@ -176,16 +176,13 @@ def make_recorder(
     Its noise comes from copies of the generators, whatever the pipeline passes: whether the call's own ones move on during the
     loop would differ from pipeline to pipeline, and with it what its decoder draws.
 
-    A pipeline that carries a batch doubled for guidance hands 2 B samples to `step`, of which the first B count. `first_sample`
-    is the tensor of its first call itself, a view into the pipeline's latents where it is one.
+    A pipeline that carries a batch doubled for guidance hands 2 B samples to `step`, of which the first B count.
     """
     scheduler_class, batch_size, noise = type(scheduler), len(generators), copied(generators)
 
     @functools.wraps(scheduler_class.step)
     def step(self: Any, model_output: Tensor, timestep: Any, sample: Tensor, *args: Any, **kwargs: Any) -> Any:
         """The scheduler's own step on the first B samples, recorded, and repeated for the copies."""
-        if not self.record:
-            self.first_sample = sample
         as_output, copies = kwargs.pop("return_dict", True), len(sample) // batch_size
         kwargs["generator"] = noise
         before = model_output[:batch_size].clone(), sample[:batch_size].clone()  # the pipeline may go on to write into them

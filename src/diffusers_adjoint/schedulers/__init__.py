@@ -124,6 +124,7 @@ def _from_edm(scheduler: Any, chosen: dict[str, Any]) -> MemorylessEDMEulerSched
 
 def _from_beta_schedule(scheduler: Any, chosen: dict[str, Any]) -> MemorylessDDIMScheduler:
     config, shared = scheduler.config, _shared(scheduler, MemorylessDDIMScheduler)
+    shared.pop("variance_type", None)  # the chain's noise is not the network's to choose
     if "snr_shift_scale" in config or config.beta_schedule not in ("linear", "scaled_linear", "squaredcos_cap_v2"):
         # A noise schedule that DDIM cannot name: hand over its β instead.
         kept = scheduler.alphas_cumprod.double().cpu()

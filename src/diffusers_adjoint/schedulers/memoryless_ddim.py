@@ -28,6 +28,7 @@ class MemorylessDDIMScheduler(DDIMScheduler, MemorylessStep):
     the spacing. `clip_sample` and `thresholding` are switched off: they would cut the gradient of the step.
 
     Args:
+        variance_type: that the noise is not a learned one; pipelines read it before they hand over the network's output.
         integrator: discretisation of the SDE, a key of `integrators.INTEGRATORS`. All others as the parent's.
 
     Raises:
@@ -69,6 +70,7 @@ class MemorylessDDIMScheduler(DDIMScheduler, MemorylessStep):
         sample_max_value: float = 1.0,
         timestep_spacing: Literal["leading", "trailing", "linspace"] = "leading",
         rescale_betas_zero_snr: bool = False,
+        variance_type: Literal["fixed_small"] = "fixed_small",
         integrator: str = DEFAULT_INTEGRATOR,
     ) -> None:
         check_integrator(integrator)
