@@ -71,11 +71,11 @@ def test_tensors_are_stacked():
 
 
 def test_what_a_single_sample_has_is_passed_as_it_is():
-    """Some pipelines take one image and no list of one; others understand a list as several references."""
+    """Some pipelines take one image or text and no list of one; others understand a list as several references."""
     image, embeds = Image.new("RGB", (4, 4)), torch.zeros(3, 4)
     arguments = make()({"prompt": ["a"], "image": [image]}, 1)
     assert arguments["image"] is image
-    assert arguments["prompt"] == ["a"]
+    assert arguments["prompt"] == "a"
     assert make()({"prompt_embeds": [embeds]}, 1)["prompt_embeds"].shape == (1, 3, 4)
     assert make()({"prompt": ["a"], "image": [[image, image]]}, 1)["image"] == [image, image]
     assert make(class_conditional)({"class_labels": [3]}, 1)["class_labels"] == [3]
@@ -95,6 +95,7 @@ def test_a_text_for_all_samples_goes_with_a_list_of_prompts():
 
 
 def test_a_column_replaces_what_all_samples_share():
+    assert make(kwargs={"negative_prompt": "blurry"})({"prompt": ["a"]}, 1)["negative_prompt"] == "blurry"
     arguments = make(kwargs={"negative_prompt": "blurry"})({**TWO, "negative_prompt": ["x", "y"]}, 2)
     assert arguments["negative_prompt"] == ["x", "y"]
 

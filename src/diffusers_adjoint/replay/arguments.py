@@ -101,9 +101,9 @@ class CallArguments:
         taken = self.taken(columns)
         for name, values in taken.items():
             self._check_column(name, values, batch_size)
-        # One text for all samples, in the form that goes with a list of prompts.
+        # One text for all samples, in the form that goes with a list of prompts, or with a single one.
         shared = {
-            name: [value] * batch_size if isinstance(value, str) and "list[str]" in self._annotation(name) else value
+            name: _stacked([value] * batch_size) if isinstance(value, str) and "list[str]" in self._annotation(name) else value
             for name, value in self._shared.items()
         }
         arguments = {**shared, **self._ours, **{name: _stacked(values) for name, values in taken.items()}}
@@ -197,8 +197,9 @@ class CallArguments:
 def _stacked(values: list[Any]) -> Any:
     """Tensors (precomputed embeddings, images of one size) as one tensor, everything else as a list.
 
-    What a single sample has is passed as it is: pipelines exist that take no more than one image, or one list of images.
+    What a single sample has is passed as it is: pipelines exist that take no more than one text, one image, or one list of
+    images. A class label is a number in a list everywhere.
     """
     if all(isinstance(value, Tensor) for value in values):
         return torch.stack(values)
-    return values[0] if len(values) == 1 and not isinstance(values[0], str | int | float) else values
+    return values[0] if len(values) == 1 and not isinstance(values[0], int | float) else values

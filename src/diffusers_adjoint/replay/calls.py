@@ -83,7 +83,7 @@ class PipelineCalls:
         if latents is not None:
             set_method(view, self.source, latents.recording(self.source, getattr(view, self.source)))
         with self._processors_restored(view):
-            return _images(type(self._pipeline).__call__(view, **fresh({**arguments, "generator": list(generators)})))
+            return _images(type(self._pipeline).__call__(view, **fresh({**arguments, "generator": _given(generators)})))
 
     def up_to_loop(
         self, probe: Any, arguments: dict[str, Any], generators: list[torch.Generator], texts: dict[str, list[Any]]
@@ -106,7 +106,7 @@ class PipelineCalls:
         timesteps = None
         try:
             with torch.no_grad():
-                self._run(view, {**arguments, "generator": list(generators)}, draw)
+                self._run(view, {**arguments, "generator": _given(generators)}, draw)
         except ReplayStop as stop:
             timesteps = stop.timesteps
         returns = {name: tuple(values) for name, values in preparations.returns.items()}
@@ -138,7 +138,7 @@ class PipelineCalls:
         if denoiser is not None:
             view.__dict__[self._component] = called_in_place_of(getattr(self._pipeline, self._component), denoiser)
         with quiet(self._logger):  # it would say the same at every evaluation
-            return self._run(view, {**recording.call_kwargs, "generator": generators}, draw)
+            return self._run(view, {**recording.call_kwargs, "generator": _given(generators)}, draw)
 
     def _run(self, view: DiffusionPipeline, arguments: dict[str, Any], randn_tensor: Any) -> Any:
         if randn_tensor is not None:
