@@ -40,6 +40,9 @@ def true_cfg(
 ): ...
 
 
+def perturbed(self, prompt: str | list[str] | None = None, guidance_scale: float = 5.0, pag_scale: float = 3.0): ...
+
+
 def class_conditional(self, class_labels: list[int], guidance_scale: float = 4.0): ...
 
 
@@ -92,10 +95,10 @@ def test_a_text_for_all_samples_goes_with_a_list_of_prompts():
     assert arguments["negative_prompt"] == ["blurry", "blurry"]
     assert arguments["height"] == 32
     assert arguments["output_type"] == "pt"
+    assert make(kwargs={"negative_prompt": "blurry"})({"prompt": ["a"]}, 1)["negative_prompt"] == "blurry"
 
 
 def test_a_column_replaces_what_all_samples_share():
-    assert make(kwargs={"negative_prompt": "blurry"})({"prompt": ["a"]}, 1)["negative_prompt"] == "blurry"
     arguments = make(kwargs={"negative_prompt": "blurry"})({**TWO, "negative_prompt": ["x", "y"]}, 2)
     assert arguments["negative_prompt"] == ["x", "y"]
 
@@ -112,6 +115,8 @@ def test_the_batch_is_told_to_pipelines_that_have_nothing_to_count():
         ({"guidance_scale": 3.0, "embedded": True}, {"guidance_scale": 3.0}, {"guidance_scale": 3.0}),
         ({"guidance_scale": 3.0, "no_guidance": 0.0}, {"guidance_scale": 3.0}, {"guidance_scale": 0.0}),
         ({"guidance_scale": 1.0, "no_guidance": 0.0}, {"guidance_scale": 0.0}, {"guidance_scale": 0.0}),
+        ({"call": perturbed, "guidance_scale": 3.0}, {"guidance_scale": 3.0}, {"guidance_scale": 1.0, "pag_scale": 0.0}),
+        ({"call": perturbed, "guidance_scale": 1.0, "kwargs": {"pag_scale": 2.0}}, {"pag_scale": 2.0}, {"pag_scale": 0.0}),
         (
             {"call": true_cfg, "guidance_scale": 3.0, "kwargs": {"negative_prompt": " "}},
             {"true_cfg_scale": 3.0, "guidance_scale": None},

@@ -276,9 +276,21 @@ class AlwaysGuided(StableDiffusion3Pipeline):
         return True
 
 
+class StillGuided(AlwaysGuided):
+    @property
+    def guidance_scale(self):
+        return 2.0
+
+
 def test_guidance_that_cannot_be_switched_off():
-    expect("evaluates 4 rows for 2 samples without guidance", AlwaysGuided(**sd3().components))
-    check(AlwaysGuided(**sd3().components), check_unguided=False)
+    expect("evaluates 4 rows for 2 samples without guidance", StillGuided(**sd3().components))
+    check(StillGuided(**sd3().components), check_unguided=False)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_branch_that_is_evaluated_for_nothing(dtype):
+    """At scale 1 it is added and taken away again, as OmniGen and Ideogram 4 do."""
+    check(AlwaysGuided(**sd3().components).to(dtype))
 
 
 class EncodesByGuidance(StableDiffusion3Pipeline):

@@ -29,6 +29,9 @@ _RESERVED = {
     "output_type": "remove it, images are always tensors",
     "return_dict": "remove it, images are always tensors",
 }
+# Scales of further guidance, and their values that mean none where these are not those of the others.
+_FURTHER = ("guidance_scale_2", "pag_scale")
+_NONE = {"pag_scale": 0.0}
 # Lists that are one value for all samples, whatever the annotation says.
 _GRID = ("sigmas", "timesteps")
 # In the annotation of an argument that takes one value for each sample. Texts may always be a list, whatever it says.
@@ -74,9 +77,9 @@ class CallArguments:
         else:  # per-frame guidance rises to a maximum, and has no other scale
             self._scale = "max_guidance_scale" if "max_guidance_scale" in self._parameters else "guidance_scale"
         if true_cfg:  # beside it, guidance_scale is never more than an embedding
-            self._guidance = ["true_cfg_scale", "guidance_scale_2"]
+            self._guidance = ["true_cfg_scale", *_FURTHER]
         else:
-            self._guidance = ["guidance_scale_2"] if guidance_embedded else [self._scale, "guidance_scale_2"]
+            self._guidance = list(_FURTHER) if guidance_embedded else [self._scale, *_FURTHER]
         self._check(pipeline_kwargs, guidance_scale)
         if guidance_scale == 1 and not (guidance_embedded and self._scale == "guidance_scale"):
             guidance_scale = no_guidance
@@ -188,7 +191,7 @@ class CallArguments:
     def _off(self, arguments: Mapping[str, Any]) -> dict[str, float]:
         """The guidance scales of a call, set to none; one that is left at `None` follows another one."""
         names = [name for name in self._guidance if name in self._parameters]
-        return {name: self._no_guidance for name in names if self._scale_in(arguments, name) is not None}
+        return {name: _NONE.get(name, self._no_guidance) for name in names if self._scale_in(arguments, name) is not None}
 
     def _scale_in(self, arguments: Mapping[str, Any], name: str) -> Any:
         return arguments.get(name, self._parameters[name].default)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import itertools
 import logging
 import types
 from collections.abc import Callable, Iterator
@@ -27,6 +28,7 @@ __all__ += [
     "processors_restored",
     "quiet",
     "require_undivided",
+    "scaling_rows",
     "set_differentiable",
     "set_method",
     "text_encoders",
@@ -241,3 +243,33 @@ def counting_rows(*denoisers: nn.Module) -> Iterator[list[int]]:
     finally:
         for handle in handles:
             handle.remove()
+
+
+@contextmanager
+def scaling_rows(call: int, rows: slice, *denoisers: nn.Module) -> Iterator[None]:
+    """Within this context these rows of what the denoisers return in the call of that number, from 0, are doubled."""
+    calls = itertools.count()
+
+    def scale(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+        if next(calls) != call:
+            return output
+        factor = torch.ones(len(output if isinstance(output, torch.Tensor | list) else output[0]))
+        factor[rows] = 2.0
+        return _scaled(output, factor)
+
+    handles = [denoiser.register_forward_hook(scale) for denoiser in denoisers]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _scaled(output: Any, factor: torch.Tensor) -> Any:
+    """A tensor, a list of one a sample, or either as the first of a tuple or of a host's output class."""
+    if isinstance(output, torch.Tensor):
+        return output * factor.to(output).view(-1, *[1] * (output.ndim - 1))
+    if isinstance(output, list):
+        return [value * scale for value, scale in zip(output, factor.tolist(), strict=True)]
+    first = _scaled(output[0], factor)
+    return (first, *output[1:]) if isinstance(output, tuple) else type(output)(first)
