@@ -81,8 +81,9 @@ class AdjointMatchingConfig(TrainingArguments):
             Further arguments of the pipeline's `__call__`, such as `{"height": 512, "width": 512}`. Arguments with one value for
             each image (negative_prompt, image, …) may be dataset columns instead.
         trained_component (`str`, *optional*):
-            The network to train in a pipeline with several ("transformer_2" of Wan 2.2, which predicts the later steps); the
-            one that diffusers puts LoRA on when not given. The steps of the others stay as they are and carry no loss.
+            The network to train in a pipeline with several ("transformer_2" of Wan 2.2, which predicts the later steps), or
+            with one of another name than "transformer" and "unet"; the one that diffusers puts LoRA on when not given. The
+            steps of the others stay as they are and carry no loss.
         offload_text_encoders (`bool`, defaults to `False`):
             Keep the text encoders on the CPU while the denoiser works; they are moved for the encoding of each batch.
         decode_frames (`str`, defaults to `"all"`):

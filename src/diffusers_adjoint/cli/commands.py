@@ -209,7 +209,8 @@ def trainer_of(arguments: Arguments) -> RewardTrainer:
     reward_funcs = load_rewards(script.reward_funcs)
     train_dataset = load_prompts(script, script.dataset_train_split)
     eval_dataset = load_prompts(script, script.dataset_test_split) if config.eval_strategy != "no" else None
-    pipeline = _load_pipeline(model.model_name_or_path, cast("dict[str, Any]", config.model_init_kwargs))
+    init_kwargs = cast("dict[str, Any]", config.model_init_kwargs)
+    pipeline = _load_pipeline(model.model_name_or_path, init_kwargs, config.trained_component)
     given = (pipeline, reward_funcs, config, train_dataset, eval_dataset)
     if script.method in METHODS:
         return RewardBackpropagationTrainer(*given, peft_config=lora_config(model), method=script.method)
@@ -242,9 +243,9 @@ def _how_to_go_on(trainer: RewardTrainer | None, arguments: Arguments, argv: Seq
     return f"{where}; newest checkpoint: {newest}; go on with: {program} train {again}"
 
 
-def _load_pipeline(name: str, init_kwargs: dict[str, Any]) -> Any:
+def _load_pipeline(name: str, init_kwargs: dict[str, Any], component: str | None) -> Any:
     try:
-        return load_pipeline(name, init_kwargs)
+        return load_pipeline(name, init_kwargs, component)
     except OSError as error:
         raise ValueError(f"model_name_or_path={name!r} cannot be loaded ({_one_line(error)}); pass a pipeline's name.") from error
 

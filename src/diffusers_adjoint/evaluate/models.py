@@ -71,7 +71,7 @@ def load_models(
     Raises:
         ValueError: if one cannot be loaded, or a LoRA has no layer in the denoiser.
     """
-    base = _loaded("model", model, lambda: load_pipeline(model, init_kwargs))
+    base = _loaded("model", model, lambda: load_pipeline(model, init_kwargs, component))
     component = component or denoiser_names(base)[0]
     models = [Model(BASE, base)]
     for number, (adapter, name) in enumerate(zip(adapters, _names(adapters), strict=True)):
@@ -127,7 +127,7 @@ def _lora_file(source: str) -> Path:
 def _tuned(base: DiffusionPipeline, source: str, name: str, adapter: str, component: str, init_kwargs: dict[str, Any]) -> Model:
     """The model of a LoRA, which the base's pipeline then carries, or of a whole pipeline."""
     if _is_pipeline(source):
-        denoisers = denoiser_names(base)
+        denoisers = denoiser_names(base, component)
         shared = {part: network for part, network in base.components.items() if part not in denoisers}
         return Model(name, type(base).from_pretrained(source, **{**init_kwargs, "revision": None}, **shared))
     load_saved_lora(base, component, _lora_file(source), adapter)

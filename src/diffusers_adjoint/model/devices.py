@@ -9,7 +9,7 @@ import torch
 from diffusers import DiffusionPipeline
 from torch import nn
 
-from ..replay.view import denoiser_names, text_encoders
+from ..replay.view import text_encoders
 
 __all__ = ["place", "text_encoders_on"]
 
@@ -26,10 +26,14 @@ def place(pipeline: DiffusionPipeline, device: torch.device, offload_text_encode
 
 
 @contextmanager
-def text_encoders_on(pipeline: DiffusionPipeline, device: torch.device) -> Iterator[None]:
-    """Within this context the pipeline's text encoders are on `device` while they encode, and on the CPU while it denoises."""
+def text_encoders_on(pipeline: DiffusionPipeline, device: torch.device, denoisers: list[str]) -> Iterator[None]:
+    """Within this context the pipeline's text encoders are on `device` while they encode, and on the CPU while it denoises.
+
+    Args:
+        denoisers: names of its networks whose calls say that it denoises.
+    """
     encoders = list(text_encoders(pipeline).values())
-    networks = [getattr(pipeline, name) for name in denoiser_names(pipeline)]
+    networks = [getattr(pipeline, name) for name in denoisers]
 
     def move(to: torch.device | str) -> None:
         for encoder in encoders:

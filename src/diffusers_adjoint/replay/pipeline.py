@@ -65,12 +65,8 @@ class PipelineReplay:
         component: str | None = None,
         chooses_frames: bool = False,
     ) -> None:
-        self.denoisers = denoiser_names(pipeline)
+        self.denoisers = denoiser_names(pipeline, component)
         self.component = component or self.denoisers[0]
-        if self.component not in self.denoisers:
-            raise ValueError(
-                f"{type(pipeline).__name__} has no denoiser {component!r} to train; pass one of {', '.join(self.denoisers)}."
-            )
         self.pipeline = pipeline
         self.scheduler = scheduler
         for name in self.denoisers:

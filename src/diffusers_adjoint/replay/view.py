@@ -38,10 +38,14 @@ __all__ += [
 DENOISERS = ("transformer", "unet", "transformer_2")
 
 
-def denoiser_names(pipeline: DiffusionPipeline) -> list[str]:
+def denoiser_names(pipeline: DiffusionPipeline, component: str | None = None) -> list[str]:
     """Names of the networks that may predict for the pipeline, after a check that it can be replayed at all.
 
-    The first is the one that diffusers puts LoRA on. Pipelines exist with a second one for the later steps.
+    The first is the one that diffusers puts LoRA on. Pipelines exist with a second one for the later steps, or for the
+    predictions without a prompt, and a network may have any name, by which it is asked for.
+
+    Args:
+        component: name of one to train; `None` for the first.
 
     Raises:
         TypeError: if it is no diffusers pipeline.
@@ -52,9 +56,14 @@ def denoiser_names(pipeline: DiffusionPipeline) -> list[str]:
     kind = type(pipeline).__name__
     if not isinstance(getattr(pipeline, "scheduler", None), SchedulerMixin):
         raise ValueError(f"{kind} has no scheduler; pass a pipeline that samples by calling scheduler.step.")
-    names = [name for name in DENOISERS if isinstance(getattr(pipeline, name, None), nn.Module)]
-    if not names:
-        raise ValueError(f"{kind} has no transformer and no unet; pass a pipeline with one of them.")
+    networks = [name for name, part in vars(pipeline).items() if isinstance(part, nn.Module)]
+    others = [name for name in networks if name.endswith(("transformer", "unet")) and name not in DENOISERS]
+    names = [*(name for name in DENOISERS if name in networks), *others]
+    if component is None and not names:
+        raise ValueError(f"{kind} has no transformer and no unet; pass the name of its network as trained_component.")
+    if component is not None and not isinstance(getattr(pipeline, component, None), ModelMixin):
+        raise ValueError(f"{kind} has no denoiser {component!r} to train; pass one of {', '.join(names or networks)}.")
+    names += [component] if component is not None and component not in names else []
     for name in names:
         _require_plain(name, getattr(pipeline, name))
         _require_resident(kind, name, getattr(pipeline, name))
@@ -78,9 +87,13 @@ def _require_plain(name: str, denoiser: nn.Module) -> None:
         )
 
 
-def require_undivided(pipeline: DiffusionPipeline) -> None:
-    """Raises ValueError if FSDP has divided a denoiser: before training, in which the host does so itself."""
-    for name in denoiser_names(pipeline):
+def require_undivided(pipeline: DiffusionPipeline, component: str | None = None) -> None:
+    """Raises ValueError if FSDP has divided a denoiser: before training, in which the host does so itself.
+
+    Args:
+        component: as in `denoiser_names`.
+    """
+    for name in denoiser_names(pipeline, component):
         # The older FSDP is a module around a network or a part, the newer one a base class that these are given.
         if any(isinstance(module, FSDPModule | FullyShardedDataParallel) for module in getattr(pipeline, name).modules()):
             raise ValueError(

@@ -464,7 +464,9 @@ class PipelineTrainer(PublishingTrainer):
 
     def _text_encoders(self) -> contextlib.AbstractContextManager[None]:
         """They are on the device only while prompts are encoded, if asked so."""
-        return text_encoders_on(self.pipeline, self.args.device) if self.args.offload_text_encoders else contextlib.nullcontext()
+        if not self.args.offload_text_encoders:
+            return contextlib.nullcontext()
+        return text_encoders_on(self.pipeline, self.args.device, self.replay.denoisers)
 
     def _show(self, name: str, pictures: SampleImages | None) -> None:
         """A grid in `output_dir/samples/` and in the trackers, where there are pictures."""

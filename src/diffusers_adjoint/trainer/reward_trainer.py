@@ -91,7 +91,7 @@ class RewardTrainer(PipelineTrainer):
         require_config(args)
         train_dataset = None if train_dataset is None else dataset_of(train_dataset, "train_dataset")
         eval_dataset = None if eval_dataset is None else eval_datasets_of(eval_dataset)
-        pipeline = load_pipeline(model, parsed(args.model_init_kwargs) if args else None)
+        pipeline = load_pipeline(model, parsed(args.model_init_kwargs), args.trained_component) if args else load_pipeline(model)
         args = args or AdjointMatchingConfig(f"{type(pipeline).__name__}-AdjointMatching")
         args = with_learning_rate(args, full=peft_config is None)
         self.method = self.method_of(args)
