@@ -6,15 +6,20 @@ import torch
 from diffusers import (
     AutoencoderKLTemporalDecoder,
     AutoencoderKLWan,
+    ChromaImg2ImgPipeline,
     ControlNetModel,
     EulerDiscreteScheduler,
     FluxControlPipeline,
+    FluxFillPipeline,
     FluxImg2ImgPipeline,
     FluxKontextPipeline,
+    LTXImageToVideoPipeline,
     QwenImageEditPipeline,
+    QwenImageImg2ImgPipeline,
     StableDiffusion3Img2ImgPipeline,
     StableDiffusionControlNetPipeline,
     StableDiffusionImg2ImgPipeline,
+    StableDiffusionInpaintPipeline,
     StableDiffusionInstructPix2PixPipeline,
     StableDiffusionXLControlNetPipeline,
     StableDiffusionXLImg2ImgPipeline,
@@ -27,9 +32,10 @@ from diffusers import (
 from diffusers.pipelines.qwenimage import pipeline_qwenimage_edit
 from family import PROMPTS, Family
 from PIL import Image
-from tiny_images import flux, flux_transformer, qwen_networks, sdxl
+from tiny_images import chroma, flux, flux_transformer, qwen_image, qwen_networks, sdxl
 from tiny_parts import flow, qwen_vl, randomise, t5
 from tiny_pipelines import eval_mode, sd3, sd15
+from tiny_videos import ltx
 from transformers import (
     CLIPImageProcessor,
     CLIPVisionConfig,
@@ -113,6 +119,20 @@ def instruct_pix2pix(*, seed: int = 0) -> StableDiffusionInstructPix2PixPipeline
     )
 
 
+def sd15_inpaint(*, seed: int = 0) -> StableDiffusionInpaintPipeline:
+    """The mask and the latents of what it leaves are channels of the UNet's input; nothing is blended in."""
+    base = sd15(seed=seed)
+    unet = UNet2DConditionModel.from_config(base.unet.config, in_channels=9)
+    return eval_mode(StableDiffusionInpaintPipeline(**components_of(base, "unet"), unet=unet, requires_safety_checker=False))
+
+
+def flux_fill(*, seed: int = 0) -> FluxFillPipeline:
+    """The mask of 2 × 2 pixels a latent, and the latents of what it leaves, are channels of the transformer's input."""
+    torch.manual_seed(seed)
+    parts = components_of(flux(seed=seed), "transformer", "image_encoder", "feature_extractor")
+    return eval_mode(FluxFillPipeline(**parts, transformer=flux_transformer(in_channels=48)))
+
+
 # --------------------------------------------------------------------------------------------------------- images as a start
 
 
@@ -131,6 +151,14 @@ def sd3_from_image(*, seed: int = 0) -> StableDiffusion3Img2ImgPipeline:
 
 def flux_from_image(*, seed: int = 0) -> FluxImg2ImgPipeline:
     return eval_mode(FluxImg2ImgPipeline(**components_of(flux(seed=seed))))
+
+
+def chroma_from_image(*, seed: int = 0) -> ChromaImg2ImgPipeline:
+    return eval_mode(ChromaImg2ImgPipeline(**components_of(chroma(seed=seed))))
+
+
+def qwen_from_image(*, seed: int = 0) -> QwenImageImg2ImgPipeline:
+    return eval_mode(QwenImageImg2ImgPipeline(**components_of(qwen_image(seed=seed))))
 
 
 # --------------------------------------------------------------------------------------------------------- images as a control
@@ -211,6 +239,11 @@ def wan22_from_image(*, seed: int = 0) -> WanImageToVideoPipeline:
             boundary_ratio=0.875,
         )
     )
+
+
+def ltx_from_image(*, seed: int = 0) -> LTXImageToVideoPipeline:
+    """The first frame is the image's; the others, taken out of the packed latents at each step, are the state."""
+    return eval_mode(LTXImageToVideoPipeline(**components_of(ltx(seed=seed))))
 
 
 def stable_video_scheduler() -> EulerDiscreteScheduler:
@@ -302,6 +335,19 @@ FAMILIES = [
         columns=NEGATIVE,
     ),
     Family(
+        "Stable Diffusion 1.5, inpainting",
+        sd15_inpaint,
+        "mask and masked image as channels",
+        columns={**NEGATIVE, "mask_image": [picture(3), picture(4)]},
+    ),
+    Family(
+        "FLUX.1 Fill",
+        flux_fill,
+        "mask and masked image as channels, packed",
+        kwargs={**SMALL, **TEXT_16},
+        columns={**IMAGES, "mask_image": [picture(3), picture(4)]},
+    ),
+    Family(
         "Stable Diffusion 1.5, image to image",
         sd15_from_image,
         "starts below noise",
@@ -331,6 +377,21 @@ FAMILIES = [
         columns=IMAGES,
     ),
     Family(
+        "Chroma, image to image",
+        chroma_from_image,
+        "attention mask on the text, a start below noise",
+        kwargs={**SMALL, **TEXT_16, "strength": 0.7},
+        columns=NEGATIVE,
+    ),
+    Family(
+        "Qwen-Image, image to image",
+        qwen_from_image,
+        "true CFG, a start below noise",
+        scale="true_cfg_scale",
+        kwargs={**SMALL, "strength": 0.7},
+        columns=NEGATIVE,
+    ),
+    Family(
         "Stable Diffusion 1.5 ControlNet",
         sd15_controlnet,
         "second network, at some of the steps",
@@ -351,6 +412,13 @@ FAMILIES = [
         sdxl_controlnet,
         "second network with added conditions",
         kwargs=WINDOW,
+        columns=NEGATIVE,
+    ),
+    Family(
+        "LTX-Video, image to video",
+        ltx_from_image,
+        "the state is unpacked and cut out of the latents at each step",
+        kwargs={"height": 32, "width": 64, "num_frames": 17, **TEXT_16},
         columns=NEGATIVE,
     ),
     Family(

@@ -11,6 +11,9 @@ from diffusers import (
     AutoencoderKLQwenImage,
     ChromaPipeline,
     ChromaTransformer2DModel,
+    CogVideoXDDIMScheduler,
+    CogView3PlusPipeline,
+    CogView3PlusTransformer2DModel,
     CogView4Pipeline,
     CogView4Transformer2DModel,
     DDIMPipeline,
@@ -30,16 +33,19 @@ from diffusers import (
     HiDreamImageTransformer2DModel,
     HunyuanDiT2DModel,
     HunyuanDiTPipeline,
+    IFPipeline,
     Kandinsky5T2IPipeline,
     Kandinsky5Transformer3DModel,
     Lumina2Pipeline,
     Lumina2Transformer2DModel,
+    PixArtAlphaPipeline,
     PixArtSigmaPipeline,
     PixArtTransformer2DModel,
     QwenImagePipeline,
     QwenImageTransformer2DModel,
     SanaPipeline,
     SanaTransformer2DModel,
+    StableDiffusionPAGPipeline,
     StableDiffusionPipeline,
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
@@ -81,6 +87,12 @@ def sd21(*, seed: int = 0) -> StableDiffusionPipeline:
     return pipeline
 
 
+def sd15_pag(*, seed: int = 0) -> StableDiffusionPAGPipeline:
+    """Guided by a third prediction, of a network whose self-attention looks nowhere."""
+    parts = sd15(seed=seed).components
+    return eval_mode(StableDiffusionPAGPipeline(**parts, requires_safety_checker=False, pag_applied_layers=["up"]))
+
+
 def sdxl_unet(**config) -> UNet2DConditionModel:
     settings = {
         "sample_size": 8,
@@ -117,6 +129,31 @@ def sdxl(*, seed: int = 0) -> StableDiffusionXLPipeline:
             add_watermarker=False,
         )
     )
+
+
+def deepfloyd_if(*, seed: int = 0) -> IFPipeline:
+    """Pixels; the variance that its network has learnt is split off before `scheduler.step`."""
+    torch.manual_seed(seed)
+    encoder, tokenizer = t5()
+    unet = UNet2DConditionModel(
+        sample_size=8,
+        in_channels=3,
+        out_channels=6,
+        block_out_channels=(4, 8),
+        layers_per_block=1,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+        cross_attention_dim=16,
+        encoder_hid_dim=32,
+        encoder_hid_dim_type="text_proj",
+        attention_head_dim=2,
+        norm_num_groups=2,
+    )
+    scheduler = DDPMScheduler(
+        beta_schedule="squaredcos_cap_v2", variance_type="learned_range", clip_sample=False, thresholding=False
+    )
+    parts = {"safety_checker": None, "feature_extractor": None, "watermarker": None, "requires_safety_checker": False}
+    return eval_mode(IFPipeline(unet=unet, scheduler=scheduler, text_encoder=encoder, tokenizer=tokenizer, **parts))
 
 
 class PositionedTokenizer:
@@ -225,6 +262,34 @@ def pixart_sigma(*, seed: int = 0) -> PixArtSigmaPipeline:
     scheduler = DPMSolverMultistepScheduler(**BETAS | {"beta_schedule": "linear"})
     return eval_mode(
         PixArtSigmaPipeline(transformer=transformer, vae=vae8(), scheduler=scheduler, text_encoder=encoder, tokenizer=tokenizer)
+    )
+
+
+def pixart_alpha(*, seed: int = 0) -> PixArtAlphaPipeline:
+    return eval_mode(PixArtAlphaPipeline(**pixart_sigma(seed=seed).components))
+
+
+def cogview3(*, seed: int = 0) -> CogView3PlusPipeline:
+    torch.manual_seed(seed)
+    encoder, tokenizer = t5()
+    transformer = CogView3PlusTransformer2DModel(
+        patch_size=2,
+        in_channels=4,
+        out_channels=4,
+        num_layers=2,
+        attention_head_dim=8,
+        num_attention_heads=2,
+        text_embed_dim=32,
+        time_embed_dim=8,
+        condition_dim=4,
+        pos_embed_max_size=16,
+        sample_size=8,
+    )
+    scheduler = CogVideoXDDIMScheduler(
+        **BETAS, prediction_type="v_prediction", clip_sample=False, rescale_betas_zero_snr=True, timestep_spacing="trailing"
+    )
+    return eval_mode(
+        CogView3PlusPipeline(transformer=transformer, vae=vae(), scheduler=scheduler, text_encoder=encoder, tokenizer=tokenizer)
     )
 
 
@@ -725,6 +790,7 @@ OUTPUTS = {"text_encoder_out_layers": (1, 2, 3)}
 FAMILIES = [
     Family("Stable Diffusion 1.5", sd15, "ε-prediction", columns=NEGATIVE, fast=True),
     Family("Stable Diffusion 2.1", sd21, "v-prediction, guidance rescale", kwargs={"guidance_rescale": 0.7}, columns=NEGATIVE),
+    Family("Stable Diffusion 1.5, perturbed attention", sd15_pag, "a second scale of guidance", columns=NEGATIVE),
     Family("SDXL", sdxl, "added time and size conditions", columns=NEGATIVE),
     Family("Stable Diffusion 3", sd3, "flow prediction", kwargs={"max_sequence_length": 8}, columns=NEGATIVE),
     Family("Stable Diffusion 3, skip-layer guidance", sd3, "guidance that depends on the step", kwargs=SKIP, fast=True),
@@ -780,6 +846,15 @@ FAMILIES = [
         columns=NEGATIVE,
         lora=None,
     ),
+    Family(
+        "PixArt-α",
+        pixart_alpha,
+        "masked text, learned variance",
+        kwargs={"height": 64, "width": 64, "use_resolution_binning": False, "clean_caption": False, **TEXT_16},
+        columns=NEGATIVE,
+        lora=None,
+    ),
+    Family("CogView3+", cogview3, "v-prediction down to no signal", kwargs={**SMALL, **TEXT_16}, columns=NEGATIVE, lora=None),
     Family("AuraFlow", aura_flow, "flow on T5 alone", kwargs={**SMALL, **TEXT_16}, columns=NEGATIVE),
     Family("Lumina 2", lumina2, "CFG truncation", kwargs={"height": 32, "width": 32, "cfg_trunc_ratio": 0.5}, columns=NEGATIVE),
     Family(
@@ -792,6 +867,13 @@ FAMILIES = [
     ),
     Family("CogView4", cogview4, "linear time shift", kwargs={**SMALL, **TEXT_16}, columns=NEGATIVE),
     Family("HiDream", hidream, "mixture of experts", kwargs={**SMALL, **TEXT_16}, columns=NEGATIVE, step=1e-5, fast=True),
+    Family(
+        "DeepFloyd IF",
+        deepfloyd_if,
+        "pixels drawn under another name, learned variance",
+        kwargs={"clean_caption": False},
+        columns=NEGATIVE,
+    ),
     Family("Kolors", kolors, "SDXL's UNet on a language model", kwargs={**SMALL, "max_sequence_length": 32}, columns=NEGATIVE),
     Family("Chroma", chroma, "attention mask on the text", kwargs={**SMALL, **TEXT_16}, columns=NEGATIVE),
     Family(

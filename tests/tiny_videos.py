@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from diffusers import (
+    AnimateDiffPipeline,
     AutoencoderKLCogVideoX,
     AutoencoderKLHunyuanVideo,
     AutoencoderKLLTXVideo,
@@ -12,22 +13,34 @@ from diffusers import (
     CogVideoXDPMScheduler,
     CogVideoXPipeline,
     CogVideoXTransformer3DModel,
+    DDIMScheduler,
     FlowMatchEulerDiscreteScheduler,
     HunyuanVideoPipeline,
     HunyuanVideoTransformer3DModel,
     Kandinsky5T2VPipeline,
+    LattePipeline,
+    LatteTransformer3DModel,
     LTXPipeline,
     LTXVideoTransformer3DModel,
     MochiPipeline,
     MochiTransformer3DModel,
+    MotionAdapter,
+    SanaVideoPipeline,
+    SanaVideoTransformer3DModel,
+    SkyReelsV2Pipeline,
+    SkyReelsV2Transformer3DModel,
     UniPCMultistepScheduler,
     WanPipeline,
     WanTransformer3DModel,
+    WanVACEPipeline,
+    WanVACETransformer3DModel,
+    WanVideoToVideoPipeline,
 )
 from family import PROMPTS, Family
-from tiny_images import kandinsky5_text, kandinsky5_transformer
-from tiny_parts import byte_tokenizer, clip, flow, t5
-from tiny_pipelines import eval_mode
+from PIL import Image
+from tiny_images import BETAS, gemma, kandinsky5_text, kandinsky5_transformer
+from tiny_parts import byte_tokenizer, clip, flow, randomise, t5, vae8
+from tiny_pipelines import eval_mode, sd15
 from transformers import LlamaConfig, LlamaModel
 
 __all__ = ["FAMILIES"]
@@ -240,6 +253,138 @@ def kandinsky5_video(*, seed: int = 0) -> Kandinsky5T2VPipeline:
     )
 
 
+def wan_vace(*, seed: int = 0) -> WanVACEPipeline:
+    """A second branch sees what is to be kept; its latents, and a mask of 8 × 8 pixels a latent, are channels of its input."""
+    base = wan(seed=seed)
+    transformer = WanVACETransformer3DModel(
+        num_attention_heads=2,
+        attention_head_dim=12,
+        in_channels=4,
+        out_channels=4,
+        text_dim=32,
+        freq_dim=16,
+        ffn_dim=32,
+        num_layers=1,
+        rope_max_seq_len=32,
+        vace_layers=[0],
+        vace_in_channels=72,
+    )
+    randomise(transformer.vace_blocks[0].proj_out, 0.1)
+    return eval_mode(
+        WanVACEPipeline(
+            transformer=transformer, vae=base.vae, scheduler=flow(), text_encoder=base.text_encoder, tokenizer=base.tokenizer
+        )
+    )
+
+
+def wan_from_video(*, seed: int = 0) -> WanVideoToVideoPipeline:
+    base = wan(seed=seed)
+    return eval_mode(
+        WanVideoToVideoPipeline(
+            transformer=base.transformer,
+            vae=base.vae,
+            scheduler=flow(),
+            text_encoder=base.text_encoder,
+            tokenizer=base.tokenizer,
+        )
+    )
+
+
+def skyreels(*, seed: int = 0) -> SkyReelsV2Pipeline:
+    base = wan(seed=seed)
+    transformer = SkyReelsV2Transformer3DModel(
+        num_attention_heads=2,
+        attention_head_dim=12,
+        in_channels=4,
+        out_channels=4,
+        text_dim=32,
+        freq_dim=16,
+        ffn_dim=32,
+        num_layers=1,
+        rope_max_seq_len=32,
+    )
+    return eval_mode(
+        SkyReelsV2Pipeline(
+            transformer=transformer,
+            vae=base.vae,
+            scheduler=base.scheduler,
+            text_encoder=base.text_encoder,
+            tokenizer=base.tokenizer,
+        )
+    )
+
+
+def sana_video(*, seed: int = 0) -> SanaVideoPipeline:
+    base = wan(seed=seed)
+    tokenizer = byte_tokenizer(64)
+    transformer = SanaVideoTransformer3DModel(
+        in_channels=4,
+        out_channels=4,
+        num_attention_heads=2,
+        attention_head_dim=12,
+        num_layers=1,
+        num_cross_attention_heads=2,
+        cross_attention_head_dim=12,
+        cross_attention_dim=24,
+        caption_channels=16,
+        sample_size=4,
+        rope_max_seq_len=32,
+    )
+    return eval_mode(
+        SanaVideoPipeline(
+            transformer=transformer,
+            vae=base.vae,
+            scheduler=flow(shift=8.0),
+            text_encoder=gemma(len(tokenizer)),
+            tokenizer=tokenizer,
+        )
+    )
+
+
+def latte(*, seed: int = 0) -> LattePipeline:
+    torch.manual_seed(seed)
+    encoder, tokenizer = t5()
+    transformer = LatteTransformer3DModel(
+        sample_size=8,
+        num_layers=1,
+        patch_size=2,
+        attention_head_dim=8,
+        num_attention_heads=2,
+        in_channels=4,
+        out_channels=8,
+        cross_attention_dim=16,
+        caption_channels=32,
+        attention_bias=True,
+        activation_fn="gelu-approximate",
+        num_embeds_ada_norm=1000,
+        norm_type="ada_norm_single",
+        norm_elementwise_affine=False,
+        video_length=3,
+    )
+    scheduler = DDIMScheduler(**BETAS | {"beta_schedule": "linear"}, clip_sample=False)
+    return eval_mode(
+        LattePipeline(transformer=transformer, vae=vae8(), scheduler=scheduler, text_encoder=encoder, tokenizer=tokenizer)
+    )
+
+
+def animatediff(*, seed: int = 0) -> AnimateDiffPipeline:
+    """Layers between the frames, added to an image UNet."""
+    base = sd15(seed=seed)
+    motion = MotionAdapter(
+        block_out_channels=(4, 8), motion_layers_per_block=1, motion_norm_num_groups=2, motion_num_attention_heads=2
+    )
+    return eval_mode(
+        AnimateDiffPipeline(
+            unet=base.unet,
+            motion_adapter=motion,
+            vae=base.vae,
+            scheduler=DDIMScheduler(**BETAS | {"beta_schedule": "linear"}, clip_sample=False),
+            text_encoder=base.text_encoder,
+            tokenizer=base.tokenizer,
+        )
+    )
+
+
 # ------------------------------------------------------------------------------------------------------------------------ rows
 
 NEGATIVE = {"prompt": PROMPTS, "negative_prompt": ["blurry", "dark"]}
@@ -247,6 +392,12 @@ SMALL = {"height": 16, "width": 32, "num_frames": 5}
 TEXT_16 = {"max_sequence_length": 16}
 LTX = {"height": 32, "width": 64, "num_frames": 9, **TEXT_16}
 EXPERTS = {**SMALL, **TEXT_16, "guidance_scale_2": 2.0}
+
+
+def film(seed: int) -> list[Image.Image]:
+    generator = torch.Generator().manual_seed(seed)
+    return [Image.fromarray((torch.rand(16, 32, 3, generator=generator) * 255).byte().numpy()) for _ in range(5)]
+
 
 FAMILIES: list[Family] = [
     Family("Wan 2.1", wan, "a solver with flow σ", kwargs={**SMALL, **TEXT_16}, columns=NEGATIVE),
@@ -290,5 +441,53 @@ FAMILIES: list[Family] = [
         lora=("to_query", "to_key", "to_value"),
         dtype=torch.float32,
         step=0.1,
+    ),
+    Family("SkyReels-V2", skyreels, "Wan's text and decoder", kwargs={**SMALL, **TEXT_16}, columns=NEGATIVE),
+    Family(
+        "Sana-Video",
+        sana_video,
+        "linear attention over the frames",
+        kwargs={
+            "height": 32,
+            "width": 32,
+            "frames": 5,
+            "use_resolution_binning": False,
+            "complex_human_instruction": None,
+            **TEXT_16,
+        },
+        columns=NEGATIVE,
+        dtype=torch.float32,
+        step=3e-2,
+    ),
+    Family(
+        "Latte",
+        latte,
+        "learned variance, frames and pixels by turns",
+        kwargs={"height": 64, "width": 64, "video_length": 3, "clean_caption": False},
+        columns=NEGATIVE,
+        lora=None,
+    ),
+    Family(
+        "AnimateDiff",
+        animatediff,
+        "layers between the frames of an image UNet",
+        kwargs={"height": 16, "width": 16, "num_frames": 3},
+        columns=NEGATIVE,
+    ),
+    Family(
+        "Wan-VACE",
+        wan_vace,
+        "a second branch with a video to keep parts of; one bare prompt and generator",
+        kwargs={**SMALL, **TEXT_16},
+        columns={**NEGATIVE, "video": [film(1), film(2)], "mask": [film(3), film(4)]},
+        one_sample=True,
+    ),
+    Family(
+        "Wan 2.1, video to video",
+        wan_from_video,
+        "a video as a start below noise",
+        kwargs={"height": 16, "width": 32, **TEXT_16, "strength": 0.7},
+        columns={**NEGATIVE, "video": [film(1), film(2)]},
+        one_sample=True,
     ),
 ]
