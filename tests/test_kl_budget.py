@@ -235,10 +235,10 @@ def scales_seen(trainer):
     return seen
 
 
-def test_the_first_update_is_that_of_the_scale_found(tmp_path, caplog):
+def test_the_first_update_is_that_of_the_scale_found(tmp_path, capsys):
     found = make_trainer(tmp_path, **SMALL | {"max_steps": 1})
     found.train()
-    (line,) = [line for line in caplog.messages if line.startswith("target_kl=0.001 nats: λ begins at")]
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("target_kl=0.001 nats: λ begins at")]
     assert "where 32 images of the base say that a third of it is spent" in line
     given = make_trainer(tmp_path, **SMALL | {"max_steps": 1, "target_kl": None, "reward_scale": found.reward_scale})
     given.train()
@@ -303,25 +303,26 @@ def test_resumed_it_goes_on_bit_for_bit(tmp_path):
     assert seen == scales[2:4] and len(set(scales)) > 2
 
 
-def test_resumed_with_another_budget_it_says_so_and_goes_on_from_the_scale(tmp_path, caplog):
+def test_resumed_with_another_budget_it_says_so_and_goes_on_from_the_scale(tmp_path, caplog, capsys):
     settings = SMALL | {"save_strategy": "steps", "save_steps": 1}
     make_trainer(tmp_path, **settings | {"max_steps": 2}).train()
     scale = json.loads((tmp_path / "checkpoint-2" / BUDGET_NAME).read_text())["reward_scale"]
-    caplog.clear()
+    capsys.readouterr()
     other = make_trainer(tmp_path, **settings | {"target_kl": 0.5, "max_steps": 3})
     seen = scales_seen(other)
     other.train(resume_from_checkpoint=True)
-    assert "target_kl 0.001, now 0.5" in caplog.text and "λ begins at" not in caplog.text
+    assert "target_kl 0.001, now 0.5" in caplog.text and "λ begins at" not in capsys.readouterr().out
     assert seen == [scale]
 
 
-def test_resumed_from_a_run_without_a_budget_it_estimates_a_scale(tmp_path, caplog):
+def test_resumed_from_a_run_without_a_budget_it_estimates_a_scale(tmp_path, caplog, capsys):
     settings = SMALL | {"save_strategy": "steps", "save_steps": 1}
     make_trainer(tmp_path, **settings | {"target_kl": None, "reward_scale": 5.0, "max_steps": 1}).train()
     assert not (tmp_path / "checkpoint-1" / BUDGET_NAME).exists()
     trainer = make_trainer(tmp_path, **settings | {"max_steps": 2})
     trainer.train(resume_from_checkpoint=True)
-    assert "reward_scale 5.0, now None; target_kl None, now 0.001" in caplog.text and "λ begins at" in caplog.text
+    assert "reward_scale 5.0, now None; target_kl None, now 0.001" in caplog.text
+    assert "λ begins at" in capsys.readouterr().out
 
 
 def test_an_update_that_an_error_ended_leaves_nothing_behind(tmp_path):

@@ -88,13 +88,13 @@ def train_with_offsets(folder, offsets, **changes):
 
 
 @pytest.mark.parametrize("options", [{"probe_base": True}, {"num_generations": 4}], ids=["probe", "first update"])
-def test_what_differs_between_prompts_is_no_tilt(tmp_path, caplog, options):
+def test_what_differs_between_prompts_is_no_tilt(tmp_path, caplog, capsys, options):
     told, targets, within = [], [], []
     for offsets in ([0.0, 0.0], [0.0, 1.0]):
         caplog.clear()
         trainer = train_with_offsets(tmp_path, offsets, **options)
         assert "outside 0.1–10" not in caplog.text
-        told.append(next(line for line in caplog.messages if "nats from the base" in line))
+        told.append(next(line for line in capsys.readouterr().out.splitlines() if "nats from the base" in line))
         targets += logged(trainer, "target_kl_estimate")
         within += logged(trainer, "reward_std")
     assert told[0] == told[1]
@@ -133,10 +133,11 @@ def test_a_target_that_cannot_be_told_is_no_number(tmp_path, caplog):
 
 
 @pytest.mark.parametrize(("scale", "said"), [(0.05, "raise reward_scale"), (3.0, None), (11.0, "lower reward_scale")])
-def test_what_is_said_of_the_target(caplog, scale, said):
+def test_what_is_said_of_the_target(caplog, capsys, scale, said):
     rewards = torch.tensor([[0.0, math.sqrt(2)], [5.0, 5.0 + math.sqrt(2)]])  # spread 1 within each
     assert announce_tilt(scale, rewards) == pytest.approx(scale**2 / 2)
-    assert f"λ·std(r) = {scale:.3g} ± {scale / 2:.1g} within a prompt: the target is about {scale**2 / 2:.3g} nats" in caplog.text
+    line = f"λ·std(r) = {scale:.3g} ± {scale / 2:.1g} within a prompt: the target is about {scale**2 / 2:.3g} nats from the base."
+    assert capsys.readouterr().out == f"{line}\n"  # information, of every healthy run
     assert ("is outside 0.1–10" in caplog.text) == (said is not None)
     assert said is None or said in caplog.text
 

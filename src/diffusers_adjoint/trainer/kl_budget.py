@@ -27,6 +27,7 @@ from transformers.utils import logging
 from ..core.matching import LossSteps
 from ..metrics.scale import tilt_scale
 from .regress import Fit
+from .tell import tell
 
 __all__ = ["BUDGET_NAME", "KLBudget", "Spent", "first_scale", "next_scale"]
 
@@ -72,7 +73,7 @@ def first_scale(rewards: Tensor, budget: float) -> Spent:
     """
     whole = tilt_scale(rewards, budget)  # before the share of it, so that an error names the budget
     first = tilt_scale(rewards, FIRST_SHARE * budget)
-    logger.warning(
+    tell(
         f"target_kl={budget:g} nats: λ begins at {first.reward_scale:.4g}, where {rewards.numel()} images of the base say that "
         f"a third of it is spent; all of it at {whole.reward_scale:.4g}."
     )

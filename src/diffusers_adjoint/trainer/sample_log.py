@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers.utils import logging
 
 from ..metrics.estimate import between_prompt_std, within_prompt_std
+from .tell import tell
 
 __all__ = ["SampleLog", "announce_memory", "per_prompt", "summarise"]
 
@@ -85,7 +86,7 @@ def announce_memory(correlations: Tensor) -> None:
         return
     memory = correlations.mean().item()
     error = f" ± {correlations.std().item() / math.sqrt(len(correlations)):.1g}" if len(correlations) > 1 else ""
-    logger.warning(f"leftover memory, the correlation of an image's noise x_0 and its end point x̂_K: {memory:.2g}{error}.")
+    tell(f"leftover memory, the correlation of an image's noise x_0 and its end point x̂_K: {memory:.2g}{error}.")
     if abs(memory) > 0.2:
         logger.warning(
             f"with a correlation of {memory:.2g} the paths are not memoryless and the tilt is biased; let the pipeline start "

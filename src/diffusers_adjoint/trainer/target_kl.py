@@ -9,6 +9,7 @@ from torch import Tensor
 from transformers.utils import logging
 
 from ..metrics.estimate import within_prompt_std
+from .tell import tell
 
 __all__ = ["TargetKL", "announce_tilt", "exceeds_target"]
 
@@ -62,7 +63,7 @@ def announce_tilt(reward_scale: float, rewards: Tensor) -> float | None:
         return None
     spread, error = reward_scale * std.mean, reward_scale * std.standard_error
     target = spread**2 / 2
-    logger.warning(f"λ·std(r) = {spread:.3g} ± {error:.1g} within a prompt: the target is about {target:.3g} nats from the base.")
+    tell(f"λ·std(r) = {spread:.3g} ± {error:.1g} within a prompt: the target is about {target:.3g} nats from the base.")
     if not 0.1 <= spread <= 10:
         logger.warning(
             f"λ·std(r) = {spread:.3g} is outside 0.1–10; {'raise' if spread < 0.1 else 'lower'} reward_scale, or expect "
