@@ -138,6 +138,9 @@ class AdjointMatchingConfig(TrainingArguments):
         save_on_interrupt (`bool`, defaults to `False`):
             On Ctrl-C or SIGTERM finish the update, write a checkpoint, and end; the second signal ends at once. `True` is the
             default of the command `diffusers-adjoint train`.
+        dry_run (`bool`, defaults to `False`):
+            Make all checks and one update, say what it took, and end. Nothing is evaluated, saved or uploaded, and no tracker is
+            started; `save_model()` and `push_to_hub()` do nothing either.
 
     > Defaults that differ from `TrainingArguments`
 
@@ -246,6 +249,9 @@ class AdjointMatchingConfig(TrainingArguments):
     num_images_to_log: int = field(default=8, metadata={"help": "Images in the grids of samples, and on the Hub; 0 for none."})
     save_on_interrupt: bool = field(
         default=False, metadata={"help": "On Ctrl-C or SIGTERM finish the update, write a checkpoint, and end."}
+    )
+    dry_run: bool = field(
+        default=False, metadata={"help": "Make all checks and one update, say what it took, and end; nothing is written."}
     )
 
     def __post_init__(self) -> None:

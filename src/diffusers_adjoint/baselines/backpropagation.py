@@ -18,6 +18,7 @@ from ..hub import CardFacts
 from ..model.chain import PipelineChain
 from ..objectives.papers import ADJOINT_MATCHING, Paper
 from ..pictures.samples import SampleImages
+from ..trainer.cost import UpdateCost
 from ..trainer.parallel import synchronised
 from ..trainer.regress import bounded_paths, zero_unless
 from ..trainer.reward_trainer import RewardTrainer
@@ -135,6 +136,17 @@ class RewardBackpropagationTrainer(RewardTrainer):
         self.record(scored[0], found.kl, keep)
         self._end_micro_batch(model, chain, scored[0])
         return found.loss
+
+    def cost_of(self, chain: PipelineChain) -> UpdateCost:
+        """As `RewardTrainer.cost_of`."""
+        steps, path = self.choose_steps(chain).indices, chain.rollout()
+        with torch.enable_grad():
+            discrete_adjoint(chain.mean, chain.base_mean, path, torch.zeros_like(chain.start), steps=steps)
+        return UpdateCost(len(steps), chain.denoiser.evaluations // len(chain.start))
+
+    @property
+    def method_name(self) -> str:
+        return self.method.name
 
     def choose_steps(self, chain: PipelineChain) -> LossSteps:
         """All that have noise."""

@@ -24,6 +24,7 @@ from ..core.matching import LossSteps, choose_loss_steps
 from ..model.chain import PipelineChain
 from ..model.randomness import Stream, seeded_generator
 from ..objectives import Objective, Targets
+from .cost import UpdateCost, unscored
 from .iterations import KeptBatch, points_of, require_plain_steps, union
 from .parallel import synchronised
 from .regress import Fit, regress
@@ -91,6 +92,18 @@ class AdjointMatchingTrainer(RewardTrainer):
                 self._go_on(model)
         self._end_micro_batch(model, chain, targets.scored)
         return fit.loss
+
+    def cost_of(self, chain: PipelineChain) -> UpdateCost:
+        """As `RewardTrainer.cost_of`: what the targets ask for, and one evaluation a point of the regression."""
+        steps = [self.choose_steps(chain, iteration) for iteration in range(self.args.num_iterations)]
+        targets = self.method.targets(chain, union(steps), unscored)
+        points = [targets] if len(steps) == 1 else [points_of(targets, chosen) for chosen in steps]
+        regressed = sum(len(of_one.steps.indices) for of_one in points)
+        return UpdateCost(len(steps[0].indices), chain.denoiser.evaluations // len(chain.start) + regressed)
+
+    @property
+    def method_name(self) -> str:
+        return self.args.loss_type
 
     def choose_steps(self, chain: PipelineChain, iteration: int = 0) -> LossSteps:
         """The same steps for every image of an update's iteration, so that neither micro-batches nor ranks change them."""

@@ -41,11 +41,19 @@ def require_prompts(dataset: Any, name: str) -> None:
             first_row(part, name, needs_prompt=True)
 
 
-def require_writable(folder: str) -> None:
-    """Create `folder` and write into it once; raise ValueError if that cannot be done."""
+def require_writable(folder: str, *, create: bool = True) -> None:
+    """Create `folder` and write into it once; raise ValueError if that cannot be done.
+
+    Args:
+        create: otherwise the folder, if there is none, is not made, but must be one that could be.
+    """
     try:
-        Path(folder).mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
+        where = Path(folder)
+        if create:
+            where.mkdir(parents=True, exist_ok=True)
+        else:
+            where = next(path for path in (where, *where.absolute().parents) if path.exists())
+        with tempfile.TemporaryFile(dir=where):
             pass
     except (OSError, ValueError) as error:  # ValueError: a zero byte in the name
         reason = getattr(error, "strerror", None) or error

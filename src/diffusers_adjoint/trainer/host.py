@@ -139,12 +139,16 @@ class PipelineTrainer(PublishingTrainer):
         `network.load_lora_adapter(output_dir, prefix=None, weight_name="pytorch_lora_weights.safetensors")`. The card says which.
 
         Raises:
+        In a dry run nothing is written.
+
             ValueError: if the network is not as it was trained, its adapter taken away or set to another strength, or if a weight
                 is NaN or infinite; what lies in the folder stays as it is.
         """
         self.denoiser.state.require_adapter()
         require_finite_weights(self.denoiser.network, self.state.global_step + self.is_in_train)
         with whole_files(Path(output_dir or self.args.output_dir), self.args.should_save, self._wait) as partial:
+        if self.args.dry_run:
+            return
             if self.denoiser.base_adapters is not None:
                 self._write_weights(partial)
             elif (network := whole_network(self.denoiser.network, self.args.should_save)) is not None:
@@ -241,7 +245,7 @@ class PipelineTrainer(PublishingTrainer):
         """
         self.denoiser.state.require_trainable(None if self.is_deepspeed_enabled else self.optimizer)
         with contextlib.ExitStack() as held:
-            lock = only_trainer(Path(self.args.output_dir))
+            lock = contextlib.nullcontext() if self.args.dry_run else only_trainer(Path(self.args.output_dir))
             from_first_process(lambda: held.enter_context(lock))
             return self._train(resume_from_checkpoint, trial, ignore_keys_for_eval)
 
@@ -249,7 +253,7 @@ class PipelineTrainer(PublishingTrainer):
         run_dir = Path(self.args.output_dir)
         plain = not (self.is_fsdp_enabled or self.is_deepspeed_enabled or self.args.save_only_model)
         needed = [self._weights_name, TRAINER_STATE_NAME] + (["optimizer.pt", "scheduler.pt"] if plain else [])
-        if self.args.should_save:
+        if self.args.should_save and not self.args.dry_run:
             discard_leftovers(run_dir)
         self._wait()
         facts = self._facts()

@@ -48,7 +48,7 @@ class PublishingTrainer(Trainer):
     def create_model_card(
         self, model_name: str | None = None, dataset_name: str | None = None, tags: str | list[str] | None = None, **kwargs: Any
     ) -> None:
-        """Write README.md, with the samples it shows, into `output_dir`.
+        """Write README.md, with the samples it shows, into `output_dir`; nothing in a dry run.
 
         Args:
             model_name: Hub id or plain name; that of `output_dir` when not given.
@@ -56,7 +56,7 @@ class PublishingTrainer(Trainer):
             tags: further tags.
             kwargs: what other trainers' cards take; unused.
         """
-        if self.is_world_process_zero():
+        if self.is_world_process_zero() and not self.args.dry_run:
             facts, samples = self._card_facts(model_name, dataset_name, tags)
             write_card(self.args.output_dir, facts, samples.images, samples.prompts)
 
@@ -89,12 +89,15 @@ class PublishingTrainer(Trainer):
         private: bool | None = None,
         **kwargs: Any,
     ) -> Any:
-        """Upload the LoRA, or the whole pipeline, with a card and sample images; nothing else of `output_dir`.
+        """Upload the LoRA, or the whole pipeline, with a card and sample images; nothing else of `output_dir`, and nothing in a
+        dry run.
 
         Arguments and result as in `transformers.Trainer`; `kwargs` go to `create_model_card`.
         """
         self.callback_handler.on_push_begin(self.args, self.state, self.control)
         if self.hub_model_id is None:
+        if self.args.dry_run:
+            return None
             self.init_hf_repo(token=token, private=private)
         self.save_model(_internal_call=True)
         if not self.is_world_process_zero():

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property, partial
 from pathlib import Path
@@ -15,7 +15,7 @@ from diffusers import DiffusionPipeline
 from peft import LoraConfig
 from torch import Tensor, nn
 from tqdm.auto import tqdm
-from transformers import set_seed
+from transformers import TrainerState, set_seed
 from transformers.utils import logging
 
 from ..config import AdjointMatchingConfig, parsed, with_learning_rate
@@ -52,6 +52,8 @@ from .checks import (
     warn_of_guidance,
     warn_of_whole_decodings,
 )
+from .cost import UpdateCost, rehearsal
+from .dry_run import StopAfterOneUpdate, folder_unchanged, without_files
 from .evaluation import kl_name, require_known_metric
 from .gradients import require_checkpointing, require_gradients, warn_of_unused
 from .host import PipelineTrainer
@@ -60,6 +62,7 @@ from .probe import base_rewards, first_rows, probe_base, sampler_differences, wa
 from .progress import progress
 from .sample_log import announce_memory, per_prompt, summarise
 from .scoring import ScoredImages, score_images
+from .summary import RunSummary, describe_run
 from .target_kl import TargetKL
 from .updates import AfterOptimizerStep, require_asked_for, require_finite_weights
 
@@ -94,8 +97,9 @@ class RewardTrainer(PipelineTrainer):
         pipeline = load_pipeline(model, parsed(args.model_init_kwargs), args.trained_component) if args else load_pipeline(model)
         args = args or AdjointMatchingConfig(f"{type(pipeline).__name__}-AdjointMatching")
         args = with_learning_rate(args, full=peft_config is None)
+        args = without_files(args) if args.dry_run else args
         self.method = self.method_of(args)
-        require_writable(args.output_dir)
+        require_writable(args.output_dir, create=not args.dry_run)
         self.reward = WeightedReward(reward_funcs, args.reward_weights, images_as=args.images_as, workers=args.reward_workers)
         _suit_the_host(args)
         set_seed(args.seed)  # before LoRA draws its weights
@@ -112,22 +116,28 @@ class RewardTrainer(PipelineTrainer):
         if self.method.switches_adapter:
             require_unswitched_layers(type(self.method).__name__, args, self.denoiser)
 
-        super().__init__(
-            model=self.denoiser,
-            args=args,
-            data_collator=collate_columns,
-            train_dataset=train_dataset,
-            eval_dataset=eval_dataset,
-            callbacks=callbacks,
-            optimizers=optimizers,
-        )
+        with folder_unchanged(Path(args.output_dir)) if args.dry_run else contextlib.nullcontext():
+            super().__init__(
+                model=self.denoiser,
+                args=args,
+                data_collator=collate_columns,
+                train_dataset=train_dataset,
+                eval_dataset=eval_dataset,
+                callbacks=callbacks,
+                optimizers=optimizers,
+            )
         self._suit_paths()
         place(pipeline, args.device, args.offload_text_encoders)
         self.reward.to(args.device)
         self._target_kl = TargetKL(args.target_kl)
         self._idle_steps: list[int] = []  # of the trained network; found at the start of training
         self._probed: dict[str, float] = {}  # what the probe measured, until it is logged
+        self._rehearsal: PipelineChain | None = None  # made by the check at the start of training, used once
         self.add_callback(AfterOptimizerStep(self._judge_update))
+        self._summary = RunSummary(self._describe, args.device)
+        self.add_callback(self._summary)
+        if args.dry_run:
+            self.add_callback(StopAfterOneUpdate())
 
     @cached_property
     def budget(self) -> KLBudget | None:
@@ -141,6 +151,15 @@ class RewardTrainer(PipelineTrainer):
 
     def choose_steps(self, chain: PipelineChain) -> LossSteps:
         """The steps that carry the loss of the coming update, the same for all of its images."""
+        raise NotImplementedError
+
+    def cost_of(self, chain: PipelineChain) -> UpdateCost:
+        """Of the coming update; the denoiser of this chain counts its evaluations and makes none."""
+        raise NotImplementedError
+
+    @property
+    def method_name(self) -> str:
+        """What the user calls the way that is trained by."""
         raise NotImplementedError
 
     @property
@@ -171,7 +190,7 @@ class RewardTrainer(PipelineTrainer):
         """prompts → x_0, conditioning; every random number belongs to (seed, update, global image index)."""
         columns, first = inputs["columns"], inputs["first_image"]
         images = range(first, first + rows_of(columns))
-        with self._text_encoders():
+        with self._summary.phases.of("prompts"), self._text_encoders():
             start, conditioning = self.replay.prepare(
                 columns,
                 self._generators(images, Stream.START),
@@ -206,7 +225,8 @@ class RewardTrainer(PipelineTrainer):
             if self.state.global_step == 0 and self.method.scores_end_points:
                 memory = [correlation(start, end) for start, end in zip(chain.start, end_point, strict=True)]
                 self._counts.samples.add("memory", chain.start.new_tensor(memory))
-            return score_images(end_point, chain, self.reward, self.reward_scale, differentiate=self.method.needs_gradient)
+            with self._summary.phases.of("rewards"):
+                return score_images(end_point, chain, self.reward, self.reward_scale, differentiate=self.method.needs_gradient)
 
         return score
 
@@ -285,8 +305,20 @@ class RewardTrainer(PipelineTrainer):
         require_finite_weights(self.denoiser.network, self.state.global_step + self.is_in_train)
         self._counts.samples.add("skipped", self._counts.updates.end())  # the images left out are counted already
 
-    def _progress(self, what: str, steps: int) -> contextlib.AbstractContextManager[None]:
-        return progress(self.denoiser, f"update {self.state.global_step + 1}, {what}", steps, self._shows_progress)
+    @contextlib.contextmanager
+    def _progress(self, what: str, steps: int) -> Iterator[None]:
+        """A phase of the update, with a bar where it takes long."""
+        bar = progress(self.denoiser, f"update {self.state.global_step + 1}, {what}", steps, self._shows_progress)
+        with self._summary.phases.of(what), bar:
+            yield
+
+    def _describe(self, state: TrainerState) -> list[str]:
+        """Lines for the user, before the first update."""
+        if self._rehearsal is None:
+            return []
+        cost, self._rehearsal = self.cost_of(self._rehearsal), None
+        given = self.denoiser, self.args, state
+        return describe_run(*given, method=self.method_name, reward_scale=self.reward_scale, cost=cost)
 
     def require_images(self, keep: Tensor) -> Tensor:
         """`keep` itself; ValueError if an image is left out and the settings do not allow it."""
@@ -328,6 +360,7 @@ class RewardTrainer(PipelineTrainer):
         step = next(k for k in range(len(self.replay.stds)) if k not in self._idle_steps)
         require_checkpointing(self.denoiser, chain.start, step, chain.conditioning, guided=self.guidance.loss)
         self.choose_steps(chain)
+        self._rehearsal = rehearsal(chain)
         scored = score_images(chain.start, chain, self.reward, 1.0, differentiate=self.method.needs_gradient)
         if self.method.needs_gradient:
             warn_of_flat_rewards(scored.norms)

@@ -28,7 +28,7 @@ RECORD_NAME = "run.json"
 WITHOUT_EFFECT = {"logging_steps", "save_steps", "per_device_eval_batch_size", "remove_unused_columns", "metric_for_best_model"}
 WITHOUT_EFFECT |= {"model_init_kwargs", "offload_text_encoders", "num_generations_eval", "num_images_to_log"}
 WITHOUT_EFFECT |= {"save_on_interrupt", "per_device_train_batch_size", "probe_base", "adjoint_pairing", "sampling_integrator"}
-WITHOUT_EFFECT |= {"reward_workers"}
+WITHOUT_EFFECT |= {"reward_workers", "dry_run"}
 # Fields of the host that do.
 OF_THE_HOST = ["seed", "data_seed", "optim", "optim_args", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon"]
 OF_THE_HOST += ["max_grad_norm", "lr_scheduler_kwargs", "warmup_steps", "bf16", "fp16", "train_sampling_strategy"]
