@@ -46,6 +46,7 @@ from .checkpoint import (
 from .checks import require_prompts
 from .counts import Counts
 from .evaluation import evaluate_rows
+from .host_messages import said_once
 from .interrupt import interruptible
 from .lock import only_trainer
 from .parallel import compile_networks, require_fsdp2, round_in_network_alone
@@ -138,17 +139,17 @@ class PipelineTrainer(PublishingTrainer):
         `pipeline.load_lora_weights(output_dir)` reads the LoRA, or where the pipeline takes none, its network:
         `network.load_lora_adapter(output_dir, prefix=None, weight_name="pytorch_lora_weights.safetensors")`. The card says which.
 
-        Raises:
         In a dry run nothing is written.
 
+        Raises:
             ValueError: if the network is not as it was trained, its adapter taken away or set to another strength, or if a weight
                 is NaN or infinite; what lies in the folder stays as it is.
         """
         self.denoiser.state.require_adapter()
         require_finite_weights(self.denoiser.network, self.state.global_step + self.is_in_train)
-        with whole_files(Path(output_dir or self.args.output_dir), self.args.should_save, self._wait) as partial:
         if self.args.dry_run:
             return
+        with whole_files(Path(output_dir or self.args.output_dir), self.args.should_save, self._wait) as partial:
             if self.denoiser.base_adapters is not None:
                 self._write_weights(partial)
             elif (network := whole_network(self.denoiser.network, self.args.should_save)) is not None:
@@ -247,6 +248,7 @@ class PipelineTrainer(PublishingTrainer):
         with contextlib.ExitStack() as held:
             lock = contextlib.nullcontext() if self.args.dry_run else only_trainer(Path(self.args.output_dir))
             from_first_process(lambda: held.enter_context(lock))
+            held.enter_context(said_once())
             return self._train(resume_from_checkpoint, trial, ignore_keys_for_eval)
 
     def _train(self, resume_from_checkpoint: str | bool | None, trial: Any, ignore_keys_for_eval: list[str] | None) -> Any:
@@ -425,7 +427,8 @@ class PipelineTrainer(PublishingTrainer):
             parts = {key: part if eval_dataset is not None else key for key, part in dataset.items()}
             evaluations = [self.evaluate(part, ignore_keys, f"{metric_key_prefix}_{key}") for key, part in parts.items()]
             return {name: value for metrics in evaluations for name, value in metrics.items()}
-        samples, self._shown.evaluated = self.measure(dataset)
+        with said_once():
+            samples, self._shown.evaluated = self.measure(dataset)
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in summarise(samples).items()}
         self.log(metrics)
         self._show(metric_key_prefix, self._shown.evaluated)

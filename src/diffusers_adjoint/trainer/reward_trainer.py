@@ -475,6 +475,8 @@ def _suit_the_host(args: AdjointMatchingConfig) -> None:
     """Settings of the host that a pipeline's batches need."""
     # Rows are lists of Python values: each process collates its own, and numbers its images by its rank.
     args.accelerator_config.dispatch_batches = False
+    if args.device.type == "cpu":  # there is nothing to pin memory for, and torch would warn
+        args.dataloader_pin_memory = False
     if args.n_gpu > 1:  # torch.nn.DataParallel would scatter the states but not the conditioning
         logger.warning(f"{args.n_gpu} GPUs are visible but one is used; start with `accelerate launch` to use them all.")
         args._n_gpu = 1
