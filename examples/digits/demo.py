@@ -7,7 +7,8 @@ Everything is offline and real: a StableDiffusion3Pipeline trained on scikit-lea
 trainer, LoRA. Text is cut to one T5 token (`max_sequence_length=1`) in every call here, training, before, after and referee
 alike: the default of 256 tokens gives as good digits at a dozen times the work.
 
-Then the LoRA goes through `diffusers-adjoint evaluate`, on prompts that it was not trained on.
+Then the LoRA goes through `diffusers-adjoint evaluate`, on prompts that it was not trained on. Five sentences at the end say
+what came out.
 
 Writes to `--output`: before.png, after.png (same seeds), reward_curve.png, classes.png, tilt_report.md, the LoRA and evaluation/.
 """
@@ -31,8 +32,10 @@ from diffusers import DiffusionPipeline, StableDiffusion3Pipeline
 from peft import LoraConfig
 from pictures import save_class_shares, save_grid, save_reward_curve
 from rewards import ink, three
+from telling import TrainingBar, five_sentences, training_table
 from torch import Tensor
 from tqdm import tqdm
+from transformers import PrinterCallback
 
 from diffusers_adjoint import AdjointMatchingConfig, AdjointMatchingTrainer, memoryless_scheduler, path_kl
 from diffusers_adjoint.cli import commands as cli
@@ -127,6 +130,7 @@ def fine_tune(
         logging_steps=1,
         save_strategy="no",
         report_to="none",
+        disable_tqdm=True,  # our own bar takes the place of the host's
         seed=seed,
         use_cpu=True,  # 2 MB of weights: a GPU would wait for Python
     )
@@ -135,8 +139,10 @@ def fine_tune(
         reward_funcs=task.reward,
         args=args,
         train_dataset=Dataset.from_dict({"prompt": [OPEN_PROMPT] * task.updates}),
+        callbacks=[TrainingBar()],
         peft_config=LoraConfig(r=task.rank, lora_alpha=task.rank, target_modules=LINEAR_LAYERS),
     )
+    trainer.remove_callback(PrinterCallback)
     trainer.train()
     trainer.save_model()
     return trainer
@@ -176,6 +182,7 @@ def run(task: Task, folder: Path, seed: int = 0, pairing: str = "score", base: d
     start = time.perf_counter()
     trainer = fine_tune(pipeline, task, folder, seed, pairing)
     seconds = time.perf_counter() - start
+    print(f"\n{training_table(trainer.state.log_history)}")
     tuned = draw_both(pipeline, TUNED_IMAGES, "fine-tuned")
 
     rewards = {key: (task.reward(base[key], []), task.reward(tuned[key], [])) for key in STEPS}
@@ -278,7 +285,9 @@ def main() -> None:
     print(f"\nTilt report, reward {task.name!r}, λ = {task.reward_scale:g}; fine-tuning took {result.seconds:.0f} s\n\n{text}")
     print(check_saved_lora(folder))
     evaluate(task, folder)
-    print(f"Pictures, report and LoRA are in {folder}/")
+    print("\n" + "\n".join(five_sentences(task.name, result.report, result.shares)))
+    print(f"\n{folder / 'classes.png'} shows the digits that the referee read, {folder / 'before.png'} and after.png the images.")
+    print(f"Report and LoRA are in {folder}/, sheets of the evaluation in {folder / 'evaluation' / 'sheets'}/")
 
 
 if __name__ == "__main__":

@@ -221,4 +221,4 @@ def _sheets(args: EvaluationArguments, store: Store, rows: list[dict[str, Any]],
 def _caption(model: str, rewards: dict[str, list[float]]) -> str:
     known = {name: [value for value in values if math.isfinite(value)] for name, values in rewards.items()}
     means = [f"{name} {sum(values) / len(values):.4g}" for name, values in known.items() if values]
-    return f"{model}: {', '.join(means)}"
+    return f"{model if model == BASE else f'tuned ({model})'}: {', '.join(means)}"
