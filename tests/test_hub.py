@@ -3,7 +3,8 @@
 import json
 import re
 import shutil
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import markdown
@@ -39,6 +40,7 @@ from diffusers_adjoint.hub import (
     write_card,
     write_samples,
 )
+from diffusers_adjoint.hub.facts import output_of, text_of
 from diffusers_adjoint.model.lora import WEIGHTS_NAME, add_lora, save_lora
 from diffusers_adjoint.objectives import AdjointMatching
 from diffusers_adjoint.objectives.papers import ADJOINT_MATCHING, Paper
@@ -425,7 +427,7 @@ def test_the_tables_hold_the_first_and_the_last_line_of_the_log():
     results = model_card(plain_facts(log_history=history)).text.split("## Results")[1].split("## Limitations")[0]
     rows = [line for line in results.splitlines() if line.startswith("|")]
     assert rows == [
-        "| metric | before training | update 9 |",
+        "| metric | base | update 9 |",
         "| --- | --- | --- |",
         "| `reward` | 0.25 | 0.1235 |",
         "| `kl` | 0 | 0.75 |",
@@ -436,7 +438,75 @@ def test_the_tables_hold_the_first_and_the_last_line_of_the_log():
         "| `reward` | 0.26 | 0.36 |",
     ]
     once = model_card(plain_facts(log_history=history[:1])).text
-    assert "| metric | before training |\n" in once and "memoryless" not in once
+    assert "| metric | base |\n" in once and "memoryless" not in once
+
+
+def test_what_the_probe_measured_is_the_base_s_column():
+    probe = {"step": 0, "probe/reward/memoryless": 0.24, "probe/reward/own": 0.9, "probe/rewards/a/memoryless": 0.2}
+    probe |= {"probe/saturation/memoryless": 0.5}
+    history = [probe, {"step": 1, "reward": 0.25, "rewards/a/mean": 0.3, "kl": 0.0}, {"step": 9, "reward": 0.5, "kl": 0.75}]
+    history[1]["loss"] = history[2]["loss"] = 1.0
+    rows = [line for line in model_card(plain_facts(log_history=history)).text.splitlines() if line.startswith("|")][-6:]
+    assert rows == [
+        "| metric | base | update 1 | update 9 |",
+        "| --- | --- | --- | --- |",
+        "| `reward` | 0.24 | 0.25 | 0.5 |",
+        "| `rewards/a/mean` | 0.2 | 0.3 |  |",
+        "| `kl` |  | 0 | 0.75 |",
+        "| `loss` |  | 1 | 1 |",
+    ]
+
+
+def test_the_card_tells_of_rewards_and_prompts():
+    plain = model_card(plain_facts()).text
+    assert "trained on" not in plain and "Before and after" not in plain and ")[0][0]  # first output" in plain
+    told = plain_facts(reward_texts={"brightness": "Mean brightness | of an image."}, num_prompts=3, output="frames")
+    text = model_card(told).text
+    assert "It was trained on 3 different prompts.\n\n- `brightness`: Mean brightness \\| of an image.\n\n" in text
+    assert "\n).frames[0]\n" in text
+    assert "trained on 1 prompt." in model_card(plain_facts(num_prompts=1)).text
+
+
+class Documented:
+    """Counts holes.
+
+    Slowly.
+    """
+
+    def __call__(self, images, prompts):
+        return images.mean((1, 2, 3))
+
+
+@dataclass
+class Undocumented:
+    weight: float = 1.0
+
+    def __call__(self, images, prompts):
+        return images.mean((1, 2, 3))
+
+
+class Network(torch.nn.Module):
+    def forward(self, images, prompts):
+        return images.mean((1, 2, 3))
+
+
+def test_what_a_reward_says_of_itself():
+    def function(images, prompts, weight=1.0):
+        """Bright pixels,
+        weighted.
+
+        Args:
+            weight: of them.
+        """
+
+    assert text_of(function) == text_of(partial(function, weight=2.0)) == "Bright pixels, weighted."
+    assert text_of(Documented()) == "Counts holes."
+    assert [text_of(f) for f in (Undocumented(), Network(), lambda images, prompts: None, brightness)] == [None] * 4
+
+
+def test_outputs_by_their_names():
+    assert (output_of(StableDiffusion3Pipeline), output_of(type(wan22()))) == ("images", "frames")
+    assert output_of(DiffusionPipeline) is None
 
 
 def test_a_licence_is_the_bases_or_none(tmp_path, monkeypatch):
@@ -546,6 +616,19 @@ def test_videos_move(tmp_path):
     assert write_samples(tmp_path, videos[:, :1], ["a"]) == [Sample("video_0.webp", "a")]
 
 
+def test_pairs_show_the_base_beside_what_was_tuned(tmp_path):
+    before, after = torch.zeros(2, 3, 4, 4), torch.ones(2, 3, 4, 4)
+    write_card(tmp_path, plain_facts(), after, ["a", "b|c"], before)
+    assert files_in(tmp_path) == ["README.md", "image_0.png", "image_0_base.png", "image_1.png", "image_1_base.png"]
+    assert Image.open(tmp_path / "image_1_base.png").getpixel((0, 0)) == (0, 0, 0)
+    assert Image.open(tmp_path / "image_1.png").getpixel((0, 0)) == (255, 255, 255)
+    section = (tmp_path / "README.md").read_text().split("## Before and after")[1].split("\n## ")[0]
+    assert "| a | ![](image_0_base.png) | ![](image_0.png) |\n| b\\|c | ![](image_1_base.png) | ![](image_1.png) |" in section
+    assert set(filter_repo_objects(files_in(tmp_path), allow_patterns=CARD_FILES)) == set(files_in(tmp_path))
+    with pytest.raises(ValueError, match="there are 1 images for 2 prompts"):
+        write_samples(tmp_path, after, ["a", "b"], before[:1])
+
+
 def test_sound_is_not_written_and_prompts_are_counted(tmp_path):
     assert write_samples(tmp_path, torch.zeros(1, 2, 100), ["a"]) == []
     assert files_in(tmp_path) == []
@@ -567,7 +650,14 @@ def test_a_trained_model_comes_back_from_its_folder(tmp_path):
     data = Dataset.from_dict({"prompt": PROMPTS})
     trainer = AdjointMatchingTrainer(sd3(), brightness, args, data, data, peft_config=LoraConfig(r=2, lora_alpha=8))
     trainer.train()
+    assert trainer._shown.before() is None  # the base was evaluated, the tuned model was not
+    base = trainer._shown.base.images
     trainer.evaluate()
+    trainer.create_model_card()
+    card = (tmp_path / "run" / "README.md").read_text()
+    assert "trained on 2 different prompts." in card and "| ![](image_1_base.png) | ![](image_1.png) |" in card
+    drawn = torch.tensor(np.asarray(Image.open(tmp_path / "run" / "image_1_base.png"))).permute(2, 0, 1) / 255
+    assert (drawn - base[1]).abs().max() <= 0.5 / 255 + 1e-6
     images, columns = sample(trainer.pipeline), {"prompt": PROMPTS[:1]}
     given = (trainer.replay, trainer.reward, args, trainer.state, columns, trainer.method)
     facts = card_facts(*given, repo_id="me/bright", base_adapters=[])
@@ -577,5 +667,5 @@ def test_a_trained_model_comes_back_from_its_folder(tmp_path):
     assert torch.equal(sample(loaded), images)
     assert not torch.equal(sample(sd3()), images)
     text = (tmp_path / "up" / "README.md").read_text()
-    assert "| metric | before training | update 2 |" in text and "| metric | update 1 | update 2 |" in text
+    assert "| metric | base | update 2 |" in text and "| metric | base | update 1 | update 2 |" in text
     assert "| `updates` | 2 |" in text and "| `images per update, at most` | 2 |" in text and "| `LoRA alpha` | 8 |" in text

@@ -7,15 +7,21 @@ import reprlib
 from collections.abc import Collection, Mapping, Sequence, Sized
 from typing import Any
 
-from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict
+from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict, Value
 from torch.utils.data import Dataset as TorchDataset
 from transformers.trainer_utils import has_length
 
 from .prompts import require_prompt_strings
 
-__all__ = ["PROMPTS", "dataset_of", "eval_datasets_of", "first_items", "require_columns", "require_row"]
+__all__ = ["PROMPTS", "dataset_of", "eval_datasets_of", "first_items", "num_prompts", "require_columns", "require_row"]
 
 PROMPTS = {"prompt", "prompt_embeds"}  # one of them is needed
+
+
+def num_prompts(dataset: Any) -> int | None:
+    """How many different prompts a `Dataset` has; `None` without prompts, and of other datasets, which would have to be read."""
+    known = isinstance(dataset, Dataset) and dataset.features.get("prompt") in (Value("string"), Value("large_string"))
+    return len(dataset.unique("prompt")) if known else None
 
 
 def dataset_of(given: Any, name: str) -> Any:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Literal
 
 import diffusers
@@ -26,10 +27,11 @@ PACKAGES = ("diffusers-adjoint", "diffusers", "transformers", "peft", "torch")
 
 @dataclass(frozen=True)
 class Sample:
-    """A sample in the repository: its file's name, and the prompt it was made with."""
+    """A sample in the repository: its file's name, the prompt it was made with, and the file of the base's from the same seed."""
 
     file: str
     prompt: str
+    before: str | None = None
 
 
 @dataclass(frozen=True)
@@ -52,6 +54,9 @@ class CardFacts:
         call: arguments of the pipeline's call that made the first sample.
         settings: what the settings table shows, name → value; reward_scale is among them.
         rewards: name → weight.
+        reward_texts: name → what the function's docstring begins with, of those that have one.
+        num_prompts: how many different ones it was trained on; `None` where not known.
+        output: name of the pipeline's output that holds the samples; `None` where not known.
         paper: of the method; needs_gradient: whether it differentiates the reward; tilts: whether the target is its fixed point.
         log_history: lines of the trainer's log.
         base_adapters: names of the adapters that the base carried; `None` for a full fine-tuning.
@@ -70,6 +75,9 @@ class CardFacts:
     settings: Mapping[str, Any]
     rewards: Mapping[str, float]
     paper: Paper
+    reward_texts: Mapping[str, str] = field(default_factory=dict)
+    num_prompts: int | None = None
+    output: str | None = None
     needs_gradient: bool = True
     tilts: bool = True
     log_history: Sequence[Mapping[str, Any]] = ()
@@ -105,6 +113,7 @@ def model_card(facts: CardFacts) -> ModelCard:
     )
     sections = [_headline(facts), "<Gallery />" if facts.samples else "", _how_to_load(facts), _target(facts)]
     sections += [
+        _pairs(facts),
         _settings_table(facts),
         _results(facts),
         _limitations(facts),
@@ -155,13 +164,8 @@ def _call_lines(facts: CardFacts) -> list[str]:
     texts = {name: _literal(value) for name, value in call.items()}
     unknown = [name for name, text in texts.items() if text is None]
     note = [f"# {', '.join(unknown)}: your own, they are not written here"] if unknown else []
-    # Not by name: `images` is `frames`, `audios` or `image` elsewhere.
-    return [
-        *note,
-        f"{facts.medium} = pipe(",
-        *(f"    {n}={text or n}," for n, text in texts.items()),
-        ")[0][0]  # first output, first sample",
-    ]
+    taken = ")[0][0]  # first output, first sample" if facts.output is None else f").{facts.output}[0]"
+    return [*note, f"{facts.medium} = pipe(", *(f"    {n}={text or n}," for n, text in texts.items()), taken]
 
 
 def _literal(value: Any) -> str | None:
@@ -189,7 +193,27 @@ def _target(facts: CardFacts) -> str:
         f"distribution, in which a sample gains likelihood with its reward; not "
         f"the sample of the highest reward."
         + ("" if facts.tilts else " The method is biased: what it converges to is near this target, but is not it.")
+        + _prompts(facts.num_prompts)
+        + "".join(_reward_lines(facts))
     )
+
+
+def _prompts(count: int | None) -> str:
+    return "" if count is None else f" It was trained on {count} {'prompt' if count == 1 else 'different prompts'}."
+
+
+def _reward_lines(facts: CardFacts) -> list[str]:
+    """A list of the rewards that say what they are."""
+    lines = [f"\n- {_code(name)}: {escaped(text)}" for name, text in facts.reward_texts.items()]
+    return ["\n", *lines] if lines else []
+
+
+def _pairs(facts: CardFacts) -> str:
+    """The base's samples beside those of the tuned model."""
+    pairs = [sample for sample in facts.samples if sample.before is not None]
+    rows = [f"| {escaped(sample.prompt)} | ![]({sample.before}) | ![]({sample.file}) |" for sample in pairs]
+    head = ["## Before and after", "", "The same prompts and seeds:", "", "| prompt | base | tuned |", "| --- | --- | --- |"]
+    return "\n".join([*head, *rows]) if rows else ""
 
 
 def _settings_table(facts: CardFacts) -> str:
@@ -203,20 +227,37 @@ def _results(facts: CardFacts) -> str:
     updates = [line for line in facts.log_history if "loss" in line]
     tables = [
         _first_and_last(evaluations, "Samples of the pipeline's own scheduler, from fixed seeds:", "eval_"),
-        _first_and_last(updates, "Samples of the memoryless scheduler, during training:", ""),
+        _first_and_last(updates, "Samples of the memoryless scheduler, during training:", "", _probed(facts.log_history)),
     ]
     return "\n\n".join(["## Results", *(table for table in tables if table)]) if any(tables) else ""
 
 
-def _first_and_last(lines: Sequence[Mapping[str, Any]], title: str, prefix: str) -> str:
-    """Table of the first and the last step that there are lines of; one column if they are the same."""
+def _probed(history: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """Rewards of the base on memoryless paths, as the start of training measured them, by their names in the log."""
+    kind, found = "/memoryless", dict[str, float]()
+    for name, value in ((n, v) for line in history for n, v in line.items() if n.startswith("probe/re") and n.endswith(kind)):
+        known = name.removeprefix("probe/").removesuffix(kind)
+        found[known if known == "reward" else f"{known}/mean"] = value
+    return found
+
+
+def _first_and_last(
+    lines: Sequence[Mapping[str, Any]], title: str, prefix: str, base: Mapping[str, float] = MappingProxyType({})
+) -> str:
+    """Table of the first and the last step that there are lines of; one column if they are the same.
+
+    Args:
+        base: name → the base's value, for a column of its own where no line is of the base.
+    """
     steps = sorted({line["step"] for line in lines})
     ends = {step: {k: v for line in lines if line["step"] == step for k, v in line.items()} for step in (*steps[:1], *steps[-1:])}
     other = ("step", "epoch", "learning_rate", "evaluations_per_second")
     found = dict.fromkeys(name for values in ends.values() for name in values if name.startswith(prefix))
     names = [name for name in found if name not in other and not name.endswith(("runtime", "_per_second"))]
-    header = ["metric", *("before training" if step == 0 else f"update {step}" for step in ends)]
-    rows = [[name.removeprefix(prefix), *(_number(values.get(name)) for values in ends.values())] for name in names]
+    columns: dict[str, Mapping[str, Any]] = {"base" if step == 0 else f"update {step}": values for step, values in ends.items()}
+    columns = {"base": base, **columns} if base else columns
+    header = ["metric", *columns]
+    rows = [[name.removeprefix(prefix), *(_number(values.get(name)) for values in columns.values())] for name in names]
     return f"{title}\n\n{_table(header, rows)}" if rows else ""
 
 

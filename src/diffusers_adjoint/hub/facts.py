@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import functools
+import inspect
 import re
 from collections.abc import Collection, Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 from diffusers import DiffusionPipeline
+from diffusers.utils import BaseOutput
 from huggingface_hub import ModelCard
 from torch import Tensor
 from transformers import TrainerState
@@ -52,6 +55,7 @@ def card_facts(
     repo_id: str,
     base_adapters: list[str] | None,
     dataset_name: str | None = None,
+    num_prompts: int | None = None,
     tags: Sequence[str] = (),
 ) -> CardFacts:
     """What a trainer's parts say about the model. Asks the Hub for the base's licence, once in a process.
@@ -62,6 +66,7 @@ def card_facts(
         repo_id: Hub id of the repository, or a plain name for the model while it has none.
         base_adapters: names of the adapters that the base carries; `None` for a full fine-tuning.
         dataset_name: of the prompts; told only if it is a Hub id.
+        num_prompts: how many different ones it was trained on, where that is known.
         tags: further tags of the card.
     """
     network = getattr(replay.pipeline, replay.component)
@@ -78,6 +83,9 @@ def card_facts(
         call=replay.arguments(columns, 1) | steps,
         settings=_settings(args, state) | chain | ({} if base_adapters is None else _lora_settings(network.peft_config[ADAPTER])),
         rewards=dict(zip(reward.names, reward.weights, strict=True)),
+        reward_texts={name: text for name, f in zip(reward.names, reward.functions, strict=True) if (text := text_of(f))},
+        num_prompts=num_prompts,
+        output=output_of(type(replay.pipeline)),
         paper=method.paper,
         needs_gradient=method.needs_gradient,
         tilts=method.tilts,
@@ -102,6 +110,30 @@ def _settings(args: AdjointMatchingConfig, state: TrainerState) -> dict[str, Any
 def _lora_settings(config: Any) -> dict[str, Any]:
     modules = config.target_modules if isinstance(config.target_modules, str) else ", ".join(sorted(config.target_modules))
     return {"LoRA rank": config.r, "LoRA alpha": config.lora_alpha, "LoRA modules": modules}
+
+
+def text_of(function: Any) -> str | None:
+    """The first paragraph of a reward's own docstring, on one line; of an object, that of its class."""
+    if isinstance(function, functools.partial):
+        return text_of(function.func)
+    documented = function if inspect.isroutine(function) else type(function)
+    text = inspect.cleandoc(vars(documented).get("__doc__") or "" if isinstance(documented, type) else documented.__doc__ or "")
+    first = " ".join(text.split("\n\n")[0].split())
+    generated = f"{getattr(documented, '__name__', '')}("  # that of a dataclass without one
+    return first if first and not first.startswith(generated) else None
+
+
+def output_of(pipeline_class: type[DiffusionPipeline]) -> str | None:
+    """Name of the first field of what a pipeline returns; `None` where its call makes no output, or several kinds of it.
+
+    By the classes of outputs that the call's code names: it is `images` mostly, and `frames`, `audios` or `image` elsewhere.
+    """
+    call = inspect.unwrap(pipeline_class.__call__)
+    if not inspect.isfunction(call):
+        return None
+    named = [call.__globals__.get(name) for name in call.__code__.co_names]
+    outputs = {item for item in named if isinstance(item, type) and issubclass(item, BaseOutput)}
+    return fields(outputs.pop())[0].name if len(outputs) == 1 else None
 
 
 def hub_id(name: object) -> str | None:

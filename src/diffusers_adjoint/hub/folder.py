@@ -29,7 +29,9 @@ _LOCAL = ("_name_or_path", "name_or_path", "special_tokens_map_file")
 _BEST = "best_model_checkpoint"  # of the trainer's state, which needs the folder's name alone
 
 
-def write_card(folder: str | Path, facts: CardFacts, images: Tensor, prompts: Sequence[str]) -> None:
+def write_card(
+    folder: str | Path, facts: CardFacts, images: Tensor, prompts: Sequence[str], before: Tensor | None = None
+) -> None:
     """Write README.md and the samples that it shows.
 
     Args:
@@ -37,31 +39,41 @@ def write_card(folder: str | Path, facts: CardFacts, images: Tensor, prompts: Se
         facts: of `card_facts`.
         images: samples of the tuned model, in [0, 1]: images (N, C, H, W) or videos (N, F, C, H, W); waveforms are not written.
         prompts: N, the first one that of `facts.call`.
+        before: samples of the base, of the same prompts and seeds.
 
     Raises:
         ValueError: if the numbers of images and prompts differ.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    samples = write_samples(folder, images, prompts)
+    samples = write_samples(folder, images, prompts, before)
     tag = pipeline_tag_of(facts.call.keys(), images)
     model_card(replace(facts, medium=medium_of(images), pipeline_tag=tag, samples=samples)).save(folder / "README.md")
 
 
-def write_samples(folder: str | Path, images: Tensor, prompts: Sequence[str]) -> list[Sample]:
-    """Write image_0.png, … or, for videos, animated video_0.webp, …; arguments and errors as in `write_card`."""
-    if len(images) != len(prompts):
-        raise ValueError(f"there are {len(images)} images for {len(prompts)} prompts; pass one prompt for each.")
+def write_samples(folder: str | Path, images: Tensor, prompts: Sequence[str], before: Tensor | None = None) -> list[Sample]:
+    """Write image_0.png, … or, for videos, animated video_0.webp, …, and image_0_base.png, … of the base.
+
+    Arguments and errors as in `write_card`.
+    """
+    for given in [images] if before is None else [images, before]:
+        if len(given) != len(prompts):
+            raise ValueError(f"there are {len(given)} images for {len(prompts)} prompts; pass one prompt for each.")
     if not drawable(images):  # no picture that a browser knows
         return []
-    medium, samples = medium_of(images), []
-    for i, (image, prompt) in enumerate(zip(images, prompts, strict=True)):
-        file = f"image_{i}.png" if medium == "image" else f"video_{i}.webp"
-        first, *others = as_pictures(image if medium == "video" else image[None])
-        animation = {"save_all": True, "append_images": others, "duration": FRAME_MS, "loop": 0} if medium == "video" else {}
-        first.save(Path(folder) / file, **animation)
-        samples.append(Sample(file, prompt))
-    return samples
+    files = [_write_sample(Path(folder), f"{i}", image) for i, image in enumerate(images)]
+    base = [None] * len(files) if before is None else [_write_sample(Path(folder), f"{i}_base", b) for i, b in enumerate(before)]
+    return [Sample(*parts) for parts in zip(files, prompts, base, strict=True)]
+
+
+def _write_sample(folder: Path, number: str, image: Tensor) -> str:
+    """An image (C, H, W), or a video (F, C, H, W); returns the file's name."""
+    video = image.ndim == 4
+    file = f"video_{number}.webp" if video else f"image_{number}.png"
+    first, *others = as_pictures(image if video else image[None])
+    animation: dict[str, Any] = {"save_all": True, "append_images": others, "duration": FRAME_MS, "loop": 0} if video else {}
+    first.save(folder / file, **animation)
+    return file
 
 
 def save_pipeline(folder: str | Path, pipeline: DiffusionPipeline) -> None:

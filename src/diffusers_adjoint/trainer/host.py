@@ -429,6 +429,8 @@ class PipelineTrainer(PublishingTrainer):
             return {name: value for metrics in evaluations for name, value in metrics.items()}
         with said_once():
             samples, self._shown.evaluated = self.measure(dataset)
+        if self.state.global_step == 0:
+            self._shown.base = self._shown.evaluated
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in summarise(samples).items()}
         self.log(metrics)
         self._show(metric_key_prefix, self._shown.evaluated)

@@ -15,6 +15,7 @@ from transformers.utils import PushInProgress
 
 from ..config import AdjointMatchingConfig
 from ..data.columns import collate_columns, first_row
+from ..data.given_datasets import num_prompts
 from ..hub import CARD_FILES, CardFacts, card_facts, pipeline_files, public_json, write_card
 from ..model.denoiser import PipelineDenoiser
 from ..model.lora import WEIGHTS_NAME
@@ -58,7 +59,7 @@ class PublishingTrainer(Trainer):
         """
         if self.is_world_process_zero() and not self.args.dry_run:
             facts, samples = self._card_facts(model_name, dataset_name, tags)
-            write_card(self.args.output_dir, facts, samples.images, samples.prompts)
+            write_card(self.args.output_dir, facts, samples.images, samples.prompts, self._shown.before())
 
     def _card_facts(
         self, model_name: str | None, dataset_name: str | None, tags: str | list[str] | None
@@ -76,6 +77,7 @@ class PublishingTrainer(Trainer):
             repo_id=model_name or self.hub_model_id or Path(self.args.output_dir).resolve().name,
             base_adapters=self.denoiser.base_adapters,
             dataset_name=dataset_name,
+            num_prompts=num_prompts(self.train_dataset),
             tags=[tags] if isinstance(tags, str) else tags or [],
         )
         return facts, samples
@@ -94,10 +96,10 @@ class PublishingTrainer(Trainer):
 
         Arguments and result as in `transformers.Trainer`; `kwargs` go to `create_model_card`.
         """
-        self.callback_handler.on_push_begin(self.args, self.state, self.control)
-        if self.hub_model_id is None:
         if self.args.dry_run:
             return None
+        self.callback_handler.on_push_begin(self.args, self.state, self.control)
+        if self.hub_model_id is None:
             self.init_hf_repo(token=token, private=private)
         self.save_model(_internal_call=True)
         if not self.is_world_process_zero():

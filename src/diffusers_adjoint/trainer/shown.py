@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from torch import Tensor
 from transformers import TrainerCallback
 
 from ..pictures.grid import image_grid, save_grid
@@ -25,10 +26,12 @@ class Shown:
         trained: of the last rollout, on the main process, or what makes them when they are looked at.
         evaluated: of the last evaluation; `None` until there is one, and again when a call of `train` begins and after the first
             update of a run, since the earlier ones show another model.
+        base: of the last evaluation before the first update.
     """
 
     trained: SampleImages | Callable[[], SampleImages] | None = None
     evaluated: SampleImages | None = None
+    base: SampleImages | None = None
 
     def of_training(self) -> SampleImages | None:
         """Those of the last rollout, made once."""
@@ -39,6 +42,12 @@ class Shown:
     def for_card(self) -> SampleImages:
         """Those of the last evaluation rather than of training; without either, no images, shape (0, 3, 1, 1)."""
         return self.evaluated or self.of_training() or SampleImages(torch.zeros(0, 3, 1, 1), [], torch.zeros(0))
+
+    def before(self) -> Tensor | None:
+        """The base's samples of the prompts and seeds of those for the card, where both were evaluated."""
+        if self.base is None or self.evaluated is None or self.base is self.evaluated:
+            return None
+        return self.base.images if self.base.prompts == self.evaluated.prompts else None
 
 
 def show(pictures: SampleImages, name: str, step: int, folder: Path, callbacks: Sequence[TrainerCallback]) -> None:
