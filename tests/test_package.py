@@ -34,6 +34,7 @@ ROOMS = (
     "hub",
     "trainer",
     "baselines",
+    "api",
     "evaluate",
     "ddpo",
     "cli",
@@ -223,6 +224,19 @@ def test_version_is_read_from_the_source() -> None:
 
     assert setup_py("--version").splitlines()[-1] == diffusers_adjoint.__version__
     assert str(Version(diffusers_adjoint.__version__)) == diffusers_adjoint.__version__  # as PEP 440 writes it
+
+
+def test_what_the_package_exports_is_there_by_name_by_star_and_in_its_list() -> None:
+    import diffusers_adjoint
+    from diffusers_adjoint import api
+
+    namespace: dict[str, object] = {}
+    exec("from diffusers_adjoint import *", namespace)
+    for name in api.__all__:
+        assert getattr(diffusers_adjoint, name) is namespace[name] is getattr(api, name)
+    assert {*api.__all__, "__version__"} <= set(dir(diffusers_adjoint))
+    with pytest.raises(AttributeError, match="nothing"):
+        diffusers_adjoint.nothing  # noqa: B018
 
 
 def test_every_module_and_the_type_marker_are_shipped(tmp_path: Path) -> None:

@@ -1,46 +1,21 @@
 """Reward fine-tuning of diffusers pipelines with Adjoint Matching (arXiv 2409.08861), in the shape of a TRL trainer."""
 
-from .baselines.backpropagation import RewardBackpropagationTrainer
-from .config import AdjointMatchingConfig
-from .core.adjoint import AdjointPath, full_adjoint, lean_adjoint
-from .core.control_cost import ChainLoss, continuous_adjoint, continuous_adjoint_loss, discrete_adjoint
-from .core.matching import LossSteps, choose_loss_steps, clip_loss, control, matching_loss, path_kl, regression_loss, step_kl
-from .core.trajectory import Trajectory, rollout
-from .core.transition import Transition
-from .schedulers import (
-    MemorylessDDIMScheduler,
-    MemorylessEDMEulerScheduler,
-    MemorylessFlowMatchEulerDiscreteScheduler,
-    memoryless_scheduler,
-)
-from .trainer.adjoint_matching import AdjointMatchingTrainer
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .api import *  # noqa: F403
 
 __version__ = "0.1.0.dev0"
 
-__all__ = [
-    "AdjointMatchingConfig",
-    "AdjointMatchingTrainer",
-    "AdjointPath",
-    "ChainLoss",
-    "LossSteps",
-    "MemorylessDDIMScheduler",
-    "MemorylessEDMEulerScheduler",
-    "MemorylessFlowMatchEulerDiscreteScheduler",
-    "RewardBackpropagationTrainer",
-    "Trajectory",
-    "Transition",
-    "choose_loss_steps",
-    "clip_loss",
-    "continuous_adjoint",
-    "continuous_adjoint_loss",
-    "control",
-    "discrete_adjoint",
-    "full_adjoint",
-    "lean_adjoint",
-    "matching_loss",
-    "memoryless_scheduler",
-    "path_kl",
-    "regression_loss",
-    "rollout",
-    "step_kl",
-]
+
+def __getattr__(name: str) -> Any:
+    """Import what is public at its first use: torch and the hosts take seconds, and `diffusers-adjoint --help` needs neither."""
+    if name.startswith("_") and name != "__all__":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    api = import_module(".api", __name__)
+    return globals()[name] if name in globals() else getattr(api, name)  # a room that this import has put here, or a name of it
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *import_module(".api", __name__).__all__])
