@@ -18,7 +18,7 @@ from transformers import TrainingArguments
 
 import diffusers_adjoint.model.chain
 from diffusers_adjoint import AdjointMatchingConfig, AdjointMatchingTrainer
-from diffusers_adjoint.cli.commands import main
+from diffusers_adjoint.cli import main
 from diffusers_adjoint.model.lora import add_lora
 from diffusers_adjoint.rewards import PickScore
 
@@ -505,7 +505,7 @@ CASES = {
     "CLI: no model": Case(
         "model_name_or_path is missing", "folder of a diffusers pipeline", cli=["--dataset_name", "prompts.txt"]
     ),
-    "CLI: unknown option": Case("unknown options --lerning_rate", "--help lists", cli=[*MODEL, "--lerning_rate", "1"]),
+    "CLI: unknown option": Case("unknown options --lerning_rate", "--help-all lists", cli=[*MODEL, "--lerning_rate", "1"]),
     "CLI: not a number": Case("invalid float value: 'big'", "--learning_rate", cli=[*MODEL, "--learning_rate", "big"]),
     "CLI: unknown mode": Case("invalid choice: 'both'", "'none', 'rollout', 'full'", cli=[*MODEL, "--cfg_mode", "both"]),
     "CLI: bad setting": Case("num_inference_steps=1 is too few", "at least 2", cli=[*MODEL, "--num_inference_steps", "1"]),

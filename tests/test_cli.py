@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 import shlex
 import signal
 import subprocess
@@ -13,10 +14,15 @@ import torch
 from diffusers import StableDiffusion3Pipeline
 from safetensors.torch import load_file
 from tiny_pipelines import sd3
+from transformers import TrainingArguments
 from trl import ModelConfig
 
-from diffusers_adjoint import AdjointMatchingConfig
-from diffusers_adjoint.cli.commands import TrainArguments, load_prompts, load_rewards, lora_config, main, parse_arguments
+from diffusers_adjoint import AdjointMatchingConfig, __version__
+from diffusers_adjoint.cli import main
+from diffusers_adjoint.cli.commands import COMMANDS, TrainArguments, load_prompts, load_rewards, lora_config, parse_arguments
+from diffusers_adjoint.cli.options import NOT_FOR_PIPELINES
+from diffusers_adjoint.cli.program import SUMMARIES
+from diffusers_adjoint.evaluate import EvaluationArguments
 from diffusers_adjoint.objectives import AdjointMatching, Ram
 from diffusers_adjoint.rewards import PickScore
 
@@ -185,22 +191,75 @@ def test_module_runs_alone_and_under_accelerate(recipe, tmp_path):
 # ------------------------------------------------------------------------------------------------------------------- arguments
 
 
-def test_help_lists_every_option(capsys):
+def shown_by(capsys, *argv) -> str:
     with pytest.raises(SystemExit) as caught:
-        main(["train", "--help"])
-    text = capsys.readouterr().out
+        main(list(argv))
     assert caught.value.code == 0
-    for options in (TrainArguments, AdjointMatchingConfig, ModelConfig):
-        for field in dataclasses.fields(options):
-            assert not field.init or f"--{field.name}" in text, field.name
-    assert "--config CONFIG" in text  # which TrlParser itself keeps from the list
+    return capsys.readouterr().out
+
+
+OURS = ["adjoint matching", "model and LoRA", "data and rewards", "logging"]
+
+
+def test_help_shows_our_sections_and_help_all_the_rest(capsys):
+    text = shown_by(capsys, "train", "--help")
+    assert re.findall(r"^(\w.*):$", text, re.MULTILINE) == ["options", *OURS]
+    own = set(re.findall(r"^  --(\w+)", text, re.MULTILINE))
+    host = {field.name for field in dataclasses.fields(TrainingArguments)}
+    for options in (TrainArguments, ModelConfig, AdjointMatchingConfig):
+        ours = {field.name for field in dataclasses.fields(options)} - host - NOT_FOR_PIPELINES
+        assert ours - own <= {"adjoint_pairing"}  # which only says where it has moved to
+    assert not own & {"adam_beta1", "fsdp", "hub_token"}
+    everything = shown_by(capsys, "train", "--help-all")
+    assert everything.startswith(text.rstrip())
+    listed = set(re.findall(r"^  --(\w+)", everything, re.MULTILINE))
+    assert host - NOT_FOR_PIPELINES - {"parallelism_config"} <= listed | {"config"}
+    assert not listed & NOT_FOR_PIPELINES
+    assert (
+        "--config FILE" in text
+        and "--lora_r INT " in text
+        and "--reward_scale FLOAT" in text
+        and "--dtype {bfloat16,float16,float32}" in text
+    )
+
+
+def test_help_tells_the_defaults_that_hold(capsys):
+    """Of every option that a run without any other option has."""
+    config = parse_arguments(["--model_name_or_path", "x"], save_on_interrupt=True)
+    objects = (config.script, config.config, config.model)
+    text = " ".join(shown_by(capsys, "train", "--help").split())
+    told = re.findall(r"--(\w+) (?:(?! --).)*?\(default: ([^)]*)\)", text)
+    assert len(told) > 20 and dict(told)["save_on_interrupt"] == "True" and dict(told)["num_inference_steps"] == "20"
+    for name, value in told:
+        (held,) = [getattr(each, name) for each in objects if hasattr(each, name)]
+        assert name == "report_to" or str(getattr(held, "value", held)) == value, name
+
+
+def test_help_of_evaluate_lists_every_option(capsys):
+    text = shown_by(capsys, "evaluate", "--help")
+    assert set(re.findall(r"^  --(\w+)", text, re.MULTILINE)) == {
+        "config",
+        *(f.name for f in dataclasses.fields(EvaluationArguments)),
+    }
+    assert "--steps INT [INT ...]" in text and "(default: 40)" in text and "default: None" not in text
 
 
 def test_help_names_the_commands(capsys):
-    with pytest.raises(SystemExit):
-        main(["--help"])
-    text = capsys.readouterr().out
-    assert "train" in text and "demo" in text and "Fine-tune a pipeline on a reward" in text
+    text = shown_by(capsys, "--help")
+    assert SUMMARIES.keys() == COMMANDS.keys()
+    for name, summary in SUMMARIES.items():
+        assert re.search(rf"^  {name} +{re.escape(summary)}$", text, re.MULTILINE)
+
+
+@pytest.mark.parametrize("option", ["--help", "--version"])
+def test_the_top_command_answers_without_torch(option):
+    """And without what would import it: a user who looks for a command need not wait."""
+    program = ["import sys", "from diffusers_adjoint.cli import main", "try:", f"    main([{option!r}])", "finally:"]
+    program += ["    print(sorted({'torch', 'diffusers', 'transformers', 'trl', 'peft', 'datasets'} & sys.modules.keys()))"]
+    done = subprocess.run([sys.executable, "-c", "\n".join(program)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    *said, loaded = done.stdout.splitlines()
+    assert loaded == "[]" and said[0] == (f"diffusers-adjoint {__version__}" if option == "--version" else said[0])
 
 
 @pytest.mark.parametrize(
@@ -212,13 +271,19 @@ def test_help_names_the_commands(capsys):
         (["train", "--config", "none.yaml"], "No such file"),
         (["train", "--config", "broken.yaml"], "while parsing"),
         (["train", "--config", "recipe.yaml", "--max_stepz", "3"], "unknown options --max_stepz 3"),
+        (["train", "--config", "recipe.yaml", "--reward_scal", "3"], "unknown options --reward_scal 3"),
+        (["train", "--config", "recipe.yaml", "--neftune-noise-alpha=5"], "neftune_noise_alpha is no option for a pipeline"),
+        (["--vers"], "the following arguments are required: command"),
         (["train", "--config", "unknown.yaml"], "unknown options --colour blue"),
         (["train", "--config", "recipe.yaml", "--max_steps", "many"], "invalid int value: 'many'"),
         (["train", "--config", "recipe.yaml", "--reward_scale", "-1"], "reward_scale=-1.0 is not a scale"),
         (["train", "--config", "recipe.yaml", "--target_kl", "1"], "target_kl=1.0 finds the scale that reward_scale=10 sets"),
         (["train", "--config", "recipe.yaml", "--dtype", "auto"], "dtype='auto' is unknown to diffusers"),
-        (["train", "--config", "recipe.yaml", "--load_in_4bit"], "load_in_4bit is an option for language models"),
-        (["train", "--config", "recipe.yaml", "--attn_implementation", "sdpa"], "attn_implementation is an option"),
+        (["train", "--config", "recipe.yaml", "--load_in_4bit"], "load_in_4bit is no option for a pipeline; leave it out."),
+        (
+            ["train", "--config", "recipe.yaml", "--attn_implementation", "sdpa"],
+            "attn_implementation is no option for a pipeline",
+        ),
         (["train", "--config", "recipe.yaml", "--model_init_kwargs", '{"dtype": "float16"}'], "pass dtype instead"),
         (["train", "--output_dir", "out"], "model_name_or_path is missing"),
     ],
@@ -295,11 +360,11 @@ def test_what_looks_a_little_like_a_token_is_told(recipe, model, tmp_path, capsy
     """The command is to be pasted into a shell."""
     (tmp_path / "hf_models").symlink_to(model)
     interrupt_in(tmp_path, signal.SIGTERM, 2)
-    options = ["--model_name_or_path", "hf_models", "--output_dir", "hf_out", "--include_num_input_tokens_seen", "no"]
+    options = ["--model_name_or_path", "hf_models", "--output_dir", "hf_out", "--run_name", "input_tokens 8"]
     assert main(["train", "--config", recipe, *RUN, *options]) == 143
     line = capsys.readouterr().err.strip().splitlines()[-1]
     assert f"newest checkpoint: {Path('hf_out/checkpoint-2')}; go on with: " in line
-    assert line.endswith(" ".join([*options, "--resume_from_checkpoint", "true"]))
+    assert line.endswith(shlex.join([*options, "--resume_from_checkpoint", "true"]))
 
 
 def test_an_interrupted_start_of_a_run_that_goes_on_says_so(recipe, tmp_path, capsys, monkeypatch):

@@ -29,7 +29,7 @@ from tiny_trainer import make_trainer
 from tiny_videos import kandinsky5_video, wan22
 
 from diffusers_adjoint import memoryless_scheduler
-from diffusers_adjoint.cli.commands import main
+from diffusers_adjoint.cli import main
 from diffusers_adjoint.core.matching import path_kl
 from diffusers_adjoint.evaluate import EvaluationArguments, run, sheets, store
 from diffusers_adjoint.evaluate.measure import Measured, Plan, Prompt, Setting, Subject, _spread, measure

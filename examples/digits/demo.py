@@ -37,8 +37,7 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import PrinterCallback
 
-from diffusers_adjoint import AdjointMatchingConfig, AdjointMatchingTrainer, memoryless_scheduler, path_kl
-from diffusers_adjoint.cli import commands as cli
+from diffusers_adjoint import AdjointMatchingConfig, AdjointMatchingTrainer, cli, memoryless_scheduler, path_kl
 from diffusers_adjoint.metrics import TiltReport, pairwise_diversity, sample_mean, saturated_share, tilt_gap, tilt_shift
 from diffusers_adjoint.model.denoiser import PipelineDenoiser
 from diffusers_adjoint.model.paths import sample_trajectory

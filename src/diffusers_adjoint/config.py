@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import copy
 import json
 import math
@@ -238,7 +239,7 @@ class AdjointMatchingConfig(TrainingArguments):
         default=None,
         metadata={"help": "The paper's LCT on the un-halved squared norm, per sample and step; None is off."},
     )
-    adjoint_pairing: str | None = field(default=None, metadata={"help": "Moved to loss_kwargs."})
+    adjoint_pairing: str | None = field(default=None, metadata={"help": argparse.SUPPRESS})  # says where it has moved to
     on_nonfinite: Literal["skip", "raise"] = field(
         default="skip",
         metadata={"help": "Leave images with a non-finite reward, gradient, adjoint or loss out ('skip') or stop ('raise')."},

@@ -1,15 +1,5 @@
-"""The command line `diffusers-adjoint`, and its parts for scripts with a recipe of their own."""
+"""The command line `diffusers-adjoint`. Its parts for scripts with a recipe of their own are in `commands`."""
 
-from .commands import (
-    Arguments,
-    TrainArguments,
-    load_prompts,
-    lora_config,
-    main,
-    parse_arguments,
-    parse_evaluation_arguments,
-)
-from .loading import load_rewards
+from .program import main
 
-__all__ = ["Arguments", "TrainArguments", "load_prompts", "load_rewards", "lora_config", "main"]
-__all__ += ["parse_arguments", "parse_evaluation_arguments"]
+__all__ = ["main"]

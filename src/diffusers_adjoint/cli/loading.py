@@ -6,7 +6,6 @@ import importlib
 import importlib.util
 import inspect
 import sys
-import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache, partial
@@ -18,8 +17,9 @@ import torch
 
 from .. import rewards
 from ..metrics import features
+from .errors import is_ours
 
-__all__ = ["is_ours", "load_features", "load_rewards"]
+__all__ = ["load_features", "load_rewards"]
 
 
 def load_rewards(names: Sequence[str]) -> list[Callable[..., Any]]:
@@ -83,12 +83,6 @@ def _one_sentence(option: str, name: str) -> Iterator[None]:
             raise
         reason = " ".join(str(error).split()).rstrip(".")
         raise ValueError(f"{option} {name!r} cannot be loaded ({reason}); pass one that can.") from error
-
-
-def is_ours(error: BaseException) -> bool:
-    """Whether this package raised it: then it is a sentence for the user."""
-    raised_in = traceback.extract_tb(error.__traceback__)[-1].filename
-    return Path(raised_in).is_relative_to(Path(__file__).parents[1])
 
 
 def _takes_nothing(found: Any) -> bool:

@@ -1,0 +1,127 @@
+"""What a command line and its `--config` file say, as instances of the dataclasses that declare the options."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, cast
+
+from peft import LoraConfig
+from transformers.utils import logging
+from trl import ModelConfig, ScriptArguments, get_peft_config
+
+from ..baselines.backpropagation import METHODS
+from ..config import AdjointMatchingConfig
+from ..evaluate import EvaluationArguments
+from ..evaluate.arguments import DTYPES
+from .errors import PROGRAM
+from .options import OptionParser
+from .sections import EVALUATION, TEXTS, training_sections
+
+__all__ = ["Arguments", "TrainArguments", "lora_config", "parse_arguments", "parse_evaluation_arguments"]
+
+logger = logging.get_logger(__name__)
+
+
+@dataclass
+class TrainArguments(ScriptArguments):
+    """Arguments of `train`: the dataset, as in TRL's scripts, and the rewards."""
+
+    reward_funcs: list[str] = field(
+        default_factory=list,
+        metadata={
+            "help": "Rewards: names of diffusers_adjoint.rewards (PickScore), module:function, or path/to/file.py:function; "
+            "a class is instantiated without arguments."
+        },
+    )
+
+    method: str = field(
+        default="adjoint_matching",
+        metadata={
+            "help": "adjoint_matching, with the objective that loss_type names, or discrete_adjoint: back-propagation through "
+            "the sampler, for comparison."
+        },
+    )
+
+    def __post_init__(self) -> None:
+        if self.method not in ("adjoint_matching", *METHODS):
+            raise ValueError(f"method={self.method!r} is unknown; pass adjoint_matching or {' or '.join(METHODS)}.")
+        if isinstance(self.reward_funcs, str):  # a YAML file may name a single one
+            self.reward_funcs = [self.reward_funcs]
+
+
+@dataclass(frozen=True)
+class Arguments:
+    """What a command line and its recipe say."""
+
+    script: Any  # of the type asked for
+    config: AdjointMatchingConfig
+    model: ModelConfig
+
+    @property
+    def resume(self) -> str | bool | None:
+        """`--resume_from_checkpoint`: a folder, or the last checkpoint, which a command line can only spell as a word."""
+        value = self.config.resume_from_checkpoint
+        return {"true": True, "false": False}.get(str(value).lower(), value)
+
+
+def parse_arguments(
+    argv: Sequence[str], script_type: type = TrainArguments, prog: str = f"{PROGRAM} train", **defaults: Any
+) -> Arguments:
+    """Read options and the `--config` file; an option wins over the file. Bad ones exit with status 2 and one line.
+
+    Args:
+        argv: without the program's name.
+        script_type: dataclass of the script's own options, `trl.ScriptArguments` or a subclass.
+        prog: the program's name in help and errors.
+        defaults: of options, in place of their own.
+    """
+    types = (script_type, AdjointMatchingConfig, ModelConfig)
+    parser = OptionParser(types, prog, training_sections(script_type), TEXTS)
+    parser.set_defaults(**defaults)
+    with parser.one_line_errors():
+        (script, config, model), in_file, in_argv = parser.read(argv)
+        parser.require_known(in_file, in_argv)
+        _check_model(model)
+        _merge_init_kwargs(config, model)
+    return Arguments(script, config, model)
+
+
+def parse_evaluation_arguments(argv: Sequence[str]) -> EvaluationArguments:
+    """As `parse_arguments`, the options of `evaluate`."""
+    parser = OptionParser((EvaluationArguments,), f"{PROGRAM} evaluate", EVALUATION)
+    with parser.one_line_errors():
+        (arguments,), in_file, in_argv = parser.read(argv)
+        parser.require_known(in_file, in_argv)
+    return cast("EvaluationArguments", arguments)
+
+
+def _check_model(model: ModelConfig) -> None:
+    usual = ModelConfig()
+    if model.model_name_or_path is None:
+        raise ValueError("model_name_or_path is missing; pass the name or folder of a diffusers pipeline.")
+    if model.dtype not in DTYPES:
+        raise ValueError(f"dtype={model.dtype!r} is unknown to diffusers; pass one of {', '.join(DTYPES)}.")
+    if not model.use_peft and (model.lora_r, model.lora_alpha) != (usual.lora_r, usual.lora_alpha):
+        logger.warning("lora_r and lora_alpha have no effect: without use_peft all weights of the network are trained.")
+
+
+def _merge_init_kwargs(config: AdjointMatchingConfig, model: ModelConfig) -> None:
+    kwargs = cast("dict[str, Any]", config.model_init_kwargs or {})  # the config has parsed a string
+    for name, option in {"dtype": "dtype", "torch_dtype": "dtype", "revision": "model_revision"}.items():
+        if name in kwargs:
+            raise ValueError(f"model_init_kwargs contains {name!r}; pass {option} instead.")
+    config.model_init_kwargs = kwargs | {"dtype": DTYPES[model.dtype], "revision": model.model_revision}
+
+
+def lora_config(model: ModelConfig) -> LoraConfig | None:
+    """The adapter that the `lora_…` options describe; `None`, for full fine-tuning, without `use_peft`."""
+    config = get_peft_config(model)
+    if config is not None:
+        config.task_type = None  # TRL's default says that this is a language model
+        if model.lora_dropout == ModelConfig().lora_dropout:
+            config.lora_dropout = 0.0  # as the trainer demands; a value that the user chose gets its warning
+        if isinstance(config.target_modules, str) and re.fullmatch(r"[\w.]+", config.target_modules):
+            config.target_modules = {config.target_modules}  # one name: ModelConfig made a string of it, a pattern to PEFT
+    return config
