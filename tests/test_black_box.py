@@ -187,7 +187,7 @@ def test_back_propagation_has_no_use_for_them(tmp_path):
 
 
 def test_the_command_evaluate_has_them():
-    given = {"model": "m", "prompts": "p", "rewards": ["r"]}
+    given = {"model_name_or_path": "m", "dataset_name": "p", "reward_funcs": ["r"]}
     assert EvaluationArguments(**given, images_as="pil", reward_workers=4).reward_workers == 4
     with pytest.raises(ValueError, match="reward_workers=0 is too small; pass 1"):
         EvaluationArguments(**given, reward_workers=0)

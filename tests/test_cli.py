@@ -176,6 +176,24 @@ def test_evaluation_and_resuming(recipe, tmp_path):
     assert [line["step"] for line in state["log_history"] if "eval_rewards/Redness/mean" in line] == [1, 2]
 
 
+def test_a_recipe_that_trained_evaluates_what_it_trained(recipe, tmp_path, capsys):
+    line = failure(capsys, "evaluate", "--config", recipe)
+    assert "reward_scale=10 is for a report on what was fine-tuned, and training has left nothing in output_dir='out'" in line
+    assert main(["train", "--config", recipe, "--max_steps", "1"]) == 0
+    capsys.readouterr()
+    assert main(["evaluate", "--config", recipe, "--num_prompts", "2", "--num_generations_eval", "3"]) == 0
+    said = capsys.readouterr().err
+    keys = re.findall(r"^(\w+):", RECIPE, re.MULTILINE)
+    shared = {"model_name_or_path", "dataset_name", "reward_funcs", "output_dir", "reward_scale", "num_inference_steps"}
+    passed_over = ", ".join(key for key in keys if key not in shared | {"pipeline_kwargs"})
+    assert f"diffusers-adjoint: passed over, being options of train alone: {passed_over}." in said
+    results = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert [(row["model"], row["steps"]) for row in results["rows"]] == [("base", 3), ("out", 3), ("out − base", 3)]
+    assert results["reward_scale"] == 10 and results["rows"][2]["metrics"]["brightness"]["mean"] != 0
+    pipeline = StableDiffusion3Pipeline.from_pretrained(parse_arguments(["--config", recipe]).model.model_name_or_path)
+    pipeline.load_lora_weights(tmp_path / "out")  # what lies beside it does not matter
+
+
 @pytest.mark.slow
 def test_module_runs_alone_and_under_accelerate(recipe, tmp_path):
     launcher = ["accelerate.commands.launch", "--num_processes", "1", "--cpu", "-m"]
@@ -241,7 +259,7 @@ def test_help_of_evaluate_lists_every_option(capsys):
         "config",
         *(f.name for f in dataclasses.fields(EvaluationArguments)),
     }
-    assert "--steps INT [INT ...]" in text and "(default: 40)" in text and "default: None" not in text
+    assert "--num_inference_steps INT [INT ...]" in text and "(default: 40)" in text and "default: None" not in text
 
 
 def test_help_names_the_commands(capsys):
@@ -273,6 +291,8 @@ def test_the_top_command_answers_without_torch(option):
         (["train", "--config", "recipe.yaml", "--max_stepz", "3"], "unknown options --max_stepz 3"),
         (["train", "--config", "recipe.yaml", "--reward_scal", "3"], "unknown options --reward_scal 3"),
         (["train", "--config", "recipe.yaml", "--neftune-noise-alpha=5"], "neftune_noise_alpha is no option for a pipeline"),
+        (["evaluate", "--config", "unknown.yaml"], "unknown options --colour blue; diffusers-adjoint evaluate --help lists"),
+        (["evaluate", "--config", "recipe.yaml", "--learning_rate", "1"], "unknown options --learning_rate 1"),
         (["--vers"], "the following arguments are required: command"),
         (["train", "--config", "unknown.yaml"], "unknown options --colour blue"),
         (["train", "--config", "recipe.yaml", "--max_steps", "many"], "invalid int value: 'many'"),
@@ -290,7 +310,7 @@ def test_the_top_command_answers_without_torch(option):
 )
 def test_bad_arguments_end_with_status_2_and_one_line(recipe, tmp_path, capsys, argv, message):
     (tmp_path / "broken.yaml").write_text("max_steps: [1\nx: }")
-    (tmp_path / "unknown.yaml").write_text("model_name_or_path: x\ncolour: blue\n")
+    (tmp_path / "unknown.yaml").write_text("model_name_or_path: x\ndataset_name: x\nreward_funcs: x\ncolour: blue\n")
     assert message in refusal(capsys, *argv)
 
 

@@ -133,9 +133,11 @@ def test_every_field_of_ours_refuses_what_it_is_not(tmp_path):
 
 
 def test_options_of_evaluate_have_types_too(tmp_path):
-    with pytest.raises(TypeError, match=r"^samples_per_prompt='4' is of type str; pass a whole number\.$"):
-        EvaluationArguments("base", "prompts.txt", ["brightness"], samples_per_prompt="4")
-    with pytest.raises(TypeError, match=r"^guidance=\['2'\] is of type list of str; pass a list of numbers\.$"):
-        EvaluationArguments("base", "prompts.txt", ["brightness"], guidance="2")
-    with pytest.raises(ValueError, match=r"^guidance has a whole number larger than any float; pass one below 1\.8e\+308\.$"):
-        EvaluationArguments("base", "prompts.txt", ["brightness"], guidance=[10**400])
+    with pytest.raises(TypeError, match=r"^num_generations_eval='4' is of type str; pass a whole number\.$"):
+        EvaluationArguments("base", "prompts.txt", ["brightness"], num_generations_eval="4")
+    with pytest.raises(TypeError, match=r"^guidance_scale=\['2'\] is of type list of str; pass a list of numbers\.$"):
+        EvaluationArguments("base", "prompts.txt", ["brightness"], guidance_scale="2")
+    with pytest.raises(
+        ValueError, match=r"^guidance_scale has a whole number larger than any float; pass one below 1\.8e\+308\.$"
+    ):
+        EvaluationArguments("base", "prompts.txt", ["brightness"], guidance_scale=[10**400])

@@ -30,6 +30,7 @@ from tiny_videos import kandinsky5_video, wan22
 
 from diffusers_adjoint import memoryless_scheduler
 from diffusers_adjoint.cli import main
+from diffusers_adjoint.cli.commands import load_prompts
 from diffusers_adjoint.core.matching import path_kl
 from diffusers_adjoint.evaluate import EvaluationArguments, run, sheets, store
 from diffusers_adjoint.evaluate.measure import Measured, Plan, Prompt, Setting, Subject, _spread, measure
@@ -104,16 +105,21 @@ def here(models, tmp_path, monkeypatch):
     return tmp_path
 
 
-SMALL = {"samples_per_prompt": 3, "batch_size": 2, "pipeline_kwargs": '{"max_sequence_length": 8}', "steps": 3}
+GIVEN = {"model_name_or_path": "base", "dataset_name": "prompts.txt", "reward_funcs": "my.py:brightness"}
+SMALL = {"num_generations_eval": 3, "batch_size": 2, "pipeline_kwargs": '{"max_sequence_length": 8}', "num_inference_steps": 3}
+
+
+def words(options):
+    """Of a command line."""
+    values = {name: value if isinstance(value, list) else [value] for name, value in options.items()}
+    return [word for name, items in values.items() for word in (f"--{name}", *map(str, items))]
 
 
 def evaluate(folder="evaluation", status=0, **options):
     """Runs the command and returns results.json."""
-    options = {"model": "base", "adapter": "out", "prompts": "prompts.txt", "rewards": "my.py:brightness"} | SMALL | options
-    argv = ["evaluate", "--output_dir", folder]
-    for name, value in options.items():
-        argv += [f"--{name}", *map(str, value if isinstance(value, list) else [value])]
-    assert main(argv) == status
+    given = {"adapter": "out", "output_dir": folder}
+    given = {name: value for name, value in (GIVEN | given | SMALL | options).items() if value is not None}
+    assert main(["evaluate", *words(given)]) == status
     return json.loads(Path(folder, "results.json").read_text()) if status == 0 else None
 
 
@@ -154,7 +160,7 @@ def own_call(pipeline, sampler="ode", prompts=PROMPTS, samples=3, steps=3, guida
 @pytest.mark.parametrize("guidance", [1.0, 3.0])
 def test_rewards_are_those_of_the_pipelines_own_samples(here, sampler, guidance):
     """float32, other batches: 1e-5. The error is over prompts; base and fine-tuned share their seeds."""
-    results = evaluate(sampler=sampler, guidance=guidance)
+    results = evaluate(sampler=sampler, guidance_scale=guidance)
     means = {}
     for model, adapter in {"base": None, "out": "out"}.items():
         images = own_call(pipeline_of(adapter), sampler, guidance=guidance)
@@ -270,7 +276,7 @@ def test_names_do_not_break_the_tables(here):
     """An adapter's folder and a reward are named by their owners."""
     shutil.copytree(here / "out", here / "a|b`")
     (here / "odd.py").write_text(REWARDS + "brightness.__name__ = 'bright|`ness'\n")
-    evaluate(adapter="a|b`", rewards="odd.py:brightness")
+    evaluate(adapter="a|b`", reward_funcs="odd.py:brightness")
     html = markdown.markdown(Path("evaluation/results.md").read_text(), extensions=["tables"])
     tables = [re.findall(r"<t[hd]\b.*?>(.*?)</t[hd]>", row) for row in re.findall(r"<tr>(.*?)</tr>", html, re.DOTALL)]
     assert {row[0] for row in tables} >= {"a|b`", "a|b` − base"}
@@ -278,8 +284,8 @@ def test_names_do_not_break_the_tables(here):
 
 
 def test_a_setting_that_is_named_twice_is_sampled_once():
-    options = {"model": "base", "prompts": "x", "rewards": ["r"]}
-    twice = EvaluationArguments(**options, steps=[2, 3, 2], guidance=[1.0, 1.0])
+    options = {"model_name_or_path": "base", "dataset_name": "x", "reward_funcs": ["r"]}
+    twice = EvaluationArguments(**options, num_inference_steps=[2, 3, 2], guidance_scale=[1.0, 1.0])
     assert twice.settings == [Setting(2, "ode", 1.0), Setting(3, "ode", 1.0)]
 
 
@@ -290,7 +296,8 @@ def test_step_noise_is_not_the_start(here):
 
 
 def test_every_combination_has_a_row_and_every_setting_its_own_numbers(here):
-    results = evaluate(adapter=["out", "other"], steps=[2, 3], sampler=["ode", "sde"], guidance=[1, 4.5], prompts="prompts.txt")
+    varied = {"num_inference_steps": [2, 3], "sampler": ["ode", "sde"], "guidance_scale": [1, 4.5]}
+    results = evaluate(adapter=["out", "other"], **varied)
     rows = [(row["guidance"], row["steps"], row["sampler"], row["model"]) for row in results["rows"]]
     models = ["base", "out", "other", "out − base", "other − base"]
     settings = [(w, k, s) for w in (1.0, 4.5) for k in (2, 3) for s in ("ode", "sde")]
@@ -309,7 +316,7 @@ def test_every_combination_has_a_row_and_every_setting_its_own_numbers(here):
 
 
 def test_the_csv_says_what_the_json_says(here):
-    results = evaluate(sampler=["ode", "sde"], rewards=["my.py:brightness", "my.py:redness"])
+    results = evaluate(sampler=["ode", "sde"], reward_funcs=["my.py:brightness", "my.py:redness"])
     lines = list(csv.DictReader(io.StringIO(Path("evaluation", "results.csv").read_text())))
     assert len(lines) == len(results["rows"])
     for line, row in zip(lines, results["rows"], strict=True):
@@ -321,7 +328,7 @@ def test_the_csv_says_what_the_json_says(here):
 
 
 def test_the_kl_is_the_path_kl_of_the_model_as_it_is_sampled(here):
-    results = evaluate(sampler=["ode", "sde"], guidance=3, kl_paths=3, prompts="prompts.txt", num_prompts=1)
+    results = evaluate(sampler=["ode", "sde"], guidance_scale=3, kl_paths=3, dataset_name="prompts.txt", num_prompts=1)
     trainer = make_trainer("unused", pipeline=pipeline_of(), guidance_scale=3.0, cfg_mode="full", num_inference_steps=3,
                            pipeline_kwargs={"max_sequence_length": 8}, peft_config=LoraConfig(r=2, lora_alpha=4))  # fmt: skip
     load_lora(trainer.denoiser.network, "transformer", "out")
@@ -360,15 +367,15 @@ def test_a_fully_fine_tuned_pipeline_is_compared_network_by_network(here, models
 
 
 def test_a_model_alone(here):
-    argv = ["evaluate", "--model", "base", "--prompts", "prompts.txt", "--rewards", "my.py:redness", "--steps", "3"]
-    assert main([*argv, "--samples_per_prompt", "2", "--output_dir", "alone"]) == 0
+    options = {"reward_funcs": "my.py:redness", "num_inference_steps": 3, "num_generations_eval": 2, "output_dir": "alone"}
+    assert main(["evaluate", *words(GIVEN | options)]) == 0
     results = json.loads(Path("alone", "results.json").read_text())
     assert [row["model"] for row in results["rows"]] == ["base"]
 
 
 def test_columns_reach_the_rewards_and_missing_rewards_are_left_out(here):
     Path("rows.csv").write_text("prompt,label\na cat,1\na dog,2\n")
-    results = evaluate(prompts="rows.csv", rewards=["my.py:labelled", "my.py:cats_only"])
+    results = evaluate(dataset_name="rows.csv", reward_funcs=["my.py:labelled", "my.py:cats_only"])
     assert metric(results, "labelled", model="base")["mean"] == pytest.approx(1.5)
     images = own_call(pipeline_of(), prompts=["a cat"])
     assert metric(results, "cats_only", model="base")["mean"] == pytest.approx(images.mean().item(), rel=1e-5)
@@ -377,12 +384,12 @@ def test_columns_reach_the_rewards_and_missing_rewards_are_left_out(here):
 def test_diversity_in_features_of_a_reward_or_of_ones_own(here, models):
     tiny_clip(Path("clip"))
     Path("pick.py").write_text("from diffusers_adjoint.rewards import PickScore\npick = PickScore('clip', 'clip')\n")
-    results = evaluate(rewards=["pick.py:pick", "my.py:brightness"], diversity=["my.py:features", "pixels"])
+    results = evaluate(reward_funcs=["pick.py:pick", "my.py:brightness"], diversity=["my.py:features", "pixels"])
     assert {"diversity (my.py:features)", "Vendi (pixels)"} <= results["rows"][0]["metrics"].keys()
     features = own_call(pipeline_of()).mean((3, 4))
     found = metric(results, "diversity (my.py:features)", model="base")["mean"]
     assert found == pytest.approx(pairwise_diversity(features).mean, rel=1e-4)
-    results = evaluate("own", rewards=["pick.py:pick", "my.py:brightness"])
+    results = evaluate("own", reward_funcs=["pick.py:pick", "my.py:brightness"])
     images = own_call(pipeline_of())
     features = PickScore("clip", "clip").features(images.flatten(0, 1)).unflatten(0, images.shape[:2])
     found = metric(results, "diversity (pick.py:pick)", model="base")["mean"]
@@ -429,10 +436,10 @@ def test_it_goes_on_where_it_was_interrupted(here, monkeypatch):
 @pytest.mark.parametrize(
     "changes",
     [
-        *({"guidance": 2}, {"samples_per_prompt": 2}, {"kl_paths": 0}, {"dtype": "bfloat16"}),
+        *({"guidance_scale": 2}, {"num_generations_eval": 2}, {"kl_paths": 0}, {"dtype": "bfloat16"}),
         *(
             {"pipeline_kwargs": '{"max_sequence_length": 9}'},
-            {"split": "test"},
+            {"dataset_train_split": "test"},
             {"sampler": "sde"},
             {"diversity": "my.py:features"},
         ),
@@ -440,7 +447,7 @@ def test_it_goes_on_where_it_was_interrupted(here, monkeypatch):
 )
 def test_every_option_that_changes_numbers_is_remembered(here, changes):
     """Compared before anything is sampled, so that a store is enough."""
-    options = {"model": "base", "prompts": "x", "rewards": ["my.py:brightness"]}
+    options = {"model_name_or_path": "base", "dataset_name": "x", "reward_funcs": ["my.py:brightness"]}
     numbers = {name: value[0] if isinstance(value, list) else value for name, value in changes.items()}
     kept = store.Store(here / "kept", [])
     kept.open(run.options_of(EvaluationArguments(**options)), overwrite=False)
@@ -467,9 +474,9 @@ def test_a_reward_or_a_base_that_changed_is_noticed(here, models, capsys):
 
 def test_columns_that_changed_are_noticed(here, capsys):
     Path("rows.csv").write_text("prompt,label\na cat,1\na dog,2\n")
-    evaluate(prompts="rows.csv", rewards="my.py:labelled")
+    evaluate(dataset_name="rows.csv", reward_funcs="my.py:labelled")
     Path("rows.csv").write_text("prompt,label\na cat,1\na dog,3\n")
-    evaluate(prompts="rows.csv", rewards="my.py:labelled", status=1)
+    evaluate(dataset_name="rows.csv", reward_funcs="my.py:labelled", status=1)
     assert "evaluation holds prompt 2, 'a dog', with other columns; pass" in capsys.readouterr().err
 
 
@@ -477,7 +484,7 @@ def test_overwriting_forgets_the_evaluation_and_nothing_else(here):
     for file in ("mine/prompts/000000/mine.txt", "evaluation/prompts/mine.txt", "evaluation/sheets/mine.png"):
         (here / file).parent.mkdir(parents=True)
         (here / file).write_text("precious")
-    evaluate(steps=2)
+    evaluate(num_inference_steps=2)
     evaluate(overwrite_output_dir=True)
     assert [file.name for file in sorted(Path("evaluation/sheets").iterdir())] == ["mine.png", "ode-steps3-guidance1.png"]
     assert Path("evaluation/prompts/mine.txt").read_text() == "precious"
@@ -533,7 +540,11 @@ def test_a_prompt_that_was_not_finished_is_measured_again(here, monkeypatch):
 
 def test_other_options_or_weights_are_not_mixed_in(here, capsys, models):
     evaluate()
-    for options, named in (({"steps": 4}, "steps"), ({"seed": 1}, "seed"), ({"rewards": "my.py:redness"}, "rewards")):
+    for options, named in (
+        ({"num_inference_steps": 4}, "num_inference_steps"),
+        ({"seed": 1}, "seed"),
+        ({"reward_funcs": "my.py:redness"}, "reward_funcs"),
+    ):
         evaluate(status=1, **options)
         assert f"evaluation holds an evaluation with other {named}; pass another output_dir" in capsys.readouterr().err
     Path("prompts.txt").write_text("a cat\nanother\na tree")
@@ -553,7 +564,7 @@ def test_two_processes_give_the_numbers_of_one(here):
     whole = evaluate("whole", sampler=["ode", "sde"])
     source = Path(__file__).parents[1] / "src"
     argv = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "-m", "diffusers_adjoint.cli", "evaluate"]
-    options = {"model": "base", "adapter": "out", "prompts": "prompts.txt", "rewards": "my.py:counted"} | SMALL
+    options = GIVEN | SMALL | {"adapter": "out", "reward_funcs": "my.py:counted"}
     argv += [word for name, value in options.items() for word in (f"--{name}", str(value))]
     environment = os.environ | {"PYTHONPATH": str(source), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     ended = subprocess.run(
@@ -602,10 +613,11 @@ def test_no_sheets_where_none_are_wanted(here):
 
 
 def test_a_tilt_report_needs_enough_samples(here):
-    evaluate(reward_scale=2.0, samples_per_prompt=4, num_prompts=1)
+    evaluate(reward_scale=2.0, num_generations_eval=4, num_prompts=1)
     text = Path("evaluation/results.md").read_text()
     assert "## Tilt report, λ = 2" in text and "not estimable" in text
-    options = {"samples_per_prompt": 128, "num_prompts": 1, "batch_size": 64, "sampler": "sde", "steps": 2, "kl_paths": 2}
+    options = {"num_generations_eval": 128, "num_prompts": 1, "batch_size": 64}
+    options |= {"sampler": "sde", "num_inference_steps": 2, "kl_paths": 2}
     results = evaluate("many", reward_scale=0.5, **options)
     (shift, *_) = results["tilt"][0]["report"]["shifts"]
     rewards = own_call(pipeline_of(), "sde", PROMPTS[:1], 128, 2).mean((2, 3, 4))[0].double()
@@ -730,17 +742,18 @@ def test_an_infinite_reward_is_no_missing_one():
 @pytest.mark.parametrize(
     "options, message",
     [
-        ({"model": "nowhere"}, "model='nowhere' cannot be loaded"),
+        ({"model_name_or_path": "nowhere"}, "model_name_or_path='nowhere' cannot be loaded"),
         ({"adapter": "nowhere"}, "adapter='nowhere' cannot be loaded"),
         ({"adapter": "./no/where/at/all"}, "adapter='./no/where/at/all' cannot be loaded"),
-        ({"model": "no/where/at/all"}, "model='no/where/at/all' cannot be loaded"),
+        ({"model_name_or_path": "no/where/at/all"}, "model_name_or_path='no/where/at/all' cannot be loaded"),
         ({"diversity": "my.py:brightness_of"}, "features 'my.py:brightness_of' returned shape (2,) for 2 images; return (B, D)"),
         ({"adapter": ["out", "out"]}, "adapter names the same model twice"),
-        ({"prompts": "none.txt"}, "prompts='none.txt' does not exist"),
-        ({"rewards": "my.py:none"}, "my.py has no 'none'"),
-        ({"rewards": "my.py:labelled"}, "reward 'labelled' cannot be called"),
+        ({"dataset_name": "none.txt"}, "dataset_name='none.txt' does not exist"),
+        ({"reward_funcs": "my.py:none"}, "my.py has no 'none'"),
+        ({"reward_funcs": "my.py:labelled"}, "reward 'labelled' cannot be called"),
         ({"diversity": "Fuzz"}, "diversity 'Fuzz' is none of "),
         ({"pipeline_kwargs": '{"prompt": "x"}'}, "pipeline_kwargs contains 'prompt'"),
+        ({"adapter": None, "reward_scale": 2}, "training has left nothing in output_dir='evaluation'; pass adapter."),
         ({"reward_weights": [1, 2]}, "reward_weights has 2 entries for 1 reward functions"),
     ],
 )
@@ -754,35 +767,50 @@ def test_one_sentence_for_what_cannot_be_evaluated(here, capsys, options, messag
     "options, message",
     [
         (["--sampler", "magic"], "sampler='magic' is unknown; pass 'ode', 'sde' or both."),
-        (["--steps", "0"], "count from 1"),
-        (["--guidance", "1", "0"], "guidance=0 is no scale of guidance; pass 1, for none, or more."),
-        (["--samples_per_prompt", "0"], "samples_per_prompt=0 is too small; pass 1 or more."),
-        (["--guidance", "nan"], "guidance=nan is no scale of guidance"),
+        (["--num_inference_steps", "0"], "count from 1"),
+        (["--guidance_scale", "1", "0"], "guidance_scale=0 is no scale of guidance; pass 1, for none, or more."),
+        (["--num_generations_eval", "0"], "num_generations_eval=0 is too small; pass 1 or more."),
+        (["--guidance_scale", "nan"], "guidance_scale=nan is no scale of guidance"),
         (["--seed", "-1"], "seed=-1 is below 0; pass 0 or more."),
-        (["--reward_scale", "2"], "reward_scale=2 makes no tilt report; pass a number above 0, and an adapter."),
-        (["--adapter", "out", "--reward_scale", "nan"], "reward_scale=nan makes no tilt report"),
+        (["--reward_scale", "nan"], "reward_scale=nan makes no tilt report"),
         (["--reward_weights", "inf"], "reward_weights=[inf] are not all finite"),
         (["--dtype", "int8"], "dtype='int8' is unknown to diffusers"),
         (["--pipeline_kwargs", "{x"], "pipeline_kwargs='{x' is no JSON"),
         (["--pipeline_kwargs", "[1]"], "pipeline_kwargs='[1]' is a list; pass an object"),
-        (["--model", ""], "model is missing; pass --model."),
+        (["--model_name_or_path", ""], "model_name_or_path is missing; pass --model_name_or_path."),
         (["--stepps", "3"], "unknown options --stepps 3"),
     ],
 )
 def test_bad_options_end_with_status_two(here, capsys, options, message):
-    argv = ["evaluate", "--model", "base", "--prompts", "prompts.txt", "--rewards", "my.py:brightness"]
     with pytest.raises(SystemExit) as caught:
-        main([*argv, *options])
+        main(["evaluate", *words(GIVEN), *options])
     assert caught.value.code == 2 and message in capsys.readouterr().err
 
 
 def test_options_may_come_from_a_file(here):
-    lines = ["model: base", "adapter: out", "prompts: prompts.txt", "rewards: my.py:brightness", "steps: [2, 3]", "guidance: 1.0"]
-    lines += ["samples_per_prompt: 2", "pipeline_kwargs: {max_sequence_length: 8}", "output_dir: file"]
+    lines = ["model_name_or_path: base", "adapter: out", "dataset_name: prompts.txt", "reward_funcs: my.py:brightness"]
+    lines += ["num_inference_steps: [2, 3]", "guidance_scale: 1.0"]
+    lines += ["num_generations_eval: 2", "pipeline_kwargs: {max_sequence_length: 8}", "output_dir: file"]
     Path("evaluation.yaml").write_text("\n".join(lines))
-    assert main(["evaluate", "--config", "evaluation.yaml", "--steps", "2"]) == 0
+    assert main(["evaluate", "--config", "evaluation.yaml", "--num_inference_steps", "2"]) == 0
     results = json.loads(Path("file/results.json").read_text())
     assert {row["steps"] for row in results["rows"]} == {2} and len(results["rows"]) == 3
+
+
+def test_arguments_of_the_base_are_not_those_of_a_pipeline_that_was_trained(here):
+    """A component that is left out of the base is shared, too; a variant names files of the base."""
+    Path("whole").symlink_to(here / "base", target_is_directory=True)
+    left_out = {"text_encoder_3": None, "tokenizer_3": None}
+    base, whole = load_models("base", ["whole"], left_out, None, torch.device("cpu"))
+    assert base.pipeline.text_encoder_3 is None and whole.pipeline.text_encoder_3 is None
+    assert base.pipeline.transformer is not whole.pipeline.transformer
+
+
+def test_rows_of_a_stream_are_those_of_the_file(here):
+    given = {name: value for name, value in GIVEN.items() if name != "dataset_name"}
+    for streaming in (False, True):
+        args = EvaluationArguments(**given, dataset_name="prompts.txt", dataset_streaming=streaming)
+        assert [row["prompt"] for row in run._rows(load_prompts(args, args.dataset_train_split), 2)] == PROMPTS[:2]
 
 
 def test_an_adapter_of_another_network_is_refused(here, capsys):
@@ -900,7 +928,7 @@ def test_models_of_the_hub_come_from_its_cache(here, models, monkeypatch):
         (repository / "refs" / "main").write_text("0" * 40)
         shutil.copytree(models / name, repository / "snapshots" / ("0" * 40))
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(here / "cache"))
-    results = evaluate(model="me/base", adapter="me/out")
+    results = evaluate(model_name_or_path="me/base", adapter="me/out")
     local = evaluate("local")
     assert rows_of(results, model="out") == rows_of(local, model="out") and rows_of(results, model="base")
 
@@ -928,16 +956,21 @@ def test_the_kl_of_a_lora_where_the_state_is_a_part_of_the_latents(tmp_path, mon
     Path("p.txt").write_text("a cat")
     Path("my.py").write_text(REWARDS)
     (family,) = [family for family in FAMILIES if family.build is kandinsky5_video]
-    kwargs = {"samples_per_prompt": 1, "steps": 2, "pipeline_kwargs": json.dumps(family.kwargs)}
-    results = evaluate(prompts="p.txt", rewards="my.py:videos", sampler="sde", **kwargs)
+    kwargs = {"num_generations_eval": 1, "num_inference_steps": 2, "pipeline_kwargs": json.dumps(family.kwargs)}
+    results = evaluate(dataset_name="p.txt", reward_funcs="my.py:videos", sampler="sde", **kwargs)
     assert metric(results, "KL spent (nats)", model="out")["mean"] == 0.0  # a new adapter changes nothing
 
 
 def test_a_file_of_options_may_name_single_ones(here):
-    options = EvaluationArguments(model="m", prompts="p", rewards="r", adapter="a", steps=3, reward_scale=1.0, reward_weights=2.0)
-    assert (options.rewards, options.adapter, options.steps, options.reward_weights) == (["r"], ["a"], [3], [2.0])
+    given = {"model_name_or_path": "m", "dataset_name": "p", "reward_funcs": "r"}
+    singles = {"adapter": "a", "num_inference_steps": 3, "guidance_scale": 2.0, "reward_weights": 2.0}
+    options = EvaluationArguments(**given, **singles)
+    assert options.reward_funcs == ["r"]
+    assert {name: getattr(options, name) for name in singles} == {name: [value] for name, value in singles.items()}
     with pytest.raises(ValueError, match=r"^pipeline_kwargs=\[1\] is a list; pass an object"):
-        EvaluationArguments(model="m", prompts="p", rewards="r", pipeline_kwargs=[1])
+        EvaluationArguments(**given, pipeline_kwargs=[1])
+    with pytest.raises(ValueError, match=r"^model_init_kwargs contains 'dtype'; pass dtype instead\.$"):
+        EvaluationArguments(**given, model_init_kwargs={"dtype": "float16"})
 
 
 def test_a_single_channel_is_measured_as_grey():
@@ -949,5 +982,5 @@ def test_a_single_channel_is_measured_as_grey():
 
 def test_a_row_without_a_text_is_named(here, capsys):
     Dataset.from_list([{"prompt": "a cat"}, {"prompt": None}]).to_parquet("rows.parquet")
-    evaluate(prompts="rows.parquet", status=1)
+    evaluate(dataset_name="rows.parquet", status=1)
     assert "error: prompt 1 is of type NoneType; pass a string in each row." in capsys.readouterr().err

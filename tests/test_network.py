@@ -25,9 +25,9 @@ shared = ["--pipeline_kwargs", '{"max_sequence_length": 8}']
 train = ["train", "--model_name_or_path", "model", "--dataset_name", "prompts.txt", "--reward_funcs", "my_rewards.py:brightness"]
 train += ["--output_dir", "out", "--use_peft", "true", "--lora_r", "2", "--num_inference_steps", "3", "--max_steps", "1"]
 train += ["--per_device_train_batch_size", "2", "--report_to", "tensorboard", "--use_cpu", "true", *shared]
-evaluate = ["evaluate", "--model", "model", "--adapter", "out", "--prompts", "prompts.txt"]
-evaluate += ["--rewards", "my_rewards.py:brightness", "--steps", "2"]
-evaluate += ["--samples_per_prompt", "2", "--output_dir", "evaluation", *shared]
+evaluate = ["evaluate", "--model_name_or_path", "model", "--adapter", "out", "--dataset_name", "prompts.txt"]
+evaluate += ["--reward_funcs", "my_rewards.py:brightness", "--num_inference_steps", "2"]
+evaluate += ["--num_generations_eval", "2", "--output_dir", "evaluation", *shared]
 assert main(train) == 0
 assert main(evaluate) == 0
 """

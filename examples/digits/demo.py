@@ -245,14 +245,14 @@ def evaluate(task: Task, folder: Path) -> None:
     """The command `diffusers-adjoint evaluate`, on the ten prompts that name a digit; prints its table, draws contact sheets."""
     rewards = [f"{HERE}/rewards.py:{name}" for name in dict.fromkeys([task.name, "ink", "as_asked"])]
     options = {
-        "model": HERE / "pipeline",
+        "model_name_or_path": HERE / "pipeline",
         "adapter": folder,
-        "prompts": HERE / "prompts.txt",
-        "rewards": rewards,
-        "steps": [10, 40],
+        "dataset_name": HERE / "prompts.txt",
+        "reward_funcs": rewards,
+        "num_inference_steps": [10, 40],
         "sampler": ["ode", "sde"],
-        "guidance": [1, 4],
-        "samples_per_prompt": 10,
+        "guidance_scale": [1, 4],
+        "num_generations_eval": 10,
         "pipeline_kwargs": '{"max_sequence_length": 1}',
         "output_dir": folder / "evaluation",
         "overwrite_output_dir": True,

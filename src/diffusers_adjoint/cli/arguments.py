@@ -4,19 +4,19 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import Any, cast
+from dataclasses import dataclass, field, fields
+from typing import Any
 
 from peft import LoraConfig
 from transformers.utils import logging
 from trl import ModelConfig, ScriptArguments, get_peft_config
 
 from ..baselines.backpropagation import METHODS
-from ..config import AdjointMatchingConfig
+from ..config import AdjointMatchingConfig, parsed
 from ..evaluate import EvaluationArguments
-from ..evaluate.arguments import DTYPES
+from ..evaluate.arguments import DTYPES, init_kwargs
 from .errors import PROGRAM
-from .options import OptionParser
+from .options import NOT_FOR_PIPELINES, OptionParser
 from .sections import EVALUATION, TEXTS, training_sections
 
 __all__ = ["Arguments", "TrainArguments", "lora_config", "parse_arguments", "parse_evaluation_arguments"]
@@ -84,17 +84,23 @@ def parse_arguments(
         (script, config, model), in_file, in_argv = parser.read(argv)
         parser.require_known(in_file, in_argv)
         _check_model(model)
-        _merge_init_kwargs(config, model)
+        config.model_init_kwargs = init_kwargs(parsed(config.model_init_kwargs), model.dtype, model.model_revision)
     return Arguments(script, config, model)
 
 
-def parse_evaluation_arguments(argv: Sequence[str]) -> EvaluationArguments:
-    """As `parse_arguments`, the options of `evaluate`."""
+def parse_evaluation_arguments(argv: Sequence[str]) -> tuple[EvaluationArguments, list[str]]:
+    """As `parse_arguments`, the options of `evaluate`; the file may be one that trained.
+
+    Returns:
+        The options, and the keys of the file that are options of `train` alone.
+    """
     parser = OptionParser((EvaluationArguments,), f"{PROGRAM} evaluate", EVALUATION)
+    of_train = {field.name for each in (TrainArguments, AdjointMatchingConfig, ModelConfig) for field in fields(each)}
     with parser.one_line_errors():
         (arguments,), in_file, in_argv = parser.read(argv)
-        parser.require_known(in_file, in_argv)
-    return cast("EvaluationArguments", arguments)
+        passed_over = [key for key in in_file if key in of_train - NOT_FOR_PIPELINES]
+        parser.require_known({key: value for key, value in in_file.items() if key not in passed_over}, in_argv)
+    return arguments, passed_over
 
 
 def _check_model(model: ModelConfig) -> None:
@@ -105,14 +111,6 @@ def _check_model(model: ModelConfig) -> None:
         raise ValueError(f"dtype={model.dtype!r} is unknown to diffusers; pass one of {', '.join(DTYPES)}.")
     if not model.use_peft and (model.lora_r, model.lora_alpha) != (usual.lora_r, usual.lora_alpha):
         logger.warning("lora_r and lora_alpha have no effect: without use_peft all weights of the network are trained.")
-
-
-def _merge_init_kwargs(config: AdjointMatchingConfig, model: ModelConfig) -> None:
-    kwargs = cast("dict[str, Any]", config.model_init_kwargs or {})  # the config has parsed a string
-    for name, option in {"dtype": "dtype", "torch_dtype": "dtype", "revision": "model_revision"}.items():
-        if name in kwargs:
-            raise ValueError(f"model_init_kwargs contains {name!r}; pass {option} instead.")
-    config.model_init_kwargs = kwargs | {"dtype": DTYPES[model.dtype], "revision": model.model_revision}
 
 
 def lora_config(model: ModelConfig) -> LoraConfig | None:

@@ -18,8 +18,8 @@ from trl import ScriptArguments
 
 from ..baselines.backpropagation import METHODS, RewardBackpropagationTrainer
 from ..data import prompts
+from ..evaluate import EvaluationArguments, process_state
 from ..evaluate import evaluate as run_evaluation
-from ..evaluate import process_state
 from ..model.loading import load_pipeline
 from ..rewards import WeightedReward
 from ..trainer.adjoint_matching import AdjointMatchingTrainer
@@ -37,7 +37,7 @@ SECRET = re.compile(r"""(--\w*token[ =]["']?|\w*token"\s*:\s*")[^\s"']+|hf_[a-zA
 DIGITS = Path(__file__).parents[3] / "examples" / "digits"  # of the checkout that an editable install points to
 
 
-def load_prompts(script: ScriptArguments, split: str) -> Any:
+def load_prompts(script: ScriptArguments | EvaluationArguments, split: str) -> Any:
     """One split of the dataset that a script's options name; see `prompts.load_prompts`."""
     name, config, streaming = script.dataset_name, script.dataset_config, script.dataset_streaming
     return prompts.load_prompts(name, split, config=config, streaming=streaming)
@@ -112,13 +112,15 @@ def _load_pipeline(name: str, init_kwargs: dict[str, Any], component: str | None
 
 def evaluate(argv: Sequence[str]) -> int:
     """Compare a fine-tuned model with its base: rewards, diversity, image statistics; all options: `evaluate --help`."""
-    args = parse_evaluation_arguments(argv)
+    args, passed_over = parse_evaluation_arguments(argv)
     # What is cheap to get wrong comes before the weights are loaded.
-    dataset = prompts.load_prompts(args.prompts, args.split, config=args.dataset_config, option="prompts")
-    functions = load_rewards(args.rewards)
+    dataset = load_prompts(args, args.dataset_train_split)
+    functions = load_rewards(args.reward_funcs)
     reward = WeightedReward(functions, args.reward_weights, images_as=args.images_as, workers=args.reward_workers)
     state = process_state()
-    features = load_features(args.diversity, args.rewards, functions, state.device)
+    if passed_over and state.is_main_process:
+        print(f"{PROGRAM}: passed over, being options of train alone: {', '.join(passed_over)}.", file=sys.stderr)
+    features = load_features(args.diversity, args.reward_funcs, functions, state.device)
     try:
         report = run_evaluation(args, reward, features, dataset)
     except KeyboardInterrupt:

@@ -33,9 +33,7 @@ READERS = {
 }
 
 
-def load_prompts(
-    name: str | None, split: str, *, config: str | None = None, streaming: bool = False, option: str = "dataset_name"
-) -> Any:
+def load_prompts(name: str | None, split: str, *, config: str | None = None, streaming: bool = False) -> Any:
     """One split of a dataset: a file (.txt with a prompt a line, .json, .jsonl, .csv, .parquet), a folder, or the Hub's.
 
     Args:
@@ -43,18 +41,17 @@ def load_prompts(
         split: of a folder or the Hub's dataset; a single file is the split "train".
         config: name of the dataset's configuration.
         streaming: read rows as they are needed.
-        option: what the name was passed as, for error messages.
 
     Raises:
         ValueError: if it is missing, cannot be read, has no row, or a line of a text file is no row.
     """
     if not name:
-        raise ValueError(f"{option} is missing; pass a file of prompts, a folder, or the name of a dataset on the Hub.")
+        raise ValueError("dataset_name is missing; pass a file of prompts, a folder, or the name of a dataset on the Hub.")
     file = Path(name)
     if not file.is_file() and file.suffix in READERS:
-        raise ValueError(f"{option}={name!r} does not exist; pass a file, a folder, or the name of a dataset on the Hub.")
+        raise ValueError(f"dataset_name={name!r} does not exist; pass a file, a folder, or the name of a dataset on the Hub.")
     if file.is_file():
-        _check_file(file, option)
+        _check_file(file)
     try:
         if file.suffix in READERS:
             dataset = _read_file(file, split, streaming)
@@ -67,9 +64,9 @@ def load_prompts(
             dataset = _decoded(dataset, streaming)
     except (OSError, ValueError, DatasetsError) as error:
         reason = " ".join(str(error.__cause__ or error).split()) or type(error).__name__
-        raise ValueError(f"split {split!r} of {option}={name!r} cannot be read ({reason}); pass one that can.") from error
+        raise ValueError(f"split {split!r} of dataset_name={name!r} cannot be read ({reason}); pass one that can.") from error
     if first is None:
-        raise ValueError(f"split {split!r} of {option}={name!r} has no row; pass at least one prompt.")
+        raise ValueError(f"split {split!r} of dataset_name={name!r} has no row; pass at least one prompt.")
     return dataset
 
 
@@ -93,16 +90,16 @@ def _decoded(dataset: Any, streaming: bool) -> Any:
     return dataset.cast_column("prompt", Value("string"))
 
 
-def _check_file(file: Path, option: str) -> None:
+def _check_file(file: Path) -> None:
     """Read a text file line by line, only to name the line that the dataset's reader would fail on, or misread."""
     if file.suffix not in READERS:
-        raise ValueError(f"{option}={str(file)!r} is a file of unknown kind; pass one ending in {', '.join(READERS)}.")
+        raise ValueError(f"dataset_name={str(file)!r} is a file of unknown kind; pass one ending in {', '.join(READERS)}.")
     has_prompt = None
     for place, row in LINES[file.suffix](file) if file.suffix in LINES else ():
         has_prompt = "prompt" in row if has_prompt is None else has_prompt
         _check_row(f"{place} of {file.name}", row, has_prompt)
     if not file.stat().st_size or (has_prompt is None and file.suffix in (".txt", ".jsonl")):
-        raise ValueError(f"{option}={str(file)!r} is empty; write at least one prompt into it.")
+        raise ValueError(f"dataset_name={str(file)!r} is empty; write at least one prompt into it.")
 
 
 def _check_row(place: str, row: Any, has_prompt: bool) -> None:

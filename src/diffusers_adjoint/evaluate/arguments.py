@@ -6,7 +6,7 @@ import itertools
 import json
 import math
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 
@@ -15,12 +15,14 @@ from ..rewards.black_box import IMAGES_AS
 from ..schedulers.integrators import DEFAULT_INTEGRATOR, INTEGRATORS
 from ..schedulers.memoryless import check_integrator
 from .measure import Setting
+from .models import holds_model
 
-__all__ = ["DTYPES", "EvaluationArguments"]
+__all__ = ["DTYPES", "EvaluationArguments", "init_kwargs"]
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 SAMPLERS = ("ode", "sde")
 EXAMPLE = '{"height": 512}'
+LISTS = ("reward_funcs", "adapter", "num_inference_steps", "sampler", "guidance_scale", "diversity", "reward_weights")
 
 
 @dataclass
@@ -32,11 +34,11 @@ class EvaluationArguments:
         TypeError: for a value of another type than the option's.
     """
 
-    model: str = field(default="", metadata={"help": "Name or folder of the base pipeline."})
-    prompts: str = field(
+    model_name_or_path: str = field(default="", metadata={"help": "Name or folder of the base pipeline."})
+    dataset_name: str = field(
         default="", metadata={"help": "File (.txt, .json, .jsonl, .csv, .parquet), folder or Hub dataset with a 'prompt' column."}
     )
-    rewards: list[str] = field(
+    reward_funcs: list[str] = field(
         default_factory=list,
         metadata={
             "help": "What samples are measured by: names of diffusers_adjoint.rewards, module:function or file.py:function."
@@ -44,9 +46,12 @@ class EvaluationArguments:
     )
     adapter: list[str] = field(
         default_factory=list,
-        metadata={"help": "Folders or Hub ids of what was fine-tuned: a LoRA or a whole pipeline. Without any, the base alone."},
+        metadata={
+            "help": "Folders or Hub ids of what was fine-tuned: a LoRA or a whole pipeline. When not given, what training left "
+            "in output_dir; the base alone where it left nothing."
+        },
     )
-    steps: list[int] = field(default_factory=lambda: [40], metadata={"help": "Numbers of sampling steps."})
+    num_inference_steps: list[int] = field(default_factory=lambda: [40], metadata={"help": "Numbers of sampling steps."})
     sampler: list[str] = field(
         default_factory=lambda: ["ode"],
         metadata={"help": "'ode', the pipeline's own scheduler, 'sde', the memoryless one, or both."},
@@ -55,11 +60,11 @@ class EvaluationArguments:
         default=DEFAULT_INTEGRATOR,
         metadata={"help": f"Discretisation of the memoryless SDE, whatever training was on: {', '.join(INTEGRATORS)}."},
     )
-    guidance: list[float] = field(
+    guidance_scale: list[float] = field(
         default_factory=lambda: [1.0],
         metadata={"help": "Classifier-free guidance scales, 1 for none; or the scales that a distilled network takes."},
     )
-    samples_per_prompt: int = field(default=10, metadata={"help": "Images of each prompt, model and setting."})
+    num_generations_eval: int = field(default=10, metadata={"help": "Images of each prompt, model and setting."})
     diversity: list[str] = field(
         default_factory=list,
         metadata={
@@ -83,30 +88,41 @@ class EvaluationArguments:
     seed: int = field(default=0, metadata={"help": "Same seed, same numbers, on any number of processes."})
     batch_size: int = field(default=10, metadata={"help": "Images of a prompt that are sampled together."})
     num_prompts: int | None = field(default=None, metadata={"help": "Take the first ones only."})
-    split: str = field(default="train", metadata={"help": "Split of the dataset; a single file is 'train'."})
+    dataset_train_split: str = field(default="train", metadata={"help": "Split to take; a single file is 'train'."})
     dataset_config: str | None = field(default=None, metadata={"help": "Configuration of the dataset."})
+    dataset_streaming: bool = field(default=False, metadata={"help": "Read rows as they are needed."})
     pipeline_kwargs: dict[str, Any] | str | None = field(
         default=None, metadata={"help": "Further arguments of the pipeline's call, as JSON: '{\"height\": 512}'."}
     )
     trained_component: str | None = field(default=None, metadata={"help": "The denoiser that was trained, as in training."})
-    dtype: str = field(default="float32", metadata={"help": "Of the pipeline: float32, bfloat16 or float16."})
+    dtype: str = field(default="float32", metadata={"help": "Of the pipeline's weights."})
     model_revision: str = field(default="main", metadata={"help": "Of the base on the Hub."})
+    model_init_kwargs: dict[str, Any] | str | None = field(
+        default=None, metadata={"help": "Arguments of DiffusionPipeline.from_pretrained for the base, as JSON."}
+    )
     sheet_prompts: int = field(
         default=4, metadata={"help": "Prompts on each contact sheet, 0 for none; finished ones stay as they are."}
     )
     sheet_samples: int = field(default=5, metadata={"help": "Samples of each of them."})
 
     def __post_init__(self) -> None:
-        for name in ("rewards", "adapter", "steps", "sampler", "guidance", "diversity", "reward_weights"):
+        for name in LISTS:
             if not isinstance(value := getattr(self, name), list | None):  # a YAML file may name a single one
                 setattr(self, name, [value])
-        self.pipeline_kwargs = _json_object(self.pipeline_kwargs)
+        for name in ("pipeline_kwargs", "model_init_kwargs"):
+            setattr(self, name, _json_object(name, getattr(self, name)))
         require_types(self, EvaluationArguments)
-        for name in ("model", "prompts", "rewards", "steps", "sampler", "guidance"):
+        for name in ("model_name_or_path", "dataset_name", "reward_funcs", "num_inference_steps", "sampler", "guidance_scale"):
             if not getattr(self, name):
                 raise ValueError(f"{name} is missing; pass --{name}.")
+        if not self.adapter and holds_model(self.output_dir):
+            self.adapter = [self.output_dir]
+        self._check_numbers()
+        self._check_choices()
+
+    def _check_numbers(self) -> None:
         for name, least in {
-            "samples_per_prompt": 1,
+            "num_generations_eval": 1,
             "batch_size": 1,
             "reward_workers": 1,
             "kl_paths": 0,
@@ -115,16 +131,18 @@ class EvaluationArguments:
         }.items():
             if getattr(self, name) < least:
                 raise ValueError(f"{name}={getattr(self, name)} is too small; pass {least} or more.")
-        if wrong := [scale for scale in self.guidance if not 1 <= scale < math.inf]:
-            raise ValueError(f"guidance={wrong[0]:g} is no scale of guidance; pass 1, for none, or more.")
-        if self.reward_scale is not None and not (0 < self.reward_scale < math.inf and self.adapter):
-            raise ValueError(f"reward_scale={self.reward_scale:g} makes no tilt report; pass a number above 0, and an adapter.")
+        if wrong := [scale for scale in self.guidance_scale if not 1 <= scale < math.inf]:
+            raise ValueError(f"guidance_scale={wrong[0]:g} is no scale of guidance; pass 1, for none, or more.")
+        if self.reward_scale is not None and not 0 < self.reward_scale < math.inf:
+            raise ValueError(f"reward_scale={self.reward_scale:g} makes no tilt report; pass a number above 0.")
         if self.reward_weights is not None and not all(map(math.isfinite, self.reward_weights)):
             raise ValueError(f"reward_weights={self.reward_weights} are not all finite; pass numbers.")
         if self.seed < 0:
             raise ValueError(f"seed={self.seed} is below 0; pass 0 or more.")
-        if min(self.steps) < 1 or (self.num_prompts is not None and self.num_prompts < 1):
-            raise ValueError("steps and num_prompts count from 1; pass larger numbers.")
+        if min(self.num_inference_steps) < 1 or (self.num_prompts is not None and self.num_prompts < 1):
+            raise ValueError("num_inference_steps and num_prompts count from 1; pass larger numbers.")
+
+    def _check_choices(self) -> None:
         if unknown := [name for name in self.sampler if name not in SAMPLERS]:
             raise ValueError(f"sampler={unknown[0]!r} is unknown; pass 'ode', 'sde' or both.")
         check_integrator(self.sampling_integrator, "sampling_integrator")
@@ -132,20 +150,44 @@ class EvaluationArguments:
             raise ValueError(f"images_as={self.images_as!r} is unknown; pass one of {', '.join(map(repr, IMAGES_AS))}.")
         if self.dtype not in DTYPES:
             raise ValueError(f"dtype={self.dtype!r} is unknown to diffusers; pass one of {', '.join(DTYPES)}.")
+        init_kwargs(cast("dict[str, Any] | None", self.model_init_kwargs), self.dtype, self.model_revision)
+
+    @property
+    def init_kwargs(self) -> dict[str, Any]:
+        """Of `DiffusionPipeline.from_pretrained`, for the base."""
+        return init_kwargs(cast("dict[str, Any] | None", self.model_init_kwargs), self.dtype, self.model_revision)
 
     @property
     def settings(self) -> list[Setting]:
         """In the order of the table's rows."""
-        every = itertools.product(self.guidance, self.steps, self.sampler)
+        every = itertools.product(self.guidance_scale, self.num_inference_steps, self.sampler)
         return list(dict.fromkeys(Setting(k, s, w) for w, k, s in every))
 
 
-def _json_object(value: Any) -> dict[str, Any] | None:
+def init_kwargs(kwargs: dict[str, Any] | None, dtype: str, revision: str) -> dict[str, Any]:
+    """Arguments of `DiffusionPipeline.from_pretrained`.
+
+    Args:
+        kwargs: `model_init_kwargs`.
+        dtype: a key of `DTYPES`.
+        revision: of the Hub.
+
+    Raises:
+        ValueError: for one of `kwargs` that has an option of its own.
+    """
+    kwargs = kwargs or {}
+    for name, option in {"dtype": "dtype", "torch_dtype": "dtype", "revision": "model_revision"}.items():
+        if name in kwargs:
+            raise ValueError(f"model_init_kwargs contains {name!r}; pass {option} instead.")
+    return kwargs | {"dtype": DTYPES[dtype], "revision": revision}
+
+
+def _json_object(name: str, value: Any) -> dict[str, Any] | None:
     """A command line's text as the object that a YAML file has already."""
     try:
         parsed = json.loads(value) if isinstance(value, str) else value
     except json.JSONDecodeError as error:
-        raise ValueError(f"pipeline_kwargs={value!r} is no JSON ({error.msg}); pass an object such as {EXAMPLE}.") from None
+        raise ValueError(f"{name}={value!r} is no JSON ({error.msg}); pass an object such as {EXAMPLE}.") from None
     if not isinstance(parsed, dict | None):
-        raise ValueError(f"pipeline_kwargs={value!r} is a {type(parsed).__name__}; pass an object such as {EXAMPLE}.")
+        raise ValueError(f"{name}={value!r} is a {type(parsed).__name__}; pass an object such as {EXAMPLE}.")
     return parsed

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -18,9 +19,10 @@ from ..model.loading import load_pipeline
 from ..model.lora import WEIGHTS_NAME, load_saved_lora
 from ..replay.view import denoiser_names
 
-__all__ = ["BASE", "Model", "load_models"]
+__all__ = ["BASE", "Model", "holds_model", "load_models"]
 
 BASE = "base"
+PIPELINE_NAME = DiffusionPipeline.config_name  # the file of a whole pipeline
 
 
 @dataclass(frozen=True)
@@ -71,7 +73,7 @@ def load_models(
     Raises:
         ValueError: if one cannot be loaded, or a LoRA has no layer in the denoiser.
     """
-    base = _loaded("model", model, lambda: load_pipeline(model, init_kwargs, component))
+    base = _loaded("model_name_or_path", model, lambda: load_pipeline(model, init_kwargs, component))
     component = component or denoiser_names(base)[0]
     models = [Model(BASE, base)]
     for number, (adapter, name) in enumerate(zip(adapters, _names(adapters), strict=True)):
@@ -94,6 +96,11 @@ def _loaded(option: str, name: str, load: Callable[[], Any]) -> Any:
         raise ValueError(f"{option}={name!r} cannot be loaded ({reason}); pass the folder or the name of one.") from error
 
 
+def holds_model(folder: str) -> bool:
+    """Whether training has left a LoRA or a whole pipeline there."""
+    return any(os.path.isfile(os.path.join(folder, name)) for name in (WEIGHTS_NAME, PIPELINE_NAME))
+
+
 def _names(adapters: Sequence[str]) -> list[str]:
     """Short ones: the folder's; with as much of its path as tells it from the others."""
     paths = [Path(adapter).resolve().parts if Path(adapter).exists() else tuple(adapter.split("/")) for adapter in adapters]
@@ -108,9 +115,9 @@ def _names(adapters: Sequence[str]) -> list[str]:
 
 def _is_pipeline(name: str) -> bool:
     if Path(name).exists():
-        return (Path(name) / "model_index.json").is_file()
+        return (Path(name) / PIPELINE_NAME).is_file()
     try:
-        hf_hub_download(name, "model_index.json")
+        hf_hub_download(name, PIPELINE_NAME)
     except EntryNotFoundError:
         return False
     return True
@@ -129,7 +136,8 @@ def _tuned(base: DiffusionPipeline, source: str, name: str, adapter: str, compon
     if _is_pipeline(source):
         denoisers = denoiser_names(base, component)
         shared = {part: network for part, network in base.components.items() if part not in denoisers}
-        return Model(name, type(base).from_pretrained(source, **{**init_kwargs, "revision": None}, **shared))
+        which_files = {"revision": None, "variant": None}  # those given are of the base
+        return Model(name, type(base).from_pretrained(source, **{**init_kwargs, **which_files, **shared}))
     load_saved_lora(base, component, _lora_file(source), adapter)
     carrying = _carrying(base, adapter)
     if getattr(base, component) not in carrying:

@@ -25,7 +25,7 @@ from ..pictures.grid import strip
 from ..replay import PipelineReplay
 from ..rewards import WeightedReward
 from ..schedulers import memoryless_scheduler
-from .arguments import DTYPES, EvaluationArguments
+from .arguments import EvaluationArguments
 from .measure import Features, Plan, Prompt, Setting, Subject, measure
 from .models import BASE, Model, load_models
 from .report import Report, make_report, title_of
@@ -36,7 +36,7 @@ __all__ = ["evaluate", "process_state"]
 
 # The numbers do not depend on these.
 FREE = ["output_dir", "overwrite_output_dir", "batch_size", "reward_scale", "reward_weights", "reward_workers"]
-FREE += ["prompts", "num_prompts", "sheet_prompts", "sheet_samples"]  # rows are compared one by one
+FREE += ["dataset_name", "dataset_streaming", "num_prompts", "sheet_prompts", "sheet_samples"]  # rows are compared one by one
 WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt")
 HOSTS = [logging.getLogger(name) for name in ("diffusers", "transformers")]
 
@@ -53,8 +53,14 @@ def evaluate(args: EvaluationArguments, reward: WeightedReward, features: dict[s
         The report, on every process.
 
     Raises:
-        ValueError: for models that cannot be loaded, columns that do not fit, or an output_dir with another evaluation.
+        ValueError: for models that cannot be loaded, columns that do not fit, an output_dir with another evaluation, or a
+            reward scale and nothing that was fine-tuned.
     """
+    if args.reward_scale is not None and not args.adapter:
+        raise ValueError(
+            f"reward_scale={args.reward_scale:g} is for a report on what was fine-tuned, and training has left nothing in "
+            f"output_dir={args.output_dir!r}; pass adapter."
+        )
     state = process_state()
     rows = _rows(dataset, args.num_prompts)
     store = Store(Path(args.output_dir), args.settings)
@@ -113,7 +119,8 @@ def _rows(dataset: Any, count: int | None) -> list[dict[str, Any]]:
 
 def options_of(args: EvaluationArguments) -> dict[str, Any]:
     """What the numbers of a prompt depend on, as JSON keeps it."""
-    sources = [args.model, *args.adapter, *(name.rpartition(":")[0] for name in [*args.rewards, *args.diversity])]
+    named = [name.rpartition(":")[0] for name in [*args.reward_funcs, *args.diversity]]
+    sources = [args.model_name_or_path, *args.adapter, *named]
     files = {name: stamps for name in sources if name and (stamps := _stamps(Path(name)))}
     return {name: value for name, value in asdict(args).items() if name not in FREE} | {"files": files}
 
@@ -139,9 +146,8 @@ def _measure_all(
         module = getattr(function, "__self__", function)  # the module of a method `features`
         if isinstance(module, nn.Module):
             module.to(state.device)
-    plan = Plan(args.samples_per_prompt, args.batch_size, args.kl_paths, args.seed, reward, features)
-    init_kwargs = {"dtype": DTYPES[args.dtype], "revision": args.model_revision}
-    models = load_models(args.model, args.adapter, init_kwargs, args.trained_component, state.device)
+    plan = Plan(args.num_generations_eval, args.batch_size, args.kl_paths, args.seed, reward, features)
+    models = load_models(args.model_name_or_path, args.adapter, args.init_kwargs, args.trained_component, state.device)
     subjects = _subjects(args, models, rows[mine[0]], reward)
     count = len(subjects) * plan.samples
     with tqdm(total=count * len(mine), unit="image", disable=not state.is_main_process) as bar, logging_redirect_tqdm(HOSTS):
@@ -180,7 +186,7 @@ def _subjects(args: EvaluationArguments, models: list[Model], row: dict[str, Any
                 pipeline_kwargs=cast("dict[str, Any] | None", args.pipeline_kwargs),
                 component=args.trained_component,
             )
-            first_row([row], "prompts", made[key].arguments.takes_prompt)
+            first_row([row], "dataset", made[key].arguments.takes_prompt)
             made[key].arguments.require_known(columns, asked)
             made[key].arguments(columns, 1)
             if len(models) > 1 and args.kl_paths and "sde" in args.sampler:
