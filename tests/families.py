@@ -3,6 +3,7 @@
 import tiny_audio
 import tiny_conditioned
 import tiny_images
+import tiny_modular
 import tiny_network_lora
 import tiny_videos
 from family import Family
@@ -15,4 +16,5 @@ FAMILIES: list[Family] = [
     *tiny_audio.FAMILIES,
     *tiny_conditioned.FAMILIES,
     *tiny_network_lora.FAMILIES,
+    *tiny_modular.FAMILIES,
 ]

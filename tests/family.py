@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from diffusers import DiffusionPipeline
+from diffusers import DiffusionPipeline, ModularPipeline
 
 __all__ = ["PROMPTS", "Family"]
 
@@ -23,7 +23,7 @@ class Family:
         build: makes the pipeline, with the same weights at every call.
         mechanism: what makes it different from the others, in a few words.
         guidance_scale: the trainer's option of this name.
-        scale: the argument of the pipeline's call that it becomes; `None` where there is none.
+        scale: the argument of the pipeline's call that it becomes; `None` where there is none, or where guiders take it.
         kwargs: `pipeline_kwargs`.
         columns: dataset columns, two rows.
         lora: names of the modules that LoRA adapts; `None` where all weights are trained.
@@ -32,11 +32,12 @@ class Family:
         one_sample: whether the pipeline takes one sample at a time; of two rows, the second one is used where another is needed.
         dtype: for finite differences; float32 where the network cannot run in double.
         step: of the finite differences, relative to the state.
+        output: name of the images among all that a modular pipeline makes; `None` for other pipelines.
         fast: whether `make test` runs it; the others run in `make test-slow`.
     """
 
     name: str
-    build: Callable[[], DiffusionPipeline]
+    build: Callable[[], DiffusionPipeline | ModularPipeline]
     mechanism: str
     guidance_scale: float = 3.0
     scale: str | None = "guidance_scale"
@@ -48,4 +49,5 @@ class Family:
     one_sample: bool = False
     dtype: torch.dtype = torch.float64
     step: float = 1e-3
+    output: str | None = None
     fast: bool = False

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from diffusers import BaseGuidance, ClassifierFreeGuidance
 from families import FAMILIES
 from peft import LoraConfig
 from transformers import TrainerCallback
@@ -81,7 +82,8 @@ def call_arguments(family, **changes):
     columns = {name: values[0] if is_bare(values[0]) else values for name, values in columns_of(family).items()}
     scale = {} if family.scale is None else {family.scale: family.guidance_scale}
     batch = {} if columns else {"batch_size": len(SEEDS)}
-    ours = {"num_inference_steps": STEPS, "output_type": "pt", "return_dict": False}
+    form = {"return_dict": False} if family.output is None else {"output": family.output}
+    ours = {"num_inference_steps": STEPS, "output_type": "pt", **form}
     ours["generator"] = generators() if len(SEEDS) > 1 else generators()[0]
     return {**family.kwargs, **columns, **scale, **batch, **ours, **changes}
 
@@ -90,9 +92,19 @@ def is_bare(value):
     return len(SEEDS) == 1 and not isinstance(value, int)
 
 
+def set_guiders(pipeline, family):
+    """What a user of a modular pipeline does who wants the guidance of the row."""
+    for name, part in pipeline.components.items():
+        if isinstance(part, BaseGuidance):
+            pipeline.update_components(**{name: ClassifierFreeGuidance(guidance_scale=family.guidance_scale)})
+
+
 def images_of(pipeline, family):
+    if family.output is not None:
+        set_guiders(pipeline, family)
     output = pipeline(**call_arguments(family))
-    images = output if isinstance(output, torch.Tensor) else output[0]  # Stable Video Diffusion forgets the tuple
+    # Stable Video Diffusion forgets the tuple; a modular pipeline gives what is asked of it.
+    images = output if isinstance(output, torch.Tensor) else output[0]
     assert len(images) == len(SEEDS)
     return images
 
@@ -258,7 +270,8 @@ def load(pipeline, family, folder):
     component = component_of(pipeline, family)
     if family.lora is None:
         network = getattr(pipeline, component)
-        pipeline.register_modules(**{component: type(network).from_pretrained(folder / component).eval()})
+        register = pipeline.register_modules if family.output is None else pipeline.update_components
+        register(**{component: type(network).from_pretrained(folder / component).eval()})
     elif family.network_lora:
         network = getattr(pipeline, component)
         network.load_lora_adapter(folder, prefix=None, weight_name="pytorch_lora_weights.safetensors")

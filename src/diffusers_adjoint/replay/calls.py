@@ -5,21 +5,22 @@ Nothing is written to the user's pipeline: each call runs on a shallow copy that
 
 from __future__ import annotations
 
-import inspect
 import logging
 from collections.abc import Callable, Iterable
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from operator import attrgetter
 from typing import Any
 
 import torch
-from diffusers import DiffusionPipeline, ModelMixin
+from diffusers import DiffusionPipeline, ModelMixin, ModularPipeline
 from torch import Tensor, nn
 
 from .casting import vae_dtype
 from .conditioning import Numbering, Preparations, Recording, Returned, copied, fresh, in_order, remembering
+from .modular import ModularCall
+from .plain import PlainCall
 from .slices import Decode
-from .stand_in import ReplayStop, replayable_call
+from .stand_in import ReplayStop
 from .view import (
     called_in_place_of,
     make_view,
@@ -45,31 +46,16 @@ class PipelineCalls:
         component: name of its trained denoiser.
 
     Attributes:
-        function: the `__call__`, out of its `torch.no_grad`.
-        source: what draws x_0: "prepare_latents", in pipelines that have none another method that prepares, or "randn_tensor".
-        insists_on_safety_checker: whether it runs its safety checker itself, where others hand over to a method that does
-            without one. It then keeps the user's.
-        exchanges_processors: whether it puts other attention processors in before its loop, and the old ones back after it, as
-            pipelines with perturbed attention do.
+        call: the pipeline's call as one function, with what is known of its code.
 
     Raises:
         ValueError: if there is no place where a state could be put in.
     """
 
-    def __init__(self, pipeline: DiffusionPipeline, component: str) -> None:
-        self.function = replayable_call(type(pipeline))
-        self.source = _source(type(pipeline), self.function)
-        self.insists_on_safety_checker = "safety_checker" in self.function.__code__.co_names
-        self.exchanges_processors = "attn_processors" in self.function.__code__.co_names
+    def __init__(self, pipeline: DiffusionPipeline | ModularPipeline, component: str) -> None:
+        self.call = ModularCall(pipeline) if isinstance(pipeline, ModularPipeline) else PlainCall(pipeline)
         self._pipeline, self._component = pipeline, component
-        self._view_class = view_class(type(pipeline))
-        self._logger = logging.getLogger(self.function.__module__)
-        self._randn_tensor = self.function.__globals__.get("randn_tensor")
-        if self.source == "randn_tensor" and self._randn_tensor is None:
-            raise ValueError(
-                f"{type(pipeline).__name__} has no prepare_latents and calls no randn_tensor, where a state could be put in; "
-                f"pass a pipeline that has one of them."
-            )
+        self._view_class = view_class(self.call.view_class(type(pipeline)))
 
     def ordinary(
         self,
@@ -81,9 +67,10 @@ class PipelineCalls:
         """The images of the undisturbed call; `latents` records, or numbers, what its source returns."""
         view = self._view(scheduler)
         if latents is not None:
-            set_method(view, self.source, latents.recording(self.source, getattr(view, self.source)))
+            source = self.call.source
+            set_method(view, source, latents.recording(source, getattr(view, source)))
         with self._processors_restored(view):
-            return _images(type(self._pipeline).__call__(view, **fresh({**arguments, "generator": _given(generators)})))
+            return self.call.undisturbed(view, **fresh({**arguments, "generator": _given(generators)}))
 
     def up_to_loop(
         self, probe: Any, arguments: dict[str, Any], generators: list[torch.Generator], texts: dict[str, list[Any]]
@@ -102,7 +89,8 @@ class PipelineCalls:
             view.__dict__[name] = called_in_place_of(encoder, remembered)
         for name in preparing_methods(view):
             set_method(view, name, preparations.recording(name, attrgetter(name)(view)))
-        draw = preparations.recording("randn_tensor", self._randn_tensor) if self.source == "randn_tensor" else None
+        draws = self.call.source == "randn_tensor"
+        draw = preparations.recording("randn_tensor", self.call.randn_tensor) if draws else None
         timesteps = None
         try:
             with torch.no_grad():
@@ -137,41 +125,25 @@ class PipelineCalls:
             set_method(view, name, function)
         if denoiser is not None:
             view.__dict__[self._component] = called_in_place_of(getattr(self._pipeline, self._component), denoiser)
-        with quiet(self._logger):  # it would say the same at every evaluation
+        with ExitStack() as silence:
+            for logger in self.call.loggers:  # they would say the same at every evaluation
+                silence.enter_context(quiet(logger))
             return self._run(view, {**recording.call_kwargs, "generator": _given(generators)}, draw)
 
     def _run(self, view: DiffusionPipeline, arguments: dict[str, Any], randn_tensor: Any) -> Any:
-        if randn_tensor is not None:
-            self.function.__globals__["randn_tensor"] = randn_tensor  # a copy that belongs to this object
         with self._processors_restored(view), quiet(_CASTS):
-            return _images(self.function(view, **fresh(arguments)))
+            return self.call(view, randn_tensor, **fresh(arguments))
 
     def _processors_restored(self, view: DiffusionPipeline) -> Any:
-        return processors_restored(getattr(view, self._component)) if self.exchanges_processors else nullcontext()
+        return processors_restored(getattr(view, self._component)) if self.call.exchanges_processors else nullcontext()
 
     def _view(self, scheduler: Any, device: torch.device | None = None) -> DiffusionPipeline:
         view = make_view(self._pipeline, self._view_class, scheduler, device or self._pipeline._execution_device)
-        if self.insists_on_safety_checker:
+        if self.call.insists_on_safety_checker:
             view.__dict__["safety_checker"] = self._pipeline.safety_checker
         return view
-
-
-def _source(pipeline_class: type[DiffusionPipeline], call: Any) -> str:
-    """What draws x_0."""
-    if hasattr(pipeline_class, "prepare_latents"):
-        return "prepare_latents"
-    for name in call.__code__.co_names:
-        method = getattr(pipeline_class, name, None) if name.startswith("prepare_") else None
-        if method is not None and "randn_tensor" in inspect.unwrap(method).__code__.co_names:
-            return str(name)
-    return "randn_tensor"
 
 
 def _given(generators: list[torch.Generator]) -> list[torch.Generator] | torch.Generator:
     """As a user of one sample writes it: pipelines exist that take no list."""
     return generators[0] if len(generators) == 1 else list(generators)
-
-
-def _images(output: Any) -> Any:
-    """The first output of a call with `return_dict=False`: a tuple, but from Stable Video Diffusion, which returns its frames."""
-    return output if isinstance(output, Tensor) else output[0]

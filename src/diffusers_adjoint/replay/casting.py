@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from diffusers import DiffusionPipeline
+from diffusers import DiffusionPipeline, ModularPipeline
 from torch import nn
 
 __all__ = ["castable", "vae_dtype"]
@@ -57,7 +57,7 @@ def _without_false_warnings() -> Iterator[None]:
         logger.removeFilter(is_true)
 
 
-def vae_dtype(pipeline: DiffusionPipeline) -> torch.dtype | None:
+def vae_dtype(pipeline: DiffusionPipeline | ModularPipeline) -> torch.dtype | None:
     """Of the weights of its VAE; `None` if it has none."""
     vae = getattr(pipeline, "vae", None)
     weight = next(vae.parameters(), None) if isinstance(vae, nn.Module) else None

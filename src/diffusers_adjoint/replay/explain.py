@@ -51,6 +51,11 @@ def _explanation(
         first = {name: rows[:1] for name, rows in columns.items()}
         if len(generators) > 1 and not _fails(lambda: replay.sample(first, copied(generators[:1]))):
             return f"takes one sample at a time, not {len(generators)} ({raised})", ONE_SAMPLE
+        if absent := replay.not_loaded(columns):
+            return (
+                f"fails in its own call too ({raised}), where {', '.join(absent)} are not loaded",
+                "call load_components() before",
+            )
         return f"fails in its own call too ({raised})", "mend pipeline_kwargs or the dataset's columns"
     if _fails(lambda: replay.memoryless_sample(columns, copied(generators))):
         own, memoryless = type(replay.pipeline.scheduler).__name__, type(replay.scheduler).__name__

@@ -13,7 +13,7 @@ from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
-from diffusers import DiffusionPipeline
+from diffusers import DiffusionPipeline, ModularPipeline
 from torch import Tensor, nn
 
 from ..core.transition import Transition
@@ -21,6 +21,7 @@ from .arguments import CallArguments
 from .calls import PipelineCalls
 from .conditioning import Conditioning, Numbering, Preparations, Recording, copied, latents_in, place_of
 from .frames import FrameLayout
+from .modular import ModularCall
 from .slices import Decode, decoding, has_decoder, measuring, same
 from .stand_in import RecordedStep, ReplayStop, make_probe, make_recorder, probe_class
 from .view import counting_rows, denoiser_names, no_guidance, set_differentiable
@@ -32,7 +33,7 @@ class PipelineReplay:
     """A pipeline's own code as prepare, predict and decode.
 
     Args:
-        pipeline: pipeline with a transformer or a UNet; of its state only the modes of its denoisers are set (no dropout).
+        pipeline: with a transformer or a UNet, modular or not; of its state only the modes of its denoisers are set (no dropout).
         scheduler: memoryless scheduler that the pipeline's code sees in place of its own; `prepare` sets its tables.
         num_inference_steps: K.
         guidance_scale: classifier-free guidance, 1 for none, or the scale that a distilled network takes as an input.
@@ -56,7 +57,7 @@ class PipelineReplay:
 
     def __init__(
         self,
-        pipeline: DiffusionPipeline,
+        pipeline: DiffusionPipeline | ModularPipeline,
         scheduler: Any,
         num_inference_steps: int,
         *,
@@ -82,7 +83,7 @@ class PipelineReplay:
         self.frame_layout: FrameLayout | None = None
         self.arguments = CallArguments(
             self.name,
-            self._calls.function,
+            self._calls.call,
             num_inference_steps,
             guidance_scale,
             pipeline_kwargs or {},
@@ -96,14 +97,27 @@ class PipelineReplay:
         return type(self.pipeline).__name__
 
     @property
+    def modular_call(self) -> ModularCall | None:
+        """How a modular pipeline is called; `None` for others."""
+        call = self._calls.call
+        return call if isinstance(call, ModularCall) else None
+
+    def not_loaded(self, columns: dict[str, list[Any]]) -> list[str]:
+        """Names of components that a modular pipeline's blocks may need for these columns, and that have no weights yet."""
+        if self.modular_call is None:
+            return []
+        arguments = self.arguments(columns, len(next(iter(columns.values()), [None])))
+        return self.modular_call.not_loaded(self.pipeline, arguments)
+
+    @property
     def exchanges_processors(self) -> bool:
         """Whether the attention processors of the loop are not those of the network."""
-        return self._calls.exchanges_processors
+        return self._calls.call.exchanges_processors
 
     @property
     def runs_safety_checker(self) -> bool:
         """Whether its call hands images to a safety checker, with or without gradient."""
-        return self._calls.insists_on_safety_checker and self.pipeline.safety_checker is not None
+        return self._calls.call.insists_on_safety_checker and self.pipeline.safety_checker is not None
 
     @property
     def embeds_guidance(self) -> bool:
@@ -207,7 +221,7 @@ class PipelineReplay:
             for generator, start in zip(generators, before, strict=True):
                 generator.set_state(start.get_state())
             recordings[mode] = self._dry_run(columns, generators, texts, guided=mode)
-        conditioning = Conditioning(recordings, self._calls.source, self._place, tuple(before))
+        conditioning = Conditioning(recordings, self._calls.call.source, self._place, tuple(before))
         x = conditioning.start
         return x.to(torch.promote_types(x.dtype, torch.float32)), conditioning
 
@@ -347,6 +361,20 @@ class PipelineReplay:
             )
         return idle
 
+    def looks_ahead(self, x: Tensor, conditioning: Conditioning, prediction: Tensor) -> bool:
+        """Whether the prediction depends on the timestep that its step goes to, as that of a distilled flow map does.
+
+        One evaluation.
+
+        Args:
+            x: any state, shape (B, …), prediction: that of the first step for it.
+        """
+        grid = copy.copy(self.scheduler)
+        grid.timesteps = grid.timesteps.clone()
+        grid.timesteps[self._first + 1] = grid.timesteps[self._first]
+        with torch.no_grad():
+            return not torch.equal(self.predict(x, 0, conditioning, grid=grid), prediction)
+
     def find_guidance(self, x: Tensor, conditioning: Conditioning) -> None:
         """Find whether the call compares predictions though its guidance scales are none, as perturbed attention does.
 
@@ -365,11 +393,11 @@ class PipelineReplay:
         For pipelines that keep condition frames or channels in the same tensor, or unpack it before `scheduler.step` sees it: any
         selection and order of its elements is found. To be called before `prepare`.
         """
-        if self._calls.source == "randn_tensor":
+        if self._calls.call.source == "randn_tensor":
             return
         preparations = Preparations(generators)
         first = self._first_sample(columns, generators, preparations)
-        latents = latents_in(preparations.returns[self._calls.source][0].value)
+        latents = latents_in(preparations.returns[self._calls.call.source][0].value)
         self._place = None
         if first is None or (first.shape == latents.shape and torch.equal(first.to(latents.dtype), latents)):
             return
@@ -421,9 +449,10 @@ class PipelineReplay:
         arguments = self.arguments(columns, len(generators), guided=guided)
         probe = make_probe(self._probe_class, self.scheduler, visit=None)
         kept, recording = self._calls.up_to_loop(probe, arguments, generators, texts)
-        if kept is None or self._calls.source not in recording.returns:
+        source = self._calls.call.source
+        if kept is None or source not in recording.returns:
             raise ValueError(
-                f"{self.name} does not loop over scheduler.timesteps in its own __call__ after {self._calls.source}, so its loop "
+                f"{self.name} does not loop over scheduler.timesteps in its own __call__ after {source}, so its loop "
                 f"cannot be stopped before the first step; pass a pipeline that does."
             )
         self.num_inference_steps = len(self.scheduler.timesteps)

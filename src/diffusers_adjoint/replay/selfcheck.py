@@ -73,6 +73,7 @@ def check_replay(
             check.guidance_can_be_switched_off()
         check.derivative_is_right(steps[-1].sample)
         check.decoding_is_the_pipelines()
+        check.warn_of_a_flow_map()
 
 
 class _Check:
@@ -130,6 +131,7 @@ class _Check:
         first, then, again, back = (self._predict(self.x, index) for index in (0, last, last, 0))
         if not (first.isfinite().all() and then.isfinite().all()):
             raise self._error("predicts values that are not finite", "load it in bfloat16 or float32")
+        self.prediction = first
         if not (torch.equal(first, back) and torch.equal(then, again)):
             raise self._error(
                 "gives two predictions for the same input",
@@ -169,7 +171,9 @@ class _Check:
     def prediction_is_the_pipelines(self, steps: list[RecordedStep], guided: bool = True) -> None:
         for index, step in enumerate(steps):
             if not _equal(self._predict(step.sample, index, guided), step.model_output):
-                memory = ", and keeps nothing of an earlier step (such as a cache of keys and values)" if index else ""
+                memory = (
+                    ", and keeps nothing of an earlier step (a cache of keys and values, a guider's momentum)" if index else ""
+                )
                 raise self._error(
                     f"hands another prediction to scheduler.step at step {index} than its replay",
                     f"use a pipeline whose own __call__ loops over scheduler.timesteps{memory}",
@@ -241,6 +245,15 @@ class _Check:
                 )
             raise self._error(
                 "decodes the same latents to other images than its replay", "use a pipeline whose decoder comes after its loop"
+            )
+
+    def warn_of_a_flow_map(self) -> None:
+        """Its training samples something else than its own steps do; nothing is wrong with the replay."""
+        if len(self.replay.timesteps) > 1 and self.replay.looks_ahead(self.x, self.conditioning, self.prediction):
+            logger.warning(
+                f"the {self.replay.component} of {self.replay.name} is told the timestep that each step goes to, so it predicts "
+                f"the way there, as models distilled to few steps do, and not the velocity that the memoryless chain needs; "
+                f"train the model that it was distilled from."
             )
 
     def own_steps(self, stop_after: int, guided: bool = True) -> list[RecordedStep]:

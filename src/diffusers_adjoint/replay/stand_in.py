@@ -18,13 +18,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from diffusers import DiffusionPipeline
 from diffusers.schedulers.scheduling_utils import SchedulerOutput
 from torch import Tensor
 
 from .conditioning import copied
 
-__all__ = ["ReplayStop", "ReplayedTimesteps", "RecordedStep", "make_probe", "make_recorder", "probe_class", "replayable_call"]
+__all__ = ["ReplayStop", "ReplayedTimesteps", "RecordedStep", "make_probe", "make_recorder", "probe_class", "replayable"]
 
 
 class ReplayStop(BaseException):
@@ -97,12 +96,12 @@ def _filter(function: Any, iterable: Iterable[Any]) -> Iterator[Any]:
     return builtins.filter(function, iterable.as_subclass(Tensor) if isinstance(iterable, ReplayedTimesteps) else iterable)
 
 
-def replayable_call(pipeline_class: type[DiffusionPipeline]) -> Any:
-    """The pipeline's own `__call__`, out of its `torch.no_grad` and with our `enumerate` among its globals, which are a copy."""
-    call: Any = inspect.unwrap(pipeline_class.__call__)
-    names = {**call.__globals__, "enumerate": _enumerate, "filter": _filter}
-    rebuilt = types.FunctionType(call.__code__, names, call.__name__, call.__defaults__, call.__closure__)
-    rebuilt.__kwdefaults__, rebuilt.__annotations__ = call.__kwdefaults__, call.__annotations__
+def replayable(function: Any) -> Any:
+    """A function of the pipeline out of its `torch.no_grad` and with our `enumerate` among its globals, which are a copy."""
+    function = inspect.unwrap(function)
+    names = {**function.__globals__, "enumerate": _enumerate, "filter": _filter}
+    rebuilt = types.FunctionType(function.__code__, names, function.__name__, function.__defaults__, function.__closure__)
+    rebuilt.__kwdefaults__, rebuilt.__annotations__ = function.__kwdefaults__, function.__annotations__
     return rebuilt
 
 

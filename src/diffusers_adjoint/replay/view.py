@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from accelerate.hooks import AlignDevicesHook, CpuOffload
 from accelerate.utils import is_compiled_module
-from diffusers import DiffusionPipeline, ModelMixin, SchedulerMixin
+from diffusers import DiffusionPipeline, ModelMixin, ModularPipeline, SchedulerMixin
 from diffusers.image_processor import VaeImageProcessor
 from diffusers.models.cache_utils import CacheMixin
 from peft import PeftModel
@@ -38,7 +38,7 @@ __all__ += [
 DENOISERS = ("transformer", "unet", "transformer_2")
 
 
-def denoiser_names(pipeline: DiffusionPipeline, component: str | None = None) -> list[str]:
+def denoiser_names(pipeline: DiffusionPipeline | ModularPipeline, component: str | None = None) -> list[str]:
     """Names of the networks that may predict for the pipeline, after a check that it can be replayed at all.
 
     The first is the one that diffusers puts LoRA on. Pipelines exist with a second one for the later steps, or for the
@@ -51,9 +51,10 @@ def denoiser_names(pipeline: DiffusionPipeline, component: str | None = None) ->
         TypeError: if it is no diffusers pipeline.
         ValueError: if it has no scheduler, no denoiser, or one that is wrapped, cached or offloaded.
     """
-    if not isinstance(pipeline, DiffusionPipeline):
-        raise TypeError(f"the pipeline is a {type(pipeline).__name__}; pass a diffusers DiffusionPipeline.")
+    if not isinstance(pipeline, DiffusionPipeline | ModularPipeline):
+        raise TypeError(f"the pipeline is a {type(pipeline).__name__}; pass a diffusers DiffusionPipeline or ModularPipeline.")
     kind = type(pipeline).__name__
+    _require_loaded(pipeline)
     if not isinstance(getattr(pipeline, "scheduler", None), SchedulerMixin):
         raise ValueError(f"{kind} has no scheduler; pass a pipeline that samples by calling scheduler.step.")
     networks = [name for name, part in vars(pipeline).items() if isinstance(part, nn.Module)]
@@ -68,6 +69,18 @@ def denoiser_names(pipeline: DiffusionPipeline, component: str | None = None) ->
         _require_plain(name, getattr(pipeline, name))
         _require_resident(kind, name, getattr(pipeline, name))
     return names
+
+
+def _require_loaded(pipeline: DiffusionPipeline | ModularPipeline) -> None:
+    """A modular pipeline comes without its weights; what its workflow can do without may stay away."""
+    if not isinstance(pipeline, ModularPipeline):
+        return
+    absent = [name for name in pipeline.null_component_names if name in ("scheduler", *DENOISERS)]
+    if absent:
+        raise ValueError(
+            f"the {' and the '.join(absent)} of this {type(pipeline).__name__} {'is' if len(absent) == 1 else 'are'} not loaded; "
+            f"call load_components() or update_components(…) on it before."
+        )
 
 
 def _require_plain(name: str, denoiser: nn.Module) -> None:
@@ -87,7 +100,7 @@ def _require_plain(name: str, denoiser: nn.Module) -> None:
         )
 
 
-def require_undivided(pipeline: DiffusionPipeline, component: str | None = None) -> None:
+def require_undivided(pipeline: DiffusionPipeline | ModularPipeline, component: str | None = None) -> None:
     """Raises ValueError if FSDP has divided a denoiser: before training, in which the host does so itself.
 
     Args:
@@ -141,15 +154,13 @@ def _require_resident(kind: str, name: str, denoiser: nn.Module) -> None:
         )
 
 
-def view_class(pipeline_class: type[DiffusionPipeline]) -> type[DiffusionPipeline]:
+def view_class(pipeline_class: type[Any]) -> type[Any]:
     """The pipeline's class, told its device. The property it replaces walks all modules of all networks in every call."""
     device = property(lambda view: view.__dict__["_replay_device"])
     return type(pipeline_class.__name__, (pipeline_class,), {"_execution_device": device})
 
 
-def make_view(
-    pipeline: DiffusionPipeline, cls: type[DiffusionPipeline], scheduler: Any, device: torch.device
-) -> DiffusionPipeline:
+def make_view(pipeline: DiffusionPipeline | ModularPipeline, cls: type[Any], scheduler: Any, device: torch.device) -> Any:
     """`pipeline` as a `cls` (from `view_class`) with another scheduler, and with a VAE and image processors of its own."""
     view = copy.copy(pipeline)
     view.__class__ = cls
@@ -164,7 +175,7 @@ def make_view(
     return view
 
 
-def text_encoders(pipeline: DiffusionPipeline) -> dict[str, nn.Module]:
+def text_encoders(pipeline: DiffusionPipeline | ModularPipeline) -> dict[str, nn.Module]:
     """The pipeline's text encoders by name."""
     parts = {name: part for name, part in pipeline.components.items() if name.startswith("text_encoder")}
     return {name: part for name, part in parts.items() if isinstance(part, nn.Module)}
@@ -217,7 +228,7 @@ def set_method(view: DiffusionPipeline, name: str, function: Callable[..., Any])
     owner.__dict__[method] = function
 
 
-def no_guidance(pipeline: DiffusionPipeline) -> float:
+def no_guidance(pipeline: DiffusionPipeline | ModularPipeline) -> float:
     """The guidance scale that means none: 1, or 0 where the pipeline says that it still guides at 1."""
     says = inspect.getattr_static(type(pipeline), "do_classifier_free_guidance", None)
     if not isinstance(says, property) or says.fget is None:
