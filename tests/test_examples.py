@@ -29,6 +29,7 @@ MODELS = {
     "sd15": "stable-diffusion-v1-5/stable-diffusion-v1-5",
     "sd35_medium": "stabilityai/stable-diffusion-3.5-medium",
     "wan_video": "Wan-AI/Wan2.1-T2V-1.3B-Diffusers",
+    "z_image_modular": "Tongyi-MAI/Z-Image",
 }
 OWN_REWARDS = {"black_box", "multi_reward", "own_reward", "wan_video"}  # their recipes name no reward
 

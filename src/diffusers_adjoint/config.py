@@ -154,7 +154,8 @@ class AdjointMatchingConfig(TrainingArguments):
         per_device_eval_batch_size (`int`, defaults to 4): prompts sampled together in `evaluate()`.
         metric_for_best_model (`str`, *optional*): "eval_reward", where one is needed.
         remove_unused_columns (`bool`, defaults to `False`): dataset columns reach the reward functions.
-        model_init_kwargs (`dict`, *optional*): for `DiffusionPipeline.from_pretrained`, when the model is given by name.
+        model_init_kwargs (`dict`, *optional*): for `from_pretrained`, and a modular pipeline's `load_components`, when the model
+            is given by name.
     """
 
     _VALID_DICT_FIELDS = TrainingArguments._VALID_DICT_FIELDS + OWN_DICTS
@@ -174,7 +175,7 @@ class AdjointMatchingConfig(TrainingArguments):
     metric_for_best_model: str | None = field(default=None, metadata={"help": "Where one is needed; eval_reward when not given."})
     model_init_kwargs: dict[str, Any] | str | None = field(
         default=None,
-        metadata={"help": "Arguments of DiffusionPipeline.from_pretrained, when the model is given by name."},
+        metadata={"help": "Arguments of from_pretrained (and a modular pipeline's load_components), when the model is a name."},
     )
     reward_scale: float | None = field(
         default=None, metadata={"help": "λ, nats per unit of reward; 1 when neither it nor target_kl is given."}

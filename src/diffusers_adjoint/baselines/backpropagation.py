@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal
 
 import torch
-from diffusers import DiffusionPipeline
+from diffusers import DiffusionPipeline, ModularPipeline
 from peft import LoraConfig
 from torch import Tensor, nn
 
@@ -73,7 +73,7 @@ class RewardBackpropagationTrainer(RewardTrainer):
 
     def __init__(
         self,
-        model: str | DiffusionPipeline,
+        model: str | DiffusionPipeline | ModularPipeline,
         reward_funcs: Callable[..., Tensor] | list[Callable[..., Tensor]],
         args: AdjointMatchingConfig | None = None,
         train_dataset: Any = None,

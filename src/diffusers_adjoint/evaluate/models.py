@@ -11,18 +11,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import DiffusionPipeline
+from diffusers import DiffusionPipeline, ModularPipeline
 from huggingface_hub import hf_hub_download
-from huggingface_hub.errors import EntryNotFoundError
 
-from ..model.loading import load_pipeline
+from ..model.loading import INDEX, MODULAR_INDEX, has_file, load_pipeline, modular_from_pretrained
 from ..model.lora import WEIGHTS_NAME, load_saved_lora
 from ..replay.view import denoiser_names
 
 __all__ = ["BASE", "Model", "holds_model", "load_models"]
 
 BASE = "base"
-PIPELINE_NAME = DiffusionPipeline.config_name  # the file of a whole pipeline
 
 
 @dataclass(frozen=True)
@@ -36,7 +34,7 @@ class Model:
     """
 
     name: str
-    pipeline: DiffusionPipeline
+    pipeline: DiffusionPipeline | ModularPipeline
     adapter: str | None = None
 
     @contextmanager
@@ -66,7 +64,7 @@ def load_models(
     Args:
         model: name or folder of the base pipeline.
         adapters: folders or Hub ids of what training wrote: a LoRA, or a whole pipeline, of which the denoiser is loaded only.
-        init_kwargs: of `DiffusionPipeline.from_pretrained`.
+        init_kwargs: as `load_pipeline` takes them.
         component: the denoiser that was trained; `None` for the first one.
         device: where all networks go.
 
@@ -98,7 +96,7 @@ def _loaded(option: str, name: str, load: Callable[[], Any]) -> Any:
 
 def holds_model(folder: str) -> bool:
     """Whether training has left a LoRA or a whole pipeline there."""
-    return any(os.path.isfile(os.path.join(folder, name)) for name in (WEIGHTS_NAME, PIPELINE_NAME))
+    return any(os.path.isfile(os.path.join(folder, name)) for name in (WEIGHTS_NAME, INDEX, MODULAR_INDEX))
 
 
 def _names(adapters: Sequence[str]) -> list[str]:
@@ -113,16 +111,6 @@ def _names(adapters: Sequence[str]) -> list[str]:
     return []
 
 
-def _is_pipeline(name: str) -> bool:
-    if Path(name).exists():
-        return (Path(name) / PIPELINE_NAME).is_file()
-    try:
-        hf_hub_download(name, PIPELINE_NAME)
-    except EntryNotFoundError:
-        return False
-    return True
-
-
 def _lora_file(source: str) -> Path:
     """The LoRA in a folder or a repository of the Hub; in a folder also under another name, where there is only one."""
     if not Path(source).exists():
@@ -131,9 +119,13 @@ def _lora_file(source: str) -> Path:
     return others[0] if len(others) == 1 else Path(source) / WEIGHTS_NAME
 
 
-def _tuned(base: DiffusionPipeline, source: str, name: str, adapter: str, component: str, init_kwargs: dict[str, Any]) -> Model:
+def _tuned(
+    base: DiffusionPipeline | ModularPipeline, source: str, name: str, adapter: str, component: str, init_kwargs: dict[str, Any]
+) -> Model:
     """The model of a LoRA, which the base's pipeline then carries, or of a whole pipeline."""
-    if _is_pipeline(source):
+    if isinstance(base, ModularPipeline) and has_file(source, MODULAR_INDEX):
+        return Model(name, modular_from_pretrained(source, {**init_kwargs, "revision": None}, like=base, component=component))
+    if has_file(source, INDEX):
         denoisers = denoiser_names(base, component)
         shared = {part: network for part, network in base.components.items() if part not in denoisers}
         which_files = {"revision": None, "variant": None}  # those given are of the base

@@ -11,7 +11,7 @@ from types import MappingProxyType
 from typing import Any, Literal
 
 import diffusers
-from diffusers import DiffusionPipeline
+from diffusers import DiffusionPipeline, ModularPipeline
 from huggingface_hub import ModelCard, ModelCardData
 
 from ..metrics.table import escaped
@@ -52,6 +52,7 @@ class CardFacts:
         pipeline_class: the pipeline's class, network_class: the name of that of the trained component.
         dtype: of the base's weights, as "torch.float32".
         call: arguments of the pipeline's call that made the first sample.
+        guiders: name of a guider of a modular pipeline → its scale, 1 for off.
         settings: what the settings table shows, name → value; reward_scale is among them.
         rewards: name → weight.
         reward_texts: name → what the function's docstring begins with, of those that have one.
@@ -67,7 +68,7 @@ class CardFacts:
     """
 
     repo_id: str
-    pipeline_class: type[DiffusionPipeline]
+    pipeline_class: type[DiffusionPipeline | ModularPipeline]
     component: str
     network_class: str
     dtype: str
@@ -78,6 +79,7 @@ class CardFacts:
     reward_texts: Mapping[str, str] = field(default_factory=dict)
     num_prompts: int | None = None
     output: str | None = None
+    guiders: Mapping[str, float] = field(default_factory=dict)
     needs_gradient: bool = True
     tilts: bool = True
     log_history: Sequence[Mapping[str, Any]] = ()
@@ -138,10 +140,23 @@ def _how_to_load(facts: CardFacts) -> str:
     module = "diffusers" if getattr(diffusers, name, None) is facts.pipeline_class else facts.pipeline_class.__module__
     source = (facts.base_model or "path/to/the/base") if adapter else facts.repo_id
     lines = ["import torch", f"from {module} import {name}", ""]
-    lines += [f"pipe = {name}.from_pretrained({_quoted(source)}, dtype={facts.dtype})"]
+    if not _is_modular(facts):
+        lines += [f"pipe = {name}.from_pretrained({_quoted(source)}, dtype={facts.dtype})"]
+    else:
+        lines += [f"pipe = {name}.from_pretrained({_quoted(source)})", f"pipe.load_components(dtype={facts.dtype})"]
+        lines += [f"pipe.update_components({name}=pipe.{name}.new({_guidance(scale)}))" for name, scale in facts.guiders.items()]
     lines += _adapter_lines(facts, facts.base_adapters) if facts.base_adapters is not None else []
     lines += ['pipe.to("cuda" if torch.cuda.is_available() else "cpu")']
     return "\n".join(["## How to load", "", "```python", *lines, *_call_lines(facts), "```"])
+
+
+def _is_modular(facts: CardFacts) -> bool:
+    return issubclass(facts.pipeline_class, ModularPipeline)
+
+
+def _guidance(scale: float) -> str:
+    """Arguments of a guider; off is a guider for no step, as blocks fail or switch it on that find it disabled."""
+    return "start=0.0, stop=0.0" if scale == 1 else f"guidance_scale={scale:g}, enabled=True"
 
 
 def _adapter_lines(facts: CardFacts, base_adapters: Sequence[str]) -> list[str]:
@@ -165,6 +180,8 @@ def _call_lines(facts: CardFacts) -> list[str]:
     unknown = [name for name, text in texts.items() if text is None]
     note = [f"# {', '.join(unknown)}: your own, they are not written here"] if unknown else []
     taken = ")[0][0]  # first output, first sample" if facts.output is None else f").{facts.output}[0]"
+    if facts.output is not None and _is_modular(facts):
+        texts["output"], taken = _quoted(facts.output), ")[0]"
     return [*note, f"{facts.medium} = pipe(", *(f"    {n}={text or n}," for n, text in texts.items()), taken]
 
 

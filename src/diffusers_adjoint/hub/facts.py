@@ -10,7 +10,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from diffusers import DiffusionPipeline
+from diffusers import DiffusionPipeline, ModularPipeline
 from diffusers.utils import BaseOutput
 from huggingface_hub import ModelCard
 from torch import Tensor
@@ -73,6 +73,7 @@ def card_facts(
     weights = [p for name, p in network.named_parameters() if p.is_floating_point() and "lora_" not in name]
     base_model = base_model_of(replay.pipeline)
     steps = {"num_inference_steps": replay.num_inference_steps}
+    call, modular = replay.arguments(columns, 1) | steps, replay.modular_call
     chain = steps | {"integrator": replay.scheduler.config.integrator}  # which the arguments may leave to the objective
     return CardFacts(
         repo_id=repo_id,
@@ -80,12 +81,13 @@ def card_facts(
         component=replay.component,
         network_class=type(network).__name__,
         dtype=str(weights[0].dtype),
-        call=replay.arguments(columns, 1) | steps,
+        call=call if modular is None else modular.inputs(call),
+        guiders={} if modular is None else modular.scales(call),
         settings=_settings(args, state) | chain | ({} if base_adapters is None else _lora_settings(network.peft_config[ADAPTER])),
         rewards=dict(zip(reward.names, reward.weights, strict=True)),
         reward_texts={name: text for name, f in zip(reward.names, reward.functions, strict=True) if (text := text_of(f))},
         num_prompts=num_prompts,
-        output=output_of(type(replay.pipeline)),
+        output=output_of(type(replay.pipeline)) if modular is None else modular.output(call),
         paper=method.paper,
         needs_gradient=method.needs_gradient,
         tilts=method.tilts,
@@ -142,9 +144,10 @@ def hub_id(name: object) -> str | None:
     return str(name) if known else None
 
 
-def base_model_of(pipeline: DiffusionPipeline) -> str | None:
+def base_model_of(pipeline: DiffusionPipeline | ModularPipeline) -> str | None:
     """Hub id that the pipeline was loaded from, be it by name or from a snapshot in the cache; `None` for other folders."""
-    name = pipeline.config.get("_name_or_path")
+    modular = isinstance(pipeline, ModularPipeline)
+    name = pipeline._pretrained_model_name_or_path if modular else pipeline.config.get("_name_or_path")
     cached = re.search(r"models--([\w.-]+?)--([\w.-]+)", str(name))
     return "/".join(cached.groups()) if cached else hub_id(name)
 

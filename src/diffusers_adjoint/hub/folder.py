@@ -10,9 +10,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from diffusers import DiffusionPipeline
+from diffusers import DiffusionPipeline, ModularPipeline
 from torch import Tensor
 
+from ..model.loading import INDEX, MODULAR_INDEX
 from ..pictures.pixels import as_pictures, drawable
 from ..schedulers import MemorylessScheduler
 from .card import CardFacts, Sample, model_card
@@ -76,8 +77,11 @@ def _write_sample(folder: Path, number: str, image: Tensor) -> str:
     return file
 
 
-def save_pipeline(folder: str | Path, pipeline: DiffusionPipeline) -> None:
+def save_pipeline(folder: str | Path, pipeline: DiffusionPipeline | ModularPipeline, repo_id: str | None = None) -> None:
     """Write a whole pipeline that anybody can load, without this package, and that tells no local path.
+
+    Args:
+        repo_id: Hub id that the folder is going to have, for the index of a modular pipeline, which says where each part lies.
 
     Raises:
         ValueError: if a component carries adapters.
@@ -89,11 +93,26 @@ def save_pipeline(folder: str | Path, pipeline: DiffusionPipeline) -> None:
                 f"unload_lora_weights() first."
             )
     saved = copy.copy(pipeline)
-    saved.scheduler = _host_scheduler(pipeline.scheduler)
-    saved.save_pretrained(folder)
+    if isinstance(saved, ModularPipeline):
+        saved.__dict__["_internal_dict"] = copy.deepcopy(saved.__dict__["_internal_dict"])  # saving writes into it
+        saved.__dict__["scheduler"] = _host_scheduler(pipeline.scheduler)
+        saved.save_pretrained(str(folder), overwrite_modular_index=True)
+        _name_repository(Path(folder) / MODULAR_INDEX, str(folder), repo_id)
+    else:
+        saved.scheduler = _host_scheduler(pipeline.scheduler)
+        saved.save_pretrained(folder)
     parts = [Path(folder) / name for name in saved.components]
-    for file in [Path(folder) / "model_index.json", *(file for part in parts for file in part.rglob("*config.json"))]:
+    for file in [Path(folder) / _index(saved), *(file for part in parts for file in part.rglob("*config.json"))]:
         file.write_bytes(public_json(file))
+
+
+def _name_repository(index: Path, folder: str, repo_id: str | None) -> None:
+    """Put the Hub id in place of the folder in a modular pipeline's index; without one, loading looks beside the index."""
+    content = json.loads(index.read_text(encoding="utf-8"))
+    for entry in content.values():
+        if isinstance(entry, list) and entry[2] and entry[2].get("pretrained_model_name_or_path") == folder:
+            entry[2]["pretrained_model_name_or_path"] = repo_id
+    index.write_text(json.dumps(content), encoding="utf-8")
 
 
 def public_json(file: Path) -> bytes:
@@ -102,9 +121,13 @@ def public_json(file: Path) -> bytes:
     return (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode()
 
 
-def pipeline_files(pipeline: DiffusionPipeline) -> list[str]:
+def pipeline_files(pipeline: DiffusionPipeline | ModularPipeline) -> list[str]:
     """Patterns of the files that `save_pipeline` writes."""
-    return ["model_index.json", *(f"{name}/*" for name in pipeline.components)]
+    return [_index(pipeline), *(f"{name}/*" for name in pipeline.components)]
+
+
+def _index(pipeline: DiffusionPipeline | ModularPipeline) -> str:
+    return MODULAR_INDEX if isinstance(pipeline, ModularPipeline) else INDEX
 
 
 def _host_scheduler(scheduler: Any) -> Any:

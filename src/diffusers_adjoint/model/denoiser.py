@@ -9,7 +9,7 @@ from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
-from diffusers import DiffusionPipeline, ModelMixin
+from diffusers import DiffusionPipeline, ModelMixin, ModularPipeline
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
@@ -140,7 +140,7 @@ def _require_trainable(network: ModelMixin) -> None:
         )
 
 
-def _require_no_adapters(pipeline: DiffusionPipeline) -> None:
+def _require_no_adapters(pipeline: DiffusionPipeline | ModularPipeline) -> None:
     for name, part in pipeline.components.items():
         if isinstance(part, nn.Module) and any(isinstance(module, BaseTunerLayer) for module in part.modules()):
             raise ValueError(

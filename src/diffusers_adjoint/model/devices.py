@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
-from diffusers import DiffusionPipeline
+from diffusers import DiffusionPipeline, ModularPipeline
 from torch import nn
 
 from ..replay.view import text_encoders
@@ -14,7 +14,7 @@ from ..replay.view import text_encoders
 __all__ = ["place", "text_encoders_on"]
 
 
-def place(pipeline: DiffusionPipeline, device: torch.device, offload_text_encoders: bool) -> None:
+def place(pipeline: DiffusionPipeline | ModularPipeline, device: torch.device, offload_text_encoders: bool) -> None:
     """The pipeline's networks on `device`; the text encoders, if asked so, on the CPU."""
     if not offload_text_encoders:
         pipeline.to(device)  # it leaves alone what cannot be moved, such as quantised networks
@@ -26,7 +26,7 @@ def place(pipeline: DiffusionPipeline, device: torch.device, offload_text_encode
 
 
 @contextmanager
-def text_encoders_on(pipeline: DiffusionPipeline, device: torch.device, denoisers: list[str]) -> Iterator[None]:
+def text_encoders_on(pipeline: DiffusionPipeline | ModularPipeline, device: torch.device, denoisers: list[str]) -> Iterator[None]:
     """Within this context the pipeline's text encoders are on `device` while they encode, and on the CPU while it denoises.
 
     Args:

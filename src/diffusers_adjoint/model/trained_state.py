@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from diffusers import DiffusionPipeline
+from diffusers import DiffusionPipeline, ModularPipeline
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
@@ -26,7 +26,7 @@ class TrainedState:
         base_adapters: names of the adapters that belong to the base; `None` where all weights are trained.
     """
 
-    def __init__(self, pipeline: DiffusionPipeline, component: str, base_adapters: list[str] | None) -> None:
+    def __init__(self, pipeline: DiffusionPipeline | ModularPipeline, component: str, base_adapters: list[str] | None) -> None:
         self._pipeline, self._component, self._base_adapters = pipeline, component, base_adapters
         self._network: nn.Module = getattr(pipeline, component)
         self._scalings = self._current_scalings(self._layers())

@@ -46,7 +46,8 @@ class AdjointMatchingTrainer(RewardTrainer):
     ```
 
     Args:
-        model: a pipeline, or the name or folder of one. Its denoiser is trained in place; its scheduler is left alone.
+        model: a `DiffusionPipeline`, a loaded `ModularPipeline`, or the name or folder of one. Its denoiser is trained in place;
+            its scheduler is left alone.
         reward_funcs: callable(s) or module(s) `f(images=, prompts=, **columns) -> Tensor (B,)`, differentiable in `images`,
             which are (B, 3, H, W) in [0, 1] (videos (B, F, 3, H, W), waveforms (B, …)). Modules are moved to the device; a
             closure moves its own networks.

@@ -155,7 +155,7 @@ class PipelineTrainer(PublishingTrainer):
             elif (network := whole_network(self.denoiser.network, self.args.should_save)) is not None:
                 pipeline = copy.copy(self.pipeline)
                 pipeline.__dict__[self.replay.component] = network
-                save_pipeline(partial, pipeline)
+                save_pipeline(partial, pipeline, self.hub_model_id)
         if not _internal_call and output_dir is None:
             with warn_if_lost("README.md could not be written"):
                 self.create_model_card()

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from diffusers import DiffusionPipeline
+from diffusers import DiffusionPipeline, ModularPipeline
 from torch import Tensor
 from transformers.utils import logging
 
@@ -248,7 +248,7 @@ def warn_of_differences(differences: dict[str, SamplerDifference], steps: int) -
         )
 
 
-def warn_of_distillation(pipeline: DiffusionPipeline) -> None:
+def warn_of_distillation(pipeline: DiffusionPipeline | ModularPipeline) -> None:
     """Say that a model that calls itself distilled is not one to train, whatever is measured."""
     if pipeline.config.get("is_distilled"):
         logger.warning(

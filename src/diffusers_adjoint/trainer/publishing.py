@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from accelerate.utils import broadcast_object_list
-from diffusers import DiffusionPipeline
+from diffusers import DiffusionPipeline, ModularPipeline
 from huggingface_hub import CommitOperationAdd, HfApi
 from transformers import Trainer
 from transformers.trainer_utils import HubStrategy
@@ -35,7 +35,7 @@ class PublishingTrainer(Trainer):
 
     args: AdjointMatchingConfig
     # A subclass's constructor sets these before it calls this one.
-    pipeline: DiffusionPipeline
+    pipeline: DiffusionPipeline | ModularPipeline
     replay: PipelineReplay
     denoiser: PipelineDenoiser
     reward: WeightedReward

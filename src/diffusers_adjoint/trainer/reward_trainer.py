@@ -11,7 +11,7 @@ from types import MappingProxyType
 from typing import Any, TypeVar, cast
 
 import torch
-from diffusers import DiffusionPipeline
+from diffusers import DiffusionPipeline, ModularPipeline
 from peft import LoraConfig
 from torch import Tensor, nn
 from tqdm.auto import tqdm
@@ -81,7 +81,7 @@ class RewardTrainer(PipelineTrainer):
 
     def __init__(
         self,
-        model: str | DiffusionPipeline,
+        model: str | DiffusionPipeline | ModularPipeline,
         reward_funcs: Callable[..., Tensor] | list[Callable[..., Tensor]],
         args: AdjointMatchingConfig | None = None,
         train_dataset: Any = None,
@@ -482,7 +482,7 @@ def _suit_the_host(args: AdjointMatchingConfig) -> None:
         args._n_gpu = 1
 
 
-def _replay_of(pipeline: DiffusionPipeline, args: AdjointMatchingConfig, integrator: str) -> PipelineReplay:
+def _replay_of(pipeline: DiffusionPipeline | ModularPipeline, args: AdjointMatchingConfig, integrator: str) -> PipelineReplay:
     return PipelineReplay(
         pipeline,
         memoryless_scheduler(pipeline.scheduler, integrator=integrator),
