@@ -29,6 +29,7 @@ FAMILY = {
     "own_reward": "Stable Diffusion 1.5",
     "multi_reward": "Stable Diffusion 3",
     "full_finetuning": "Stable Diffusion 1.5",
+    "z_image_modular": "Z-Image, modular",
 }
 OWN_PICK_SCORE = {"wan_video", "multi_reward"}  # they build PickScore themselves
 SETTINGS = {
@@ -66,7 +67,7 @@ def smoke_options(name: str) -> list[str]:
         return _words(SETTINGS | BLACK_BOX | {"output_dir": "out/smoke/black_box"})
     family = next(family for family in FAMILIES if family.name == FAMILY[name])
     model = Path(FOLDER.name) / name
-    family.build().save_pretrained(model)
+    family.build().save_pretrained(str(model))  # a modular pipeline takes no Path
     settings = SETTINGS | {"model_name_or_path": model, "output_dir": f"out/smoke/{name}"}
     settings["pipeline_kwargs"] = json.dumps(family.kwargs)
     if name in OWN_PICK_SCORE:
