@@ -61,7 +61,7 @@ def test_every_exported_reward_that_needs_no_argument_has_a_name():
         load_rewards(["Loveliness"])
     listed = str(caught.value).split(" is none of ")[1].split("; pass")[0].split(", ")
     models = ["AestheticScore", "CLIPScore", "HPSv2", "ImageReward", "PickScore", "PromptContrast"]
-    assert listed == models + ["brightness", "colourfulness", "compressibility", "contrast", "saturation", "sharpness"]
+    assert listed == models + ["brightness", "colourfulness", "compressibility", "contrast", "motion", "saturation", "sharpness"]
     assert load_rewards(["brightness"]) == [rewards.brightness]
 
 

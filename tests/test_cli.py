@@ -176,6 +176,13 @@ def test_evaluation_and_resuming(recipe, tmp_path):
     assert [line["step"] for line in state["log_history"] if "eval_rewards/Redness/mean" in line] == [1, 2]
 
 
+def test_a_dry_run_evaluates_and_writes_nothing(recipe, tmp_path, capsys):
+    before = set(tmp_path.rglob("*"))
+    options = ["--eval_strategy", "steps", "--eval_steps", "100", "--dataset_test_split", "train"]
+    assert main(["train", "--config", recipe, *options, "--dry_run", "true"]) == 0
+    assert set(tmp_path.rglob("*")) == before and "eval_reward" not in capsys.readouterr().out
+
+
 def test_a_recipe_that_trained_evaluates_what_it_trained(recipe, tmp_path, capsys):
     line = failure(capsys, "evaluate", "--config", recipe)
     assert "reward_scale=10 is for a report on what was fine-tuned, and training has left nothing in output_dir='out'" in line

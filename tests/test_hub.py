@@ -401,7 +401,7 @@ def test_the_facts_are_those_of_the_run(tmp_path):
     assert told.items() <= facts.settings.items()
     assert facts.settings["integrator"] == "posterior"  # of the chain, though the arguments leave it to the objective
     assert facts.settings["LoRA modules"] == "to_k, to_out.0, to_q, to_v"
-    assert (facts.rewards, facts.dtype, facts.call["prompt"]) == ({"brightness": 2.0}, "torch.float32", ["a cat"])
+    assert (facts.rewards, facts.dtype, facts.call["prompt"]) == ({"brightness": 2.0}, "torch.float32", "a cat")
     assert not facts_of(pipeline, tmp_path, []).guided
 
     family = next(family for family in FAMILIES if family.name == "Stable Diffusion 1.5, image to image")

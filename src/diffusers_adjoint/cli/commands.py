@@ -78,7 +78,9 @@ def trainer_of(arguments: Arguments) -> RewardTrainer:
 
 
 def _finish(trainer: RewardTrainer, arguments: Arguments) -> None:
-    """What comes after training."""
+    """What comes after training; after a dry run nothing does."""
+    if arguments.config.dry_run:
+        return
     if trainer.eval_dataset is not None:
         if trainer.newest_checkpoint() is None:  # what was trained is in memory alone, and an evaluation may fail
             trainer.save_model(_internal_call=True)

@@ -8,10 +8,10 @@ from .combine import RewardGradient, WeightedReward, reward_gradient
 from .hpsv2 import HPSv2
 from .image_statistics import brightness, colourfulness, compressibility, contrast, saturation, sharpness
 from .imagereward import ImageReward
-from .motion import MotionFloor, motion
 from .pickscore import PickScore
 from .preprocess import differentiable_preprocess
 from .prompt_contrast import PromptContrast
+from .video_motion import MotionFloor, motion
 
 __all__ = [
     "AestheticScore",
