@@ -24,7 +24,7 @@ from tiny_pipelines import sd3
 from transformers.utils import logging as hosts_logging
 
 from diffusers_adjoint import AdjointMatchingConfig, AdjointMatchingTrainer, memoryless_scheduler
-from diffusers_adjoint.cli.commands import main
+from diffusers_adjoint.cli import main
 from diffusers_adjoint.evaluate.models import load_models
 from diffusers_adjoint.hub import save_pipeline
 from diffusers_adjoint.model.loading import load_pipeline
@@ -266,8 +266,9 @@ def test_the_command_evaluates_what_its_own_calls_give(tmp_path, monkeypatch, gu
     save_pipeline("base", build())
     add_lora(tuned := build(), "transformer", LoraConfig(r=2, lora_alpha=4, init_lora_weights=False))
     save_lora(tuned, "transformer", "lora")
-    given = {"model": "base", "adapter": "lora", "prompts": "prompts.txt", "rewards": "my.py:brightness", "steps": 3}
-    given |= {"samples_per_prompt": 2, "pipeline_kwargs": json.dumps(SHORT), "guidance": guidance, "output_dir": "results"}
+    given = {"model_name_or_path": "base", "adapter": "lora", "dataset_name": "prompts.txt", "reward_funcs": "my.py:brightness"}
+    given |= {"num_generations_eval": 2, "num_inference_steps": 3, "pipeline_kwargs": json.dumps(SHORT)}
+    given |= {"guidance_scale": guidance, "output_dir": "results"}
     assert main(["evaluate", *(word for name, value in given.items() for word in (f"--{name}", str(value)))]) == 0
 
     rows = json.loads(Path("results/results.json").read_text())["rows"]
