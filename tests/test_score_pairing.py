@@ -262,8 +262,8 @@ def test_guidance_that_does_not_act_in_training_changes_nothing(tmp_path, caplog
 
 
 @pytest.mark.parametrize("pag_scale", [3.0, 0.0])
-def test_guidance_without_a_switch_counts_as_guidance(tmp_path, caplog, pag_scale):
-    """Perturbed attention acts whatever guidance_scale is, so its pipelines train with cfg_mode="full"."""
+def test_perturbed_attention_counts_as_guidance(tmp_path, caplog, pag_scale):
+    """It acts whatever guidance_scale is, unless its own scale is 0."""
     parts = components_of(sd15(), "requires_safety_checker")
     layers = {"pag_applied_layers": ["up"]} if pag_scale else {}
     cls = StableDiffusionPAGPipeline if pag_scale else StableDiffusionPipeline
@@ -271,7 +271,7 @@ def test_guidance_without_a_switch_counts_as_guidance(tmp_path, caplog, pag_scal
     kwargs = {"pag_scale": pag_scale} if pag_scale else None
     trainer = make_trainer(tmp_path, pipeline=pipeline, cfg_mode="full", pipeline_kwargs=kwargs, max_steps=1)
     trainer.train()
-    assert not trainer.replay.arguments.guides
+    assert trainer.replay.arguments.guides == (pag_scale > 0)
     assert trainer.replay.scheduler.config.integrator == ("posterior" if pag_scale else "ancestral")
     assert ("guidance acts in training" in caplog.text) == (pag_scale > 0)
 

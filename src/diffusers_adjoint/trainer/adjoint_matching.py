@@ -97,7 +97,8 @@ class AdjointMatchingTrainer(RewardTrainer):
     def cost_of(self, chain: PipelineChain) -> UpdateCost:
         """As `RewardTrainer.cost_of`: what the targets ask for, and one evaluation a point of the regression."""
         steps = [self.choose_steps(chain, iteration) for iteration in range(self.args.num_iterations)]
-        targets = self.method.targets(chain, union(steps), unscored)
+        # Of the settings' objective: one that a user put in its place may remember what it has seen.
+        targets = self.args.objective.targets(chain, union(steps), unscored)
         points = [targets] if len(steps) == 1 else [points_of(targets, chosen) for chosen in steps]
         regressed = sum(len(of_one.steps.indices) for of_one in points)
         return UpdateCost(len(steps[0].indices), chain.denoiser.evaluations // len(chain.start) + regressed)

@@ -129,6 +129,10 @@ class RewardTrainer(PipelineTrainer):
         self._suit_paths()
         place(pipeline, args.device, args.offload_text_encoders)
         self.reward.to(args.device)
+        self._watch(args)
+
+    def _watch(self, args: AdjointMatchingConfig) -> None:
+        """What is measured on the way and told."""
         self._target_kl = TargetKL(args.target_kl)
         self._idle_steps: list[int] = []  # of the trained network; found at the start of training
         self._probed: dict[str, float] = {}  # what the probe measured, until it is logged
