@@ -114,6 +114,7 @@ def test_a_climb_on_the_pixels_fools_the_reward_and_not_the_judge() -> None:
     assert fooled > -1 and unmoved < fooled - 5
 
 
+@pytest.mark.slow
 def test_judgement_of_drawn_words() -> None:
     words = ["house", "seven"]
     images = torch.cat([picture("house"), picture("seven", "DejaVuSerif-Bold")])
@@ -124,6 +125,7 @@ def test_judgement_of_drawn_words() -> None:
     torch.testing.assert_close(judged.log_prob_v6, judge(images, list(map(prompt, words))))
 
 
+@pytest.mark.slow
 def test_fonts_are_told_apart_in_words_that_were_never_seen() -> None:
     assert font_accuracy(400) >= 0.97  # measured .995
 
