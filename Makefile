@@ -14,10 +14,13 @@ export TOKENIZERS_PARALLELISM := false
 # Everything here is small: a second thread mostly waits for the first, and burns the core that another process could use.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: demo test test-slow lint docs bench clean
+.PHONY: demo words test test-slow lint docs bench clean
 
 demo: $(INSTALLED)
 	REWARD=$(REWARD) $(BIN)/python examples/digits/demo.py
+
+words: $(INSTALLED)
+	$(BIN)/python examples/words/demo_words.py
 
 test: $(INSTALLED)
 	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile -m "not slow"
