@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from diffusers import BaseGuidance, ClassifierFreeGuidance
+from diffusers import BaseGuidance, ClassifierFreeGuidance, ModularPipeline
 from families import FAMILIES
 from peft import LoraConfig
 from transformers import TrainerCallback
@@ -359,6 +359,9 @@ def test_every_pipeline_class_of_diffusers_is_in_the_docs_with_the_way_it_is_tra
     assert len(ways) == len(set(ways)) > 250
     assert page.BEGIN_CLASSES + page.classes() + page.END_CLASSES in page.PAGE.read_text(encoding="utf-8")
     for family in FAMILIES:
-        name = type(family.build()).__name__
+        pipeline = family.build()
+        if isinstance(pipeline, ModularPipeline):  # a class for each workflow's blocks, which the table does not list
+            continue
+        name = type(pipeline).__name__
         lora = page.NETWORK if family.network_lora else page.PIPELINE
         assert ways[name] == (page.ALL if family.lora is None else lora), name

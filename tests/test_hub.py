@@ -539,7 +539,8 @@ TASKS = {
     "image-to-image": [
         *("FLUX.1 Kontext", "Qwen-Image-Edit", "InstructPix2Pix", "Stable Diffusion 1.5, image to image", "SDXL, image to image"),
         *("Stable Diffusion 3, image to image", "FLUX.1, image to image", "Stable Diffusion 1.5 ControlNet", "FLUX.1 Control"),
-        "SDXL ControlNet",
+        *("SDXL ControlNet", "Stable Diffusion 1.5, inpainting", "FLUX.1 Fill", "Chroma, image to image"),
+        "Qwen-Image, image to image",
     ],
     "unconditional-image-generation": ["DDPM", "DDIM", "DiT"],
     "text-to-video": [
@@ -552,9 +553,11 @@ TASKS = {
             "CogVideoX",
             "Mochi",
         ),
-        *("HunyuanVideo", "Kandinsky 5 video"),
+        *("HunyuanVideo", "Kandinsky 5 video", "SkyReels-V2", "Sana-Video", "Latte", "AnimateDiff", "HunyuanVideo 1.5"),
+        *("Wan 2.1, modular", "Wan 2.2, modular"),
     ],
-    "image-to-video": ["Wan 2.2, image to video", "Stable Video Diffusion"],
+    "image-to-video": ["Wan 2.2, image to video", "Stable Video Diffusion", "LTX-Video, image to video"],
+    "video-to-video": ["Wan-VACE", "Wan 2.1, video to video"],
     "text-to-audio": ["Stable Audio", "AudioLDM 2"],
 }
 
