@@ -14,7 +14,7 @@ past the target's by more than .05 nats a letter; the fonts move further from th
 
 - **Trained** words are in the prompts of training, **held-out** ones are not. Exact: the word asked for is what is read, with the
   memoryless sampler (20 steps), which has an exact target; Tesseract reads images of the ODE (28 steps), as a user draws them.
-- **Share** of the way from the base's mean to the target's; the target by importance weights on 192 images a word of the base.
+- **Share** of the way from the base's mean to the target's; the target by importance weights on 320 images a word of the base.
 - **Gap**: mean of (log p v4 − log p v6) a letter, nats; trained words.
 - **Fonts**: half the summed distance of the eight shares to the target's; trained words.
 - **Diversity**: mean squared distance of two images of a word, a pixel; **Vendi**: effective number of 48 images of a word.
@@ -61,7 +61,7 @@ METHODS: dict[str, tuple[type[Any], dict[str, Any]]] = {
     "discrete_adjoint": (RewardBackpropagationTrainer, {}),
 }
 """What trains, and fields of its config. A baseline or a black-box objective is one more line."""
-BASE_IMAGES, TUNED_IMAGES, ODE_IMAGES = 192, 48, 8  # of each word
+BASE_IMAGES, TUNED_IMAGES, ODE_IMAGES = 320, 48, 8  # of each word
 SEED, PATH_SEED, PATHS = 30_000, 50_000, 256
 NAMES = {"reward": "log p, v4 (reward), nats", "judge": "log p, v6 (judge), nats", "v4": "exact, v4", "v6": "exact, v6"}
 NAMES |= {"gap": "log p v4 − v6 a letter, nats", "ink": "ink"}

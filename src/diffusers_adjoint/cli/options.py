@@ -104,6 +104,7 @@ class OptionParser(TrlParser):
             raise ValueError(f"unknown options {' '.join(words)}; {self.prog} {help_option} lists all of them.")
 
     def format_help(self) -> str:
+        """As of argparse, in the sections' order; the host's section is shown by `--help-all` alone."""
         formatter = self._get_formatter()
         formatter.add_usage(self.usage, self._actions, self._mutually_exclusive_groups)
         actions = {action.dest: action for action in reversed(self._actions)}  # the first of a name: the second is --no_NAME

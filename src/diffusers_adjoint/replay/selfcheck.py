@@ -160,6 +160,7 @@ class _Check:
             )
 
     def latents_are_the_schedulers(self, steps: list[RecordedStep]) -> None:
+        """Each step starts from what the scheduler returned at the one before."""
         dtype = self.conditioning.start.dtype  # of the latents between steps; `step` may get them in a finer one
         for now, after in zip(steps, steps[1:], strict=False):
             if not _equal(now.prev_sample.to(dtype).to(after.sample.dtype), after.sample):
@@ -169,6 +170,7 @@ class _Check:
                 )
 
     def prediction_is_the_pipelines(self, steps: list[RecordedStep], guided: bool = True) -> None:
+        """Each step's prediction, asked for by itself, is what the pipeline's own call handed to its scheduler."""
         for index, step in enumerate(steps):
             if not _equal(self._predict(step.sample, index, guided), step.model_output):
                 memory = (
