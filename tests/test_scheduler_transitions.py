@@ -9,6 +9,7 @@ from diffusers import DDIMScheduler
 from problems import AffineChain, mixture_1d, model_output
 from scheduler_problems import BETA_PREDICTIONS, BOTH, batch, mean_function, network, noise_levels, normal, ready
 
+from diffusers_adjoint.core.matching import matching_loss
 from diffusers_adjoint.schedulers import (
     MemorylessDDIMScheduler,
     MemorylessEDMEulerScheduler,
@@ -125,6 +126,25 @@ def test_what_the_last_step_leaves_of_the_noise(integrator):
     # Next order: h = 1e-4 relative for the noise, h² for the data.
     assert float(end[1]) == pytest.approx(-LEFT_OVER[integrator] * sigma, rel=1e-3, abs=1e-12)
     assert float(end[0]) == pytest.approx(3.0, abs=1e-6)
+
+
+def test_a_term_of_the_loss_is_the_paper_s_times_half_the_length_of_the_step():
+    """‖(2/σ)(v − v_base) + σ ã‖² (eq. 42) with σ² = 2(1 − t + h)/(t + h) (eq. 236). So its clipping threshold, too."""
+    steps = 40
+    scheduler = BOTH[0](integrator="euler")
+    scheduler.set_timesteps(sigmas=[1 - k / steps for k in range(steps)])
+    x, velocity, base_velocity, adjoint = (
+        torch.randn(3, 5, generator=torch.Generator().manual_seed(i)).double() for i in range(4)
+    )
+    h = 1 / steps
+    for k in range(steps):
+        t = k * h
+        sigma = (2 * (1 - t + h) / (t + h)) ** 0.5
+        term = ((2 / sigma) * (velocity - base_velocity) + sigma * adjoint).square().sum(1)
+        mean, base_mean = (scheduler.transition(-v, x, k).mean for v in (velocity, base_velocity))
+        loss = matching_loss(mean, base_mean, scheduler.stds[k], adjoint)
+        # diffusers keeps its sigmas in float32: 6e-8 of 1 is 3e-6 of the last step's h.
+        torch.testing.assert_close(2 * loss, h * term, atol=0, rtol=1e-4)
 
 
 def test_inverted_sigmas_are_the_same_sampler():
