@@ -1,5 +1,6 @@
 """Every example with `--smoke`, every recipe, and what their headers say."""
 
+import itertools
 import runpy
 import subprocess
 import sys
@@ -12,6 +13,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from diffusers_adjoint.cli.commands import load_rewards, parse_arguments
+from diffusers_adjoint.objectives import AdjointMatching
 
 ROOT = Path(__file__).parents[1]
 EXAMPLES = ROOT / "examples"
@@ -25,6 +27,7 @@ MODELS = {
     "full_finetuning": "stable-diffusion-v1-5/stable-diffusion-v1-5",
     "multi_reward": "stabilityai/stable-diffusion-3.5-medium",
     "own_reward": "stable-diffusion-v1-5/stable-diffusion-v1-5",
+    "paper": "stabilityai/stable-diffusion-3.5-medium",
     "qwen_image": "Qwen/Qwen-Image",
     "sd15": "stable-diffusion-v1-5/stable-diffusion-v1-5",
     "sd35_medium": "stabilityai/stable-diffusion-3.5-medium",
@@ -32,6 +35,7 @@ MODELS = {
     "z_image_modular": "Tongyi-MAI/Z-Image",
 }
 OWN_REWARDS = {"black_box", "multi_reward", "own_reward", "wan_video"}  # their recipes name no reward
+ALL_WEIGHTS = {"full_finetuning", "paper"}
 
 
 @pytest.fixture
@@ -143,21 +147,64 @@ def pictures_of(grey):
 
 
 def test_every_example_has_a_recipe_and_a_row():
-    assert sorted(file.stem for file in (EXAMPLES / "recipes").glob("*.yaml")) == NAMES == sorted(MODELS)
+    recipes = {file.stem for file in (EXAMPLES / "recipes").glob("*.yaml")}
+    assert recipes == {*NAMES, "paper"} == set(MODELS)
     readme = (EXAMPLES / "README.md").read_text(encoding="utf-8")
     assert all(f"`{name}.py`" in readme for name in NAMES)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", MODELS)
 def test_recipe_is_one_of_the_command_line(name, monkeypatch):
     """An unknown key or a bad value would exit."""
     monkeypatch.chdir(ROOT)
     arguments = parse_arguments(["--config", f"examples/recipes/{name}.yaml", "--use_cpu", "true"])  # a recipe may ask for bf16
     assert arguments.model.model_name_or_path == MODELS[name]
-    assert arguments.script.reward_funcs == ([] if name in OWN_REWARDS else ["PickScore"])
+    rewards = ["ImageReward"] if name == "paper" else ["PickScore"]
+    assert arguments.script.reward_funcs == ([] if name in OWN_REWARDS else rewards)
     assert Path(arguments.script.dataset_name).is_file()
     assert arguments.config.output_dir == f"out/{name}"
-    assert arguments.model.use_peft == (name != "full_finetuning")
+    assert arguments.model.use_peft == (name not in ALL_WEIGHTS)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_recipe_says_what_was_run_and_what_was_not(name):
+    lines = (EXAMPLES / "recipes" / f"{name}.yaml").read_text(encoding="utf-8").splitlines()
+    header = list(itertools.takewhile(lambda line: line.startswith("# "), lines))
+    (checked,) = [line for line in header if line.startswith("# Checked: ")]
+    (missing,) = [line for line in header if line.startswith("# Not run: ")]
+    if name in NAMES and name != "black_box":  # test_example_trains_and_saves_a_lora runs that
+        assert f"`python examples/{name}.py --smoke` ran" in checked and "on the published weights" in missing
+
+
+def test_the_recipe_of_the_paper_has_its_settings_and_trains(run):
+    recipe = ["--config", "examples/recipes/paper.yaml"]
+    config = parse_arguments([*recipe, "--use_cpu", "true", "--bf16", "false"]).config
+    assert config.objective == AdjointMatching(pairing="paper") and config.integrator == "euler"
+    assert (config.num_inference_steps, config.num_loss_steps, config.loss_step_selection) == (40, 20, "paper")
+    # The paper's 1.6 λ² is for terms without the length of a step: test_scheduler_transitions.
+    assert config.loss_clip == pytest.approx(1.6 * config.reward_scale**2 / config.num_inference_steps)
+    images = config.per_device_train_batch_size * config.num_generations * config.gradient_accumulation_steps
+    assert (images, config.max_steps, config.learning_rate, config.weight_decay) == (40, 1000, 2e-5, 1e-2)
+    assert (config.adam_beta1, config.adam_beta2, config.adam_epsilon, config.max_grad_norm) == (0.95, 0.999, 1e-8, 1)
+
+    folder = run(
+        "sd35_medium",
+        "--smoke",
+        *recipe,
+        "--num_inference_steps",
+        "4",
+        "--num_loss_steps",
+        "2",
+        "--max_steps",
+        "1",
+        "--probe_base",
+        "false",
+    )
+    from smoke import FOLDER
+
+    tuned = DiffusionPipeline.from_pretrained(folder).transformer.state_dict()
+    base = DiffusionPipeline.from_pretrained(Path(FOLDER.name) / "sd35_medium").transformer.state_dict()
+    assert any(not torch.equal(tuned[key], base[key]) for key in base)
 
 
 @pytest.mark.parametrize("name", NAMES)
