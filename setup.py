@@ -48,6 +48,7 @@ EXTRAS: dict[str, list[str]] = {
         "pymdown-extensions>=11.0,<12",
     ],
     "dev": [
+        "build>=1.6",
         "ftfy>=6.3",
         "matplotlib>=3.10",
         "mypy>=2.0",
@@ -59,8 +60,10 @@ EXTRAS: dict[str, list[str]] = {
         "scikit-learn>=1.7",
         "scipy>=1.15",
         "sentencepiece>=0.2",
+        "setuptools>=77",
         "tensorboard>=2.20",
         "torchsde>=0.2.6",
+        "twine>=7.0",
     ],
 }
 
