@@ -20,17 +20,17 @@ def version() -> str:
 # The lower bounds are the versions that constraints.txt pins for the oldest Python.
 REQUIREMENTS = [
     "torch>=2.8",
-    "diffusers>=0.41",
-    "transformers>=5.20",
-    "peft>=0.21",
-    "accelerate>=1.14",
-    "trl>=1.14",
-    "datasets>=5.0",
-    "huggingface_hub>=1.33",
+    "diffusers>=0.40",
+    "transformers>=5.19",
+    "peft>=0.20",
+    "accelerate>=1.13",
+    "trl>=1.13",
+    "datasets>=4.8",
+    "huggingface_hub>=1.31",
     "safetensors>=0.8",
-    "numpy>=2.2",
-    "pillow>=12.0",
-    "tqdm>=4.70",
+    "numpy>=1.26",
+    "pillow>=10.4",
+    "tqdm>=4.66",
 ]
 EXTRAS: dict[str, list[str]] = {
     # HPSv2 needs open_clip, SigLIP's tokenizer the other two. open_clip, dreamsim and lpips
