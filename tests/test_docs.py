@@ -302,6 +302,66 @@ def test_every_entry_of_the_reference_shows_a_signature(site):
         assert not missing, f"{name} has no {missing}"
 
 
+def test_the_site_shows_what_stands_elsewhere(site):
+    """Parts of README.md on the first page, the examples as pages of the menu, and no link into the folder above."""
+    first = (site / "index.html").read_text(encoding="utf-8")
+    shown = re.sub(r"<[^>]+>", "", first)
+    assert "% of the way" in shown and "pip install -e ." in shown and "trainer.save_model()" in shown
+    assert first.count('src="images/') == 2
+    assert 'href="examples/"' in first and 'href="examples/digits/"' in first
+    assert "README.md:" not in first
+    for page in site.glob("**/index.html"):
+        assert not re.search(r'href="[^":]*\.(?:md|py|yaml)"', page.read_text(encoding="utf-8")), page
+
+
+@pytest.fixture(scope="module")
+def hooks():
+    pytest.importorskip("latex2mathml")  # the extra "docs"
+    found = importlib.util.spec_from_file_location("docs_hooks", ROOT / "docs/hooks.py")
+    module = importlib.util.module_from_spec(found)
+    found.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize(
+    ("remote", "address"),
+    [
+        ("https://github.com/me/diffusers_adjoint.git", "https://github.com/me/diffusers_adjoint"),
+        ("https://name:token@github.com/me/diffusers_adjoint", "https://github.com/me/diffusers_adjoint"),
+        ("git@github.com:me/diffusers_adjoint.git", "https://github.com/me/diffusers_adjoint"),
+        ("/home/me/diffusers_adjoint", None),
+        ("", None),
+    ],
+)
+def test_the_repository_is_linked_without_credentials(hooks, remote, address):
+    assert hooks.repository(remote) == address
+
+
+@pytest.mark.parametrize(
+    ("page", "written", "shown"),
+    [
+        ("quickstart.md", "[a](rewards.md#videos)", "[a](rewards.md#videos)"),
+        ("quickstart.md", "[a](../examples/README.md)", "[a](examples/README.md)"),
+        ("quickstart.md", "[a](../examples/sd15.py)", "[a](https://host/me/it/blob/main/examples/sd15.py)"),
+        ("examples/digits/README.md", "[a](../../docs/results.md#objectives)", "[a](../../results.md#objectives)"),
+        ("examples/README.md", "[a](digits/README.md)", "[a](digits/README.md)"),
+        ("quickstart.md", "functions[0](images)", "functions[0](images)"),
+    ],
+)
+def test_links_of_the_repository_are_links_of_the_site(hooks, page, written, shown):
+    assert hooks.LINK.sub(lambda link: hooks.site_link(link, page, "https://host/me/it"), written) == shown
+
+
+def test_a_file_that_is_no_page_keeps_its_text_where_no_repository_is_known(hooks):
+    link = hooks.LINK.search("see [this](../examples/sd15.py)")
+    assert hooks.site_link(link, "quickstart.md", None) == "this"
+
+
+def test_a_part_of_the_readme_that_is_not_there_stops_the_build(hooks):
+    with pytest.raises(ValueError, match="no part 'sunset'; put"):
+        hooks.readme_part("sunset")
+
+
 LINK = re.compile(r"\]\((?!https?:|#|mailto:)([^)#\s]+)(?:#([^)\s]+))?\)")
 FOLDERS = (".", "docs", "examples/**", "benchmarks/**")
 LINKING = sorted({path for folder in FOLDERS for path in ROOT.glob(f"{folder}/*.md")})
@@ -325,37 +385,32 @@ def anchors(page: Path) -> set[str]:
     }
 
 
-def test_recorded_numbers_agree_with_the_readme():
-    """The rows of the demo and of its seeds stand in two places."""
+def test_the_seeds_of_the_demo_are_told_alike():
+    """The rows of its seeds stand in two places."""
     digits = (ROOT / "examples/digits/README.md").read_text(encoding="utf-8")
-    known = [numbers(row) for row in (text_of("README.md") + digits).splitlines() if row.startswith("|")]
-    recorded = text_of("results.md").split("## Handwritten digits")[1].split("## Error against work")[0]
-    rows = [row for row in recorded.splitlines() if row.startswith("|") and len(numbers(row)) >= 4]
-    assert len(rows) == 6 + 7
+    known = [numbers(row) for row in digits.splitlines() if row.startswith("|")]
+    seeds = section("results.md", "## Handwritten digits").split("Both rewards;")[1]
+    rows = [row for row in seeds.splitlines() if row.startswith("|") and len(numbers(row)) >= 4]
+    assert len(rows) == 7
     for row in rows:
         assert any(found[: len(numbers(row))] == numbers(row) for found in known), row
 
 
-def test_the_readme_says_how_exact_as_the_results_do():
-    """Each row of its table is the half of a row of either of the two tables there, on uniform grids."""
-    recorded = text_of("results.md").split("## Discretisation")[1].split("**Where the cap matters")[0]
-    ode, memoryless = (
-        [numbers(row)[-12:-6] for row in table.splitlines() if row.startswith("|") and len(numbers(row)) >= 12]
-        for table in recorded.split("| memoryless, on `posterior`")
-    )
-    shown = text_of("README.md").split("## How exact")[1].split("## Against")[0]
-    rows = [numbers(row) for row in shown.splitlines() if row.startswith("|") and len(numbers(row)) == 12]
-    assert len(rows) == 5
-    for row in rows:
-        assert row[:6] in ode and row[6:] in memoryless, row
+def test_the_numbers_of_the_readme_are_recorded():
+    readme = " ".join(text_of("README.md").split())
+    share = re.search(r"reward \(ink\) \| ODE .* (0\.\d+) ± (0\.\d+) \|", section("results.md", "## Handwritten digits"))
+    assert f"{100 * float(share[1]):.0f} ± {100 * float(share[2]):.0f} % of the way" in readme
+    seconds = re.search(r"(\d+) s of fine-tuning", section("results.md", "## Handwritten digits"))
+    assert f"{seconds[1]} seconds of training" in readme
+    ode = section("results.md", "## Discretisation").split("| memoryless, on")[0]
+    ours = re.search(r"^\| \*\*`ancestral`.*? \| (\S+) /", ode, re.MULTILINE)  # at K = 10
+    papers = re.search(r"^\| `euler`, paper.*? \| .*? / .*? / (\S+) \|", ode, re.MULTILINE)  # at K = 40
+    assert f"a distance of {ours[1]} against {papers[1]}" in readme
+    families = section("pipelines.md", "## Tested families").split("<!-- end of table -->")[0]
+    assert f"[{families.count(chr(10) + '| ') - 1} of them]" in readme  # without the row of headings
+    assert len(text_of("README.md").splitlines()) <= 120
 
 
 def numbers(row: str) -> list[str]:
     """Those with decimals, as written but for a leading zero."""
     return re.findall(r"\.\d+", row)
-
-
-def test_the_evaluation_of_the_demo_is_told_once():
-    """The README has the rows without guidance of the table in docs/evaluation.md."""
-    rows = [row for row in text_of("evaluation.md").splitlines() if row.startswith("| 1  ")]
-    assert len(rows) == 12 and "\n".join(rows) in text_of("README.md")
