@@ -100,11 +100,13 @@ def classes() -> str:
     found: dict[str, list[str]] = {PIPELINE: [], NETWORK: [], ALL: []}
     for pipeline_class in exported():
         found.setdefault(how_it_is_trained(pipeline_class), []).append(f"`{pipeline_class.__name__.removesuffix('Pipeline')}`")
-    rows = [
-        f"| {way if way in (PIPELINE, NETWORK, ALL) else f'none: {way}'} | {len(names)} | {', '.join(names)} |\n"
-        for way, names in found.items()
-    ]
-    return '| what is trained | classes | names, without "Pipeline" |\n|---|---|---|\n' + "".join(rows)
+    return "".join(_folded(way, names) for way, names in found.items())
+
+
+def _folded(way: str, names: list[str]) -> str:
+    """A list to unfold, on GitHub and on the site: some have more than a hundred names."""
+    what = way if way in (PIPELINE, NETWORK, ALL) else f"none: {way}"
+    return f'<details markdown="1">\n<summary>{what}: {len(names)} classes</summary>\n\n{", ".join(names)}\n\n</details>\n'
 
 
 def replaced(text: str, begin: str, end: str, table: str) -> str:
