@@ -46,7 +46,7 @@ def line(family: Family) -> str:
 
 
 def table() -> str:
-    head = "| family | class | particular | columns | scheduler → memoryless | trained | in |\n|" + "---|" * 7 + "\n"
+    head = "| family | class | what is special | columns | scheduler → memoryless | trained | tested by |\n|" + "---|" * 7 + "\n"
     return head + "".join(line(family) for family in FAMILIES)
 
 
