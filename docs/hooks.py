@@ -21,6 +21,7 @@ REMOTE = re.compile(r"(?:https://|git@)(?:[^@/]+@)?(?P<host>[\w.-]+)[:/](?P<path
 NOT_RUN = re.compile(r"^```python no-run$", re.MULTILINE)
 FORMULA = re.compile(r'<(?P<tag>span|div) class="arithmatex">\\[(\[](?P<latex>.*?)\\[)\]]</(?P=tag)>', re.DOTALL)
 CELL = re.compile(r"<td>(.*?)</td>", re.DOTALL)
+NUMBERS = re.compile(r"[−-]?[\d.]+(?:,? [±/→]? ?[−-]?[\d.]+)+(?: \*)?")
 HOST_TYPE = re.compile(r"<code>`([^`<]+)`[^<]*</code>")
 HOST_LINK = re.compile(r"\[(<code>[\w.]+</code>)\]")
 
@@ -82,9 +83,10 @@ def on_page_content(html: str, **_: Any) -> str:
 
 
 def _cell(cell: re.Match[str]) -> str:
-    """A cell of more than a few words is marked: stylesheets/extra.css keeps it wide enough to be read on a phone."""
-    text = re.sub(r"<[^>]+>", "", cell[1])
-    return f'<td class="prose">{cell[1]}</td>' if len(text) > 60 else cell[0]
+    """Mark numbers that belong together, and sentences: stylesheets/extra.css keeps a phone from breaking or squeezing them."""
+    text = re.sub(r"<[^>]+>", "", cell[1]).strip()
+    kind = "numbers" if NUMBERS.fullmatch(text) else "prose" if len(text) > 60 else None
+    return f'<td class="{kind}">{cell[1]}</td>' if kind else cell[0]
 
 
 def _mathml(formula: re.Match[str]) -> str:

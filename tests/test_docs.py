@@ -357,6 +357,22 @@ def test_a_file_that_is_no_page_keeps_its_text_where_no_repository_is_known(hook
     assert hooks.site_link(link, "quickstart.md", None) == "this"
 
 
+@pytest.mark.parametrize(
+    ("text", "kind"),
+    [
+        (".398 / .256 / .155", "numbers"),
+        ("-0.0038 ± 0.0010 *", "numbers"),
+        ("20 / 0 / 20", "numbers"),
+        ("14.9 → 18.5", "numbers"),
+        ("<code>cfg_mode</code> 1", None),
+        ("a sentence of more than sixty characters, which a narrow column would squeeze", "prose"),
+    ],
+)
+def test_cells_are_marked_by_what_they_hold(hooks, text, kind):
+    marked = f'<td class="{kind}">{text}</td>' if kind else f"<td>{text}</td>"
+    assert hooks.on_page_content(f"<td>{text}</td>") == marked
+
+
 def test_a_part_of_the_readme_that_is_not_there_stops_the_build(hooks):
     with pytest.raises(ValueError, match="no part 'sunset'; put"):
         hooks.readme_part("sunset")
