@@ -302,6 +302,11 @@ def test_every_entry_of_the_reference_shows_a_signature(site):
         assert not missing, f"{name} has no {missing}"
 
 
+def test_no_description_of_the_reference_becomes_a_quotation(site):
+    """A description that begins with ">" does."""
+    assert "<blockquote>" not in (site / "api/index.html").read_text(encoding="utf-8")
+
+
 def test_the_site_shows_what_stands_elsewhere(site):
     """Parts of README.md on the first page, the examples as pages of the menu, and no link into the folder above."""
     first = (site / "index.html").read_text(encoding="utf-8")

@@ -49,7 +49,7 @@ def regression_loss(mean: Tensor, base_mean: Tensor, shift: Tensor, scale: float
         mean: μ_k^θ(x), shape (B, …), with gradient to the trained parameters.
         base_mean: μ_k^base(x), same shape.
         shift: δ, the wished μ_k − μ_k^base, same shape.
-        scale: > 0, state units; with s_k, step k's noise, the loss is one of nats.
+        scale: above 0, state units; with s_k, step k's noise, the loss is one of nats.
 
     Returns:
         Loss per sample, shape (B,), summed over all other dimensions. Gradient reaches `mean` only.

@@ -52,7 +52,7 @@ def tilt_scale(rewards: Tensor, kl: float) -> TiltScale:
     Args:
         rewards: r of images of the base, shape (P, n) for n images of each of P prompts, any unit, NaN where one is missing;
             computed in float64.
-        kl: > 0, nats.
+        kl: above 0, nats.
 
     Raises:
         ValueError: if the images of a prompt have all the same reward, up to float32's rounding, or no prompt has two.

@@ -52,7 +52,7 @@ def score_shifts(adjoints: Tensor, gains: Tensor, following: Tensor, posterior_s
         gains: g_k, shape (S,), finite.
         following: ã_{k+1}, same shape as the adjoints.
         posterior_stds: s_post, the noise of "posterior", shape (S,).
-        cap: > 0, or `None` for none.
+        cap: above 0, or `None` for none.
     """
     shifts = -_beside(gains, adjoints) * adjoints
     sizes = _sizes(shifts)

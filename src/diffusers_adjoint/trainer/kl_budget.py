@@ -66,7 +66,7 @@ def first_scale(rewards: Tensor, budget: float) -> Spent:
 
     Args:
         rewards: of images of the base, shape (P, n), NaN where one is missing.
-        budget: > 0, nats.
+        budget: above 0, nats.
 
     Raises:
         ValueError: if the rewards do not tell the images of a prompt apart.
@@ -90,7 +90,7 @@ def next_scale(spent: Spent, kl: float, budget: float) -> Spent:
 
     Args:
         kl: of this update, nats.
-        budget: > 0, nats.
+        budget: above 0, nats.
     """
     spent = replace(spent, kls=(*spent.kls, kl)[-WINDOW - BETWEEN :], rested=spent.rested + 1)
     if kl > budget:
