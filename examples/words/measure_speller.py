@@ -32,10 +32,12 @@ def describe(images: Tensor, words: list[str], misspelt: float) -> str:
     right, errors, letters = [], [], sum(map(len, words))
     for read in (judged.read_v4, judged.read_v6):
         right.append(exact(read, words))
-        errors.append(sum(character_errors(a, b) for a, b in zip(read, words, strict=True)) / letters)
-    unasked = min(errors) - misspelt * len(words) / letters
+        errors.append(torch.tensor([float(character_errors(a, b)) for a, b in zip(read, words, strict=True)]))
+    either = torch.minimum(*errors)  # of each image, as it is read best
+    unasked = (either.sum() - misspelt * len(words)) / letters
     shares = torch.bincount(judged.font, minlength=len(FONTS)) / len(words)
-    numbers = [torch.maximum(*right).mean(), right[0].mean(), right[1].mean(), *errors, unasked]
+    totals = [wrong.sum() / letters for wrong in (*errors, either)]
+    numbers = [torch.maximum(*right).mean(), right[0].mean(), right[1].mean(), *totals, unasked]
     fonts = " ".join(f"{share:.2f}" for share in shares)
     return " | ".join(f"{number:.3f}" for number in numbers) + f" | {fonts} | {judged.ink.mean():.3f}"
 
@@ -44,7 +46,7 @@ def measure(folder: Path, count: int, grids: Path | None = None) -> None:
     """Prints the table; draws `count` images of each group of words with each sampler."""
     pipeline, rng = load_pipeline(folder), random.Random(0)
     print(f"the font of {font_accuracy():.3f} of drawn pictures is read right; fonts: {', '.join(FONTS)}")
-    print("words | sampler | either | v4 | v6 | errors a letter, v4 | v6 | without those asked for | fonts | ink")
+    print("words | sampler | either | v4 | v6 | errors a letter, v4 | v6 | either | without those asked for | fonts | ink")
     for name, group in GROUPS.items():
         words = [rng.choice(group) for _ in range(count)]
         rendered = torch.stack([render_at_random(word, rng) for word in words])[:, None].expand(-1, 3, -1, -1)

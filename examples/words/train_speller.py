@@ -1,10 +1,10 @@
 """Trains the base model of `make words`: a complete CogView4Pipeline, under 6 MB, that draws the word that the prompt names.
 
-    python examples/words/train_speller.py --output out/speller        # CPU, an hour and a half; goes on with the phase it was in
+    python examples/words/train_speller.py --output out/speller        # CPU, two hours; goes on with the phase it was in
 
-First the autoencoder; then transformer and text encoder together by plain flow matching, in phases: words that are spelt right,
-twice, and last, shortly, words of which a share has one wrong letter. So the base spells about half of its words right, and a
-reward has something to do. CogView4 draws squares unless told otherwise: every few updates see 48 × 48 pixels, where the word
+First the autoencoder; then transformer and text encoder together by plain flow matching, in phases. In the last phase, and in one
+before it, a share of the words has one wrong letter. So the base spells about half of its words right, and a reward has something
+to do. CogView4 draws squares unless told otherwise: every few updates see 48 × 48 pixels, where the word
 stands in the middle. `pipe(prompt)` works, and `height=16, width=48` is a third of the work.
 """
 
@@ -116,6 +116,8 @@ PHASES = (
     Phase("letters", 6000),
     Phase("words", 5000, shift=2.0),
     Phase("misspelt", 2500, rate=0.5, shift=2.0, misspelt=0.35),
+    Phase("words again", 2500, shift=2.0),
+    Phase("misspelt again", 1000, rate=0.5, shift=2.0, misspelt=0.35),
 )
 
 
