@@ -3,6 +3,7 @@
 import tiny_audio
 import tiny_conditioned
 import tiny_images
+import tiny_joint
 import tiny_modular
 import tiny_network_lora
 import tiny_videos
@@ -13,6 +14,7 @@ __all__ = ["FAMILIES", "Family"]
 FAMILIES: list[Family] = [
     *tiny_images.FAMILIES,
     *tiny_videos.FAMILIES,
+    *tiny_joint.FAMILIES,
     *tiny_audio.FAMILIES,
     *tiny_conditioned.FAMILIES,
     *tiny_network_lora.FAMILIES,

@@ -401,8 +401,8 @@ def test_diversity_in_features_of_a_reward_or_of_ones_own(here, models):
 
 def counted(monkeypatch):
     """Numbers of images that pipelines were asked for."""
-    calls, sample = [], PipelineReplay.sample
-    monkeypatch.setattr(PipelineReplay, "sample", lambda self, c, g, n=None: calls.append(len(g)) or sample(self, c, g, n))
+    calls, sample = [], PipelineReplay.sample_media
+    monkeypatch.setattr(PipelineReplay, "sample_media", lambda self, c, g, n=None: calls.append(len(g)) or sample(self, c, g, n))
     return calls
 
 

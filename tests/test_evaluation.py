@@ -18,6 +18,7 @@ from diffusers_adjoint.pictures.grid import image_grid
 from diffusers_adjoint.pictures.pixels import drawable
 from diffusers_adjoint.pictures.samples import SampleImages
 from diffusers_adjoint.pictures.trackers import to_trackers
+from diffusers_adjoint.replay.plain import Media
 from diffusers_adjoint.schedulers import memoryless_scheduler
 
 
@@ -109,14 +110,14 @@ def test_several_datasets_have_their_own_names(tmp_path):
 def test_an_image_that_is_no_number_is_left_out(tmp_path, monkeypatch):
     trainer = make_trainer(tmp_path, eval_dataset=rows(PROMPTS[:2]))
     good = trainer.evaluate()
-    original = trainer.replay.sample
+    original = trainer.replay.sample_media
 
     def spoilt(columns, generators):
-        images = original(columns, generators)
-        images[1] = torch.nan
-        return images
+        made = original(columns, generators)
+        made.images[1] = torch.nan
+        return made
 
-    monkeypatch.setattr(trainer.replay, "sample", spoilt)
+    monkeypatch.setattr(trainer.replay, "sample_media", spoilt)
     bad = trainer.evaluate()
     assert all(0 < bad[name] < 1 for name in ("eval_reward", "eval_saturated", "eval_diversity") if good[name] > 0)
 
@@ -126,7 +127,7 @@ def test_of_three_images_one_may_be_lost(tmp_path, monkeypatch):
     trainer = make_trainer(tmp_path, eval_dataset=rows(PROMPTS[:1]), num_generations_eval=3)
     first, lost, last = torch.rand(3, 1, 3, 4, 4, generator=torch.Generator().manual_seed(0))
     images = iter([first, lost * torch.nan, last])
-    monkeypatch.setattr(trainer.replay, "sample", lambda columns, generators: next(images))
+    monkeypatch.setattr(trainer.replay, "sample_media", lambda columns, generators: Media(next(images)))
     expected = (first - last).square().mean().item()
     assert trainer.evaluate()["eval_diversity"] == pytest.approx(expected, rel=1e-5)
 

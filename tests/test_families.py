@@ -99,14 +99,19 @@ def set_guiders(pipeline, family):
             pipeline.update_components(**{name: ClassifierFreeGuidance(guidance_scale=family.guidance_scale)})
 
 
-def images_of(pipeline, family):
+def output_of(pipeline, family):
+    """Images, and what is made beside them."""
     if family.output is not None:
         set_guiders(pipeline, family)
     output = pipeline(**call_arguments(family))
     # Stable Video Diffusion forgets the tuple; a modular pipeline gives what is asked of it.
-    images = output if isinstance(output, torch.Tensor) else output[0]
-    assert len(images) == len(SEEDS)
-    return images
+    output = (output,) if isinstance(output, torch.Tensor) else output
+    assert len(output[0]) == len(SEEDS)
+    return output
+
+
+def images_of(pipeline, family):
+    return output_of(pipeline, family)[0]
 
 
 def count_calls(pipeline):
@@ -120,25 +125,49 @@ def count_calls(pipeline):
 def ordinary(pipeline, family):
     """The pipeline's public call on a memoryless scheduler: every step, and what it returns."""
     scheduler = memoryless_scheduler(pipeline.scheduler)
+    steps, calls = [], count_calls(pipeline)
+
+    class Watched(type(scheduler)):
+        def step(self, model_output, timestep, sample, generator=None, return_dict=True, **options):
+            # DiT hands its batch over twice, the copy for guidance below it.
+            given = model_output[: len(SEEDS)].clone(), sample[: len(SEEDS)].clone()
+            out = super().step(given[0], timestep, given[1], generator=generator, **options)
+            steps.append((id(self), Step(*given, out.prev_sample.clone(), len(calls))))
+            calls.clear()
+            out.prev_sample = torch.cat([out.prev_sample] * (len(sample) // len(SEEDS)))
+            return out if return_dict else (out.prev_sample,)
+
+    scheduler.__class__ = Watched
     scheduler.set_generator(generators())
-    own_step, steps, calls = scheduler.step, [], count_calls(pipeline)
-
-    def step(model_output, timestep, sample, generator=None, return_dict=True, **options):
-        # DiT hands its batch over twice, the copy for guidance below it.
-        given = model_output[: len(SEEDS)].clone(), sample[: len(SEEDS)].clone()
-        out = own_step(given[0], timestep, given[1], generator=generator, **options)
-        steps.append(Step(*given, out.prev_sample.clone(), len(calls)))
-        calls.clear()
-        out.prev_sample = torch.cat([out.prev_sample] * (len(sample) // len(SEEDS)))
-        return out if return_dict else (out.prev_sample,)
-
-    scheduler.step = step
     pipeline.scheduler = scheduler
-    return steps, images_of(pipeline, family)
+    output = output_of(pipeline, family)
+    return of_one_chain(steps), output
+
+
+def of_one_chain(steps):
+    """The steps of several schedulers, which take turns, as those of all their latents one after the other."""
+    turn = len({scheduler for scheduler, _ in steps})
+    together = [[step for _, step in steps[i : i + turn]] for i in range(0, len(steps), turn)]
+    return [joint(parts) if turn > 1 else parts[0] for parts in together]
+
+
+def joint(parts):
+    names = ("model_output", "sample", "prev_sample")
+    tensors = [torch.cat([getattr(part, name).flatten(1) for part in parts], 1) for name in names]
+    return Step(*tensors, sum(part.calls for part in parts))
+
+
+def require_made(replay, conditioning, last, output):
+    """The same images, and the same sound where there is one."""
+    with torch.no_grad():
+        images, audio = replay.decode_media(last, conditioning)
+    assert torch.equal(images, output[0])
+    assert (audio is not None) == replay.makes_audio
+    assert audio is None or torch.equal(audio, output[1])
 
 
 def test_replay_is_the_pipelines_own_call_to_the_bit(family):
-    steps, images = ordinary(family.build(), family)
+    steps, output = ordinary(family.build(), family)
     pipeline = family.build()
     calls = count_calls(pipeline)
     replay, x, conditioning = prepared(pipeline, family)
@@ -150,11 +179,10 @@ def test_replay_is_the_pipelines_own_call_to_the_bit(family):
             assert torch.equal(replay.predict(step.sample, index, conditioning), step.model_output)
         assert len(calls) == step.calls
         calls.clear()
-    with torch.no_grad():
-        assert torch.equal(replay.decode(steps[-1].prev_sample, conditioning), images)
+    require_made(replay, conditioning, steps[-1].prev_sample, output)
     assert len(calls) == 0
-    assert images.isfinite().all()
-    assert images.std() > 0
+    assert output[0].isfinite().all()
+    assert output[0].std() > 0
 
 
 def test_a_single_sample_is_replayed_to_the_bit_too(family, monkeypatch):
@@ -163,13 +191,12 @@ def test_a_single_sample_is_replayed_to_the_bit_too(family, monkeypatch):
     replay, *_ = prepared(family.build(), family)  # where the state lies is found with two
     monkeypatch.setitem(globals(), "SEEDS", SEEDS[1:])
     family = replace(family, columns={name: values[1:] for name, values in family.columns.items()})
-    steps, images = ordinary(family.build(), family)
+    steps, output = ordinary(family.build(), family)
     _, conditioning = replay.prepare(family.columns, generators())
     for index, step in enumerate(steps):
         with torch.no_grad():
             assert torch.equal(replay.predict(step.sample, index, conditioning), step.model_output)
-    with torch.no_grad():
-        assert torch.equal(replay.decode(steps[-1].prev_sample, conditioning), images)
+    require_made(replay, conditioning, steps[-1].prev_sample, output)
 
 
 def test_every_column_acts(family):

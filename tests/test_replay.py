@@ -635,18 +635,6 @@ def test_latents_are_numbered_once():
     assert torch.equal(numbered()[0], torch.tensor([[0.0, 1.0, 2.0]])) and torch.equal(numbered()[0], torch.zeros(1, 3))
 
 
-class StepsAudioToo(Loop):
-    def timesteps(self):
-        copy.deepcopy(self.scheduler)
-        return self.scheduler.timesteps
-
-
-def test_a_second_scheduler_is_refused():
-    replay = make_replay(StepsAudioToo(**sd3().components), {}, guidance_scale=1.0)
-    with pytest.raises(ValueError, match="StepsAudioToo copies its scheduler .*; use a pipeline with one scheduler"):
-        replay.prepare({}, generators())
-
-
 class DecodesWithNoise(Loop):
     def __call__(self, num_inference_steps=4, generator=None, output_type="pt", return_dict=True):
         (latents,) = super().__call__(num_inference_steps, generator, output_type, return_dict)

@@ -19,6 +19,7 @@ from ..model.denoiser import PipelineDenoiser
 from ..model.randomness import Stream, seeded_generators
 from ..model.samples import images_and_rewards, path_kl_of_rows
 from ..replay import PipelineReplay
+from ..replay.plain import Media
 from ..rewards import WeightedReward
 from .models import Model
 
@@ -166,12 +167,12 @@ def _batches(count: int, size: int) -> list[range]:
     return [range(first, min(first + size, count)) for first in range(0, count, size)]
 
 
-def _sample(subject: Subject, columns: dict[str, list[Any]], seed: int, prompt: int, numbers: range) -> Tensor:
+def _sample(subject: Subject, columns: dict[str, list[Any]], seed: int, prompt: int, numbers: range) -> Media:
     """Images of one prompt, one for each of the samples with these numbers."""
     generators = seeded_generators(seed, prompt, numbers, Stream.EVALUATION)
     # Their own stream: a start and a first noise from the same numbers would be the same picture.
     noise = seeded_generators(seed, prompt, numbers, Stream.EVALUATION_NOISE) if subject.setting.sampler == "sde" else None
-    return subject.replay.sample(columns, generators, noise)
+    return subject.replay.sample_media(columns, generators, noise)
 
 
 def _features(name: str, function: Features, images: Tensor) -> Tensor:

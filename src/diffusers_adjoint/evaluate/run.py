@@ -172,7 +172,6 @@ def _subjects(args: EvaluationArguments, models: list[Model], row: dict[str, Any
     # By pipeline, number of steps and guidance scale: models that differ by an adapter share a replay, and so do samplers.
     made: dict[tuple[int, int, float], PipelineReplay] = {}
     columns = collate_columns([row])
-    asked = reward.require_arguments(without_prompt(columns))
     for model in models:
         for setting in args.settings:
             key = (id(model.pipeline), setting.steps, setting.guidance)
@@ -187,6 +186,7 @@ def _subjects(args: EvaluationArguments, models: list[Model], row: dict[str, Any
                 component=args.trained_component,
             )
             first_row([row], "dataset", made[key].arguments.takes_prompt)
+            asked = reward.require_arguments(without_prompt(columns), with_audio=made[key].makes_audio)
             made[key].arguments.require_known(columns, asked)
             made[key].arguments(columns, 1)
             if len(models) > 1 and args.kl_paths and "sde" in args.sampler:

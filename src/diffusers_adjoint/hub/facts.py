@@ -6,12 +6,10 @@ import functools
 import inspect
 import re
 from collections.abc import Collection, Sequence
-from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 from diffusers import DiffusionPipeline, ModularPipeline
-from diffusers.utils import BaseOutput
 from huggingface_hub import ModelCard
 from torch import Tensor
 from transformers import TrainerState
@@ -21,6 +19,7 @@ from ..config import AdjointMatchingConfig
 from ..model.lora import ADAPTER
 from ..objectives import Method
 from ..replay import PipelineReplay
+from ..replay.plain import outputs_of
 from ..rewards import WeightedReward
 from .card import CardFacts, Licence, Medium
 
@@ -126,16 +125,8 @@ def text_of(function: Any) -> str | None:
 
 
 def output_of(pipeline_class: type[DiffusionPipeline]) -> str | None:
-    """Name of the first field of what a pipeline returns; `None` where its call makes no output, or several kinds of it.
-
-    By the classes of outputs that the call's code names: it is `images` mostly, and `frames`, `audios` or `image` elsewhere.
-    """
-    call = inspect.unwrap(pipeline_class.__call__)
-    if not inspect.isfunction(call):
-        return None
-    named = [call.__globals__.get(name) for name in call.__code__.co_names]
-    outputs = {item for item in named if isinstance(item, type) and issubclass(item, BaseOutput)}
-    return fields(outputs.pop())[0].name if len(outputs) == 1 else None
+    """Name of the first field of what a pipeline returns, `images` mostly; `None` where that is not known."""
+    return next(iter(outputs_of(pipeline_class)), None)
 
 
 def hub_id(name: object) -> str | None:

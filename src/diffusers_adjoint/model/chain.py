@@ -15,6 +15,7 @@ from ..core.trajectory import MeanFunction, Trajectory
 from ..guidance import Guidance
 from ..replay import Conditioning, PipelineReplay
 from ..replay.frames import ChosenFrames
+from ..replay.plain import Media
 from .denoiser import PipelineDenoiser
 from .paths import sample_trajectory
 from .randomness import stacked_noise
@@ -129,14 +130,15 @@ class PipelineChain:
     def end_point(self, path: Trajectory, of: Literal["base", "model"]) -> EndPoint:
         return end_point(path, self.base_mean, self.mean if of == "model" else None)
 
-    def decode(self, x: Tensor) -> Tensor:
-        """Images of final latents as the rewards see them, differentiable in the latents."""
+    def decode(self, x: Tensor) -> Media:
+        """Images of final latents as the rewards see them, and the sound of videos, differentiable in the latents."""
         if self.frames is None:
-            return self.decode_all(x)
-        return self.frames.shown(self.denoiser.replay.decode(x, self.conditioning, self.frames.numbers))
+            return self.denoiser.replay.decode_media(x, self.conditioning)
+        images, audio = self.denoiser.replay.decode_media(x, self.conditioning, self.frames.numbers)
+        return Media(self.frames.shown(images), audio)
 
     def decode_all(self, x: Tensor) -> Tensor:
-        """The same with all frames."""
+        """The images with all frames."""
         return self.denoiser.replay.decode(x, self.conditioning)
 
     @property

@@ -10,7 +10,9 @@ from torch import Tensor
 
 from ..data.columns import prompts_of, without_prompt
 from ..guidance import Guidance
+from ..replay.plain import Media
 from ..rewards import WeightedReward
+from ..rewards.calling import AUDIO
 from .denoiser import PipelineDenoiser
 from .paths import sampled_path_kl
 from .randomness import Stream, seeded_generators
@@ -18,15 +20,15 @@ from .randomness import Stream, seeded_generators
 __all__ = ["path_kl_of_rows", "images_and_rewards"]
 
 
-def images_and_rewards(reward: WeightedReward, images: Tensor, columns: dict[str, list[Any]]) -> tuple[Tensor, dict[str, Tensor]]:
+def images_and_rewards(reward: WeightedReward, made: Media, columns: dict[str, list[Any]]) -> tuple[Tensor, dict[str, Tensor]]:
     """The images in float32 or better, as rewards see them in training, and name → rewards (B,).
 
     Args:
-        images: B images, videos or sounds, as a pipeline returns them.
+        made: B images, videos or sounds, or videos with their sounds, as a pipeline returns them.
         columns: of their B rows.
     """
-    images = images.to(torch.promote_types(images.dtype, torch.float32))
-    return images, reward(images, prompts_of(columns), **without_prompt(columns))
+    images, *audio = (part.to(torch.promote_types(part.dtype, torch.float32)) for part in made if part is not None)
+    return images, reward(images, prompts_of(columns), **without_prompt(columns), **dict(zip([AUDIO], audio, strict=False)))
 
 
 def path_kl_of_rows(

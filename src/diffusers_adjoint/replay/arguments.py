@@ -22,6 +22,7 @@ _RESERVED = {
     "batch_size": "use the option per_device_train_batch_size",
     "generator": "use the option seed",
     "latents": "use the option seed",
+    "audio_latents": "use the option seed",
     "initial_audio_waveforms": "remove it, the start is noise",
     "denoising_start": "use strength, which starts from the image with noise of the right size",
     "callback": "remove it, no callback runs within a prediction",
@@ -30,8 +31,9 @@ _RESERVED = {
     "return_dict": "remove it, images are always tensors",
 }
 # Scales of further guidance, and their values that mean none where these are not those of the others.
-_FURTHER = ("guidance_scale_2", "pag_scale")
-_NONE = {"pag_scale": 0.0}
+_FURTHER = ("guidance_scale_2", "pag_scale", "stg_scale", "modality_scale")
+_FURTHER += ("audio_guidance_scale", "audio_stg_scale", "audio_modality_scale")
+_NONE = {"pag_scale": 0.0, "stg_scale": 0.0, "audio_stg_scale": 0.0}
 # Lists that are one value for all samples, whatever the annotation says.
 _GRID = ("sigmas", "timesteps")
 # In the annotation of an argument that takes one value for each sample. Texts may always be a list, whatever it says.

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from .casting import vae_dtype
 from .conditioning import Numbering, Preparations, Recording, Returned, copied, fresh, in_order, remembering
 from .modular import ModularCall
-from .plain import PlainCall
+from .plain import Media, PlainCall
 from .slices import Decode
 from .stand_in import ReplayStop
 from .view import (
@@ -63,12 +63,12 @@ class PipelineCalls:
         arguments: dict[str, Any],
         generators: list[torch.Generator],
         latents: Preparations | Numbering | None = None,
-    ) -> Any:
-        """The images of the undisturbed call; `latents` records, or numbers, what its source returns."""
+    ) -> Media:
+        """What the undisturbed call makes; `latents` records what its preparing methods return, or numbers that of its source."""
         view = self._view(scheduler)
         if latents is not None:
-            source = self.call.source
-            set_method(view, source, latents.recording(source, getattr(view, source)))
+            for name in preparing_methods(view) if isinstance(latents, Preparations) else [self.call.source]:
+                set_method(view, name, latents.recording(name, attrgetter(name)(view)))
         with self._processors_restored(view):
             return self.call.undisturbed(view, **fresh({**arguments, "generator": _given(generators)}))
 
@@ -109,8 +109,8 @@ class PipelineCalls:
         device: torch.device,
         denoiser: nn.Module | None = None,
         decoding: Callable[[Any], Decode] | None = None,
-    ) -> Any:
-        """The images of the recorded call, or `ReplayStop` where the probe leaves it; its preparing methods return `returns`.
+    ) -> Media:
+        """What the recorded call makes, or `ReplayStop` where the probe leaves it; its preparing methods return `returns`.
 
         With `decoding` its VAE has another `decode`, made from the VAE.
         """
@@ -130,7 +130,7 @@ class PipelineCalls:
                 silence.enter_context(quiet(logger))
             return self._run(view, {**recording.call_kwargs, "generator": _given(generators)}, draw)
 
-    def _run(self, view: DiffusionPipeline, arguments: dict[str, Any], randn_tensor: Any) -> Any:
+    def _run(self, view: DiffusionPipeline, arguments: dict[str, Any], randn_tensor: Any) -> Media:
         with self._processors_restored(view), quiet(_CASTS):
             return self.call(view, randn_tensor, **fresh(arguments))
 

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-__all__ = ["Conditioning", "Preparations", "Recording", "Returned", "copied", "fresh", "in_order", "latents_in"]
-__all__ += ["Numbering", "place_of", "remembering"]
+__all__ = ["Conditioning", "Origin", "Preparations", "Recording", "Returned", "copied", "fresh", "in_order"]
+__all__ += ["Numbering", "joined", "latents_in", "origin_of", "place_of", "remembering"]
 
 
 @dataclass(frozen=True)
@@ -39,21 +39,55 @@ class Recording:
 
 
 @dataclass(frozen=True)
+class Origin:
+    """Where a latent that a scheduler steps comes from.
+
+    Args:
+        source: what draws it, such as "prepare_latents" or "randn_tensor"; the first tensor it returned holds it, whatever it
+            returned beside it (image latents, masks) is condition.
+        call: which of the calls of this name, from 0.
+        place: where the elements of a sample's latent lie among those of that tensor, beside condition frames or channels, shape
+            that of the latent without its batch, int64; `None` if the tensor is the latent.
+    """
+
+    source: str
+    call: int = 0
+    place: Tensor | None = None
+
+    def latent(self, recording: Recording) -> Tensor:
+        """Shape (B, …), in the pipeline's dtype."""
+        latents = self._prepared(recording)
+        return latents if self.place is None else latents.flatten(1)[:, self.place]
+
+    def replaced(self, recording: Recording, returns: dict[str, tuple[Returned, ...]], latent: Tensor) -> None:
+        """Put a latent of this shape in its place in `returns`, rounded to the pipeline's dtype."""
+        latents = self._prepared(recording)
+        whole = latent.to(latents.dtype)
+        if self.place is not None:
+            whole = latents.clone()  # as it lies in memory, by which kernels may round
+            index: tuple[slice | Tensor, ...] = (slice(None), *torch.unravel_index(self.place, latents.shape[1:]))
+            whole[index] = latent.to(latents.dtype)
+        calls = list(returns[self.source])
+        value = calls[self.call].value
+        calls[self.call] = Returned((whole, *value[1:]) if isinstance(value, tuple) else whole, calls[self.call].states)
+        returns[self.source] = tuple(calls)
+
+    def _prepared(self, recording: Recording) -> Tensor:
+        return latents_in(recording.returns[self.source][self.call].value)
+
+
+@dataclass(frozen=True)
 class Conditioning:
     """Recorded by `PipelineReplay.prepare`. It belongs to one batch as a whole: rows cannot be taken out of it.
 
     Args:
         recordings: guided or not → what the pipeline's call prepared; both the same where no guidance acts.
-        source: what draws x_0, such as "prepare_latents" or "randn_tensor"; the first tensor it returned holds x_0, whatever it
-            returned beside it (image latents, masks) is condition.
-        place: where the elements of a sample's x_0 lie among those of that tensor, beside condition frames or channels, shape
-            that of x_0 without its batch, int64; `None` if the tensor is x_0.
+        origins: of x_0; several where the state is several latents, each stepped by a scheduler of its own.
         generators: of the samples, copies, as they were before the call.
     """
 
     recordings: dict[bool, Recording]
-    source: str
-    place: Tensor | None
+    origins: tuple[Origin, ...]
     generators: tuple[torch.Generator, ...]
 
     def recording(self, guided: bool) -> Recording:
@@ -63,9 +97,8 @@ class Conditioning:
 
     @property
     def start(self) -> Tensor:
-        """x_0 in the pipeline's dtype, shape (B, …)."""
-        latents = self._latents(next(iter(self.recordings.values())))
-        return latents if self.place is None else latents.flatten(1)[:, self.place]
+        """x_0 in the pipeline's dtype, shape (B, …); of several latents (B, N), see `joined`."""
+        return joined(self._latents(next(iter(self.recordings.values()))))
 
     def returns_with(self, x: Tensor, guided: bool) -> dict[str, tuple[Returned, ...]]:
         """The returns of the dry run with x in place of x_0, rounded to the pipeline's dtype (states are kept in float32).
@@ -76,23 +109,42 @@ class Conditioning:
         if x.shape != self.start.shape:
             raise ValueError(f"x has shape {tuple(x.shape)}; it must be that of x_0, {tuple(self.start.shape)}.")
         recording = self.recording(guided)
-        latents = self._latents(recording)
-        whole = x.to(latents.dtype)
-        if self.place is not None:
-            whole = latents.clone()  # as it lies in memory, by which kernels may round
-            index: tuple[slice | Tensor, ...] = (slice(None), *torch.unravel_index(self.place, latents.shape[1:]))
-            whole[index] = x.to(latents.dtype)
-        first, *others = recording.returns[self.source]
-        value = (whole, *first.value[1:]) if isinstance(first.value, tuple) else whole
-        return {**recording.returns, self.source: (Returned(value, first.states), *others)}
+        returns, latents = dict(recording.returns), self._latents(recording)
+        for origin, latent in zip(self.origins, separated(x, [latent.shape for latent in latents]), strict=True):
+            origin.replaced(recording, returns, latent)
+        return returns
 
-    def _latents(self, recording: Recording) -> Tensor:
-        return latents_in(recording.returns[self.source][0].value)
+    def _latents(self, recording: Recording) -> list[Tensor]:
+        return [origin.latent(recording) for origin in self.origins]
+
+
+def joined(parts: Sequence[Tensor]) -> Tensor:
+    """A tensor alone as it is; several of shapes (B, …) as one of shape (B, N), in their order."""
+    return parts[0] if len(parts) == 1 else torch.cat([part.flatten(1) for part in parts], 1)
+
+
+def separated(x: Tensor, shapes: Sequence[torch.Size]) -> list[Tensor]:
+    """The tensors of these shapes that `joined` made x of."""
+    if len(shapes) == 1:
+        return [x]
+    sizes = [shape[1:].numel() for shape in shapes]
+    # Each as it would lie in memory by itself, by which kernels may round.
+    return [part.reshape(shape).contiguous() for part, shape in zip(x.split(sizes, 1), shapes, strict=True)]
+
+
+def origin_of(latent: Tensor, returns: Mapping[str, Sequence[Returned]]) -> Origin | None:
+    """The call that returned this latent, as its first tensor; `None` if none did."""
+    for source, calls in returns.items():
+        for number, returned in enumerate(calls):
+            found = latents_in(returned.value)
+            if isinstance(found, Tensor) and found.shape == latent.shape and torch.equal(found, latent.to(found.dtype)):
+                return Origin(source, number)
+    return None
 
 
 def latents_in(value: Any) -> Tensor:
     """The first of what prepare_latents returns holds x_0."""
-    latents: Tensor = value[0] if isinstance(value, tuple) else value
+    latents: Tensor = value[0] if isinstance(value, tuple) and value else value
     return latents
 
 

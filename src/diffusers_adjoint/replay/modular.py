@@ -16,6 +16,7 @@ from typing import Any, cast
 from diffusers import BaseGuidance, LoopSequentialPipelineBlocks, ModularPipeline, ModularPipelineBlocks
 from diffusers.modular_pipelines import PipelineState
 
+from .plain import Media
 from .stand_in import ReplayedTimesteps, replayable
 
 __all__ = ["ModularCall"]
@@ -36,7 +37,7 @@ class ModularCall:
         pipeline: never written to.
 
     Attributes:
-        source, insists_on_safety_checker, exchanges_processors, loggers, randn_tensor: as in `PlainCall`.
+        source, insists_on_safety_checker, exchanges_processors, loggers, outputs, randn_tensor: as in `PlainCall`.
 
     Raises:
         ValueError: if no block hands anything to `scheduler.step`.
@@ -46,6 +47,7 @@ class ModularCall:
     insists_on_safety_checker = False
     exchanges_processors = False
     randn_tensor: Any = None
+    outputs: tuple[str, ...] = ()
 
     def __init__(self, pipeline: ModularPipeline) -> None:
         self._name = type(pipeline).__name__
@@ -68,13 +70,13 @@ class ModularCall:
     def view_class(self, pipeline_class: type[Any]) -> type[Any]:
         return type(pipeline_class.__name__, (_ModularView, pipeline_class), {})
 
-    def undisturbed(self, view: Any, **arguments: Any) -> Any:
+    def undisturbed(self, view: Any, **arguments: Any) -> Media:
         """The pipeline's own call, of which the view learns when the loop starts."""
         inputs = self._inputs(view, arguments)
         view.__dict__["_blocks"] = self._hooked
-        return type(view).__call__(view, output=self.output(inputs), **inputs)
+        return Media(type(view).__call__(view, output=self.output(inputs), **inputs))
 
-    def __call__(self, view: Any, randn_tensor: None = None, **arguments: Any) -> Any:
+    def __call__(self, view: Any, randn_tensor: None = None, **arguments: Any) -> Media:
         """The same blocks, out of `torch.no_grad`, from the first to the last."""
         inputs = self._inputs(view, arguments)
         chosen = self._chosen(inputs)
@@ -89,7 +91,7 @@ class ModularCall:
         view.enter_loop(state)
         for block in blocks[start:]:
             _, state = block(view, state)
-        return state.get(self.output(inputs))
+        return Media(state.get(self.output(inputs)))
 
     def inputs(self, arguments: Mapping[str, Any]) -> dict[str, Any]:
         """Those of the arguments that the pipeline's own call takes."""

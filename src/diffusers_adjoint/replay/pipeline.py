@@ -19,11 +19,23 @@ from torch import Tensor, nn
 from ..core.transition import Transition
 from .arguments import CallArguments
 from .calls import PipelineCalls
-from .conditioning import Conditioning, Numbering, Preparations, Recording, copied, latents_in, place_of
+from .conditioning import (
+    Conditioning,
+    Numbering,
+    Origin,
+    Preparations,
+    Recording,
+    copied,
+    joined,
+    latents_in,
+    origin_of,
+    place_of,
+)
 from .frames import FrameLayout
 from .modular import ModularCall
+from .plain import AUDIO, Media
 from .slices import Decode, decoding, has_decoder, measuring, same
-from .stand_in import RecordedStep, ReplayStop, make_probe, make_recorder, probe_class
+from .stand_in import RecordedStep, ReplayStop, joined_steps, make_probe, make_recorder, probe_class
 from .view import counting_rows, denoiser_names, no_guidance, set_differentiable
 
 __all__ = ["PipelineReplay"]
@@ -73,8 +85,9 @@ class PipelineReplay:
         for name in self.denoisers:
             set_differentiable(getattr(pipeline, name))
         self._calls = PipelineCalls(pipeline, self.component)
-        self._probe_class = probe_class(type(scheduler), self.name)
-        self._place: Tensor | None = None
+        self._probe_class = probe_class(type(scheduler))
+        self._origins = {0: Origin(self._calls.call.source)}  # of what is stepped by the scheduler and its copies, by number
+        self._state_is_found = False
         self._first = 0
         self.guides_itself = False
         self.guidance_is_distilled = self.embeds_guidance and guidance_scale > 1
@@ -118,6 +131,11 @@ class PipelineReplay:
     def runs_safety_checker(self) -> bool:
         """Whether its call hands images to a safety checker, with or without gradient."""
         return self._calls.call.insists_on_safety_checker and self.pipeline.safety_checker is not None
+
+    @property
+    def makes_audio(self) -> bool:
+        """Whether it makes a sound with its videos."""
+        return AUDIO in self._calls.call.outputs[1:]
 
     @property
     def embeds_guidance(self) -> bool:
@@ -221,7 +239,7 @@ class PipelineReplay:
             for generator, start in zip(generators, before, strict=True):
                 generator.set_state(start.get_state())
             recordings[mode] = self._dry_run(columns, generators, texts, guided=mode)
-        conditioning = Conditioning(recordings, self._calls.call.source, self._place, tuple(before))
+        conditioning = Conditioning(recordings, tuple(self._origins.values()), tuple(before))
         x = conditioning.start
         return x.to(torch.promote_types(x.dtype, torch.float32)), conditioning
 
@@ -257,13 +275,23 @@ class PipelineReplay:
         if not 0 <= index < steps:
             raise ValueError(f"index={index} is not on the grid; pass 0 to {steps - 1}.")
         # Counted from the end: a pipeline that leaves out the first steps moves the index, but not the distance to the end.
-        probe = make_probe(self._probe_class, grid or self.scheduler, visit=(index - steps,))
+        given = grid or self.scheduler, (index - steps,), tuple(self._origins)
+        probe = make_probe(self._probe_class, *given)
         recording, returns = conditioning.recording(guided), conditioning.returns_with(x, guided)
         with suppress(ReplayStop):
             self._calls.replayed(probe, recording, conditioning.generators, returns, x.device, denoiser)
-        if probe.captured is None:
+        # A pipeline that carries its batch doubled for guidance hands it over like that.
+        return joined([output[: len(x)] for output in self._captured(probe, index)])
+
+    def _captured(self, probe: Any, index: int) -> list[Tensor]:
+        """What was handed to the scheduler, or to each of several."""
+        streams = [probe.streams[number] for number in self._origins if number < len(probe.streams)]
+        captured = [stream.captured for stream in streams if stream.captured is not None]
+        if not captured:
             raise ValueError(f"{self.name} does not call scheduler.step at step {index}; it cannot be replayed.")
-        return probe.captured[: len(x)]  # a pipeline that carries its batch doubled for guidance hands it over like that
+        if len(captured) < len(self._origins):
+            raise self._no_one_chain("one is called more often than another")
+        return captured
 
     def decode(self, x: Tensor, conditioning: Conditioning, frames: Sequence[int] | None = None) -> Tensor:
         """Images of final latents x by the pipeline's own unpacking, VAE and post-processing; no denoiser evaluation.
@@ -278,12 +306,16 @@ class PipelineReplay:
             x (the pipeline clamps images: a saturated pixel has no gradient). The gradient is that of the whole decoding's same
             frames. After `find_frames` it takes one more forward pass, and the memory of one slice, where the decoder has slices.
         """
+        return self.decode_media(x, conditioning, frames).images
+
+    def decode_media(self, x: Tensor, conditioning: Conditioning, frames: Sequence[int] | None = None) -> Media:
+        """As `decode`, with the sound where the pipeline makes one with its videos."""
         layout = self.frame_layout
         if layout is None:
             return self._decode(x, conditioning)
         return self._decode(x, conditioning, decoding(layout, range(layout.num_frames) if frames is None else frames))
 
-    def _decode(self, x: Tensor, conditioning: Conditioning, decoding: Callable[[Any], Decode] | None = None) -> Tensor:
+    def _decode(self, x: Tensor, conditioning: Conditioning, decoding: Callable[[Any], Decode] | None = None) -> Media:
         probe = make_probe(self._probe_class, self.scheduler, visit=())
         guided = True in conditioning.recordings
         recording, returns = conditioning.recording(guided), conditioning.returns_with(x, guided)
@@ -312,6 +344,17 @@ class PipelineReplay:
         Returns:
             Images (B, 3, H, W) in [0, 1] (videos, waveforms as `decode`), without graph.
         """
+        return self.sample_media(columns, generators, noise, guided=guided).images
+
+    def sample_media(
+        self,
+        columns: dict[str, list[Any]],
+        generators: list[torch.Generator],
+        noise: list[torch.Generator] | None = None,
+        *,
+        guided: bool = True,
+    ) -> Media:
+        """As `sample`, with the sound where the pipeline makes one with its videos."""
         own = self.pipeline.scheduler
         scheduler = copy.deepcopy(own) if noise is None else make_recorder(self.scheduler, noise, kept=1)
         return self._calls.ordinary(scheduler, self.arguments(columns, len(generators), guided=guided), generators)
@@ -324,18 +367,21 @@ class PipelineReplay:
         guided: bool = True,
         stop_after: int | None = None,
         **arguments: Any,
-    ) -> tuple[Tensor | None, list[RecordedStep]]:
-        """The pipeline's own, undisturbed `__call__` on the memoryless scheduler: its images, and what passed `scheduler.step`.
+    ) -> tuple[Media | None, list[RecordedStep]]:
+        """The pipeline's own, undisturbed `__call__` on the memoryless scheduler: what it makes, and what passed its steps.
 
         Args:
-            stop_after: leave after so many steps, without images.
+            stop_after: leave after so many steps, with nothing made.
             arguments: replace those of the call.
+
+        Raises:
+            ValueError: if the steps of several schedulers are not those of one.
         """
         recorder = make_recorder(self.scheduler, generators, stop_after)
-        images, call = None, {**self.arguments(columns, len(generators), guided=guided), **arguments}
+        made, call = None, {**self.arguments(columns, len(generators), guided=guided), **arguments}
         with suppress(ReplayStop):
-            images = self._calls.ordinary(recorder, call, generators)
-        return images, list(recorder.record)
+            made = self._calls.ordinary(recorder, call, generators)
+        return made, self._steps_of(recorder)
 
     # ------------------------------------------------------------------------------- which network acts, where x lies
 
@@ -361,7 +407,7 @@ class PipelineReplay:
             )
         return idle
 
-    def looks_ahead(self, x: Tensor, conditioning: Conditioning, prediction: Tensor) -> bool:
+    def looks_ahead(self, x: Tensor, conditioning: Conditioning, prediction: Tensor, *, guided: bool = True) -> bool:
         """Whether the prediction depends on the timestep that its step goes to, as that of a distilled flow map does.
 
         One evaluation.
@@ -373,7 +419,7 @@ class PipelineReplay:
         grid.timesteps = grid.timesteps.clone()
         grid.timesteps[self._first + 1] = grid.timesteps[self._first]
         with torch.no_grad():
-            return not torch.equal(self.predict(x, 0, conditioning, grid=grid), prediction)
+            return not torch.equal(self.predict(x, 0, conditioning, guided=guided, grid=grid), prediction)
 
     def find_guidance(self, x: Tensor, conditioning: Conditioning) -> None:
         """Find whether the call compares predictions though its guidance scales are none, as perturbed attention does.
@@ -387,31 +433,59 @@ class PipelineReplay:
             self.predict(x, 0, conditioning)
         self.guides_itself = sum(rows) > len(x)
 
-    def find_state(self, columns: dict[str, list[Any]], generators: list[torch.Generator]) -> None:
-        """Find where the state lies in the prepared latents when it is a part of them; one step of the pipeline, or a few.
+    def find_state(self, columns: dict[str, list[Any]], generators: list[torch.Generator], *, guided: bool = True) -> None:
+        """Find what the state is: the prepared latents, a part of them, or several; one step of the pipeline, or a few.
 
         For pipelines that keep condition frames or channels in the same tensor, or unpack it before `scheduler.step` sees it: any
-        selection and order of its elements is found. To be called before `prepare`.
+        selection and order of its elements is found. And for those that step further latents with copies of their scheduler,
+        which a preparing method returned as they are. To be called before `prepare`.
+
+        Raises:
+            ValueError: if a copy of the scheduler steps something else.
         """
-        if self._calls.call.source == "randn_tensor":
+        source = self._calls.call.source
+        if source == "randn_tensor":
             return
         preparations = Preparations(generators)
-        first = self._first_sample(columns, generators, preparations)
-        latents = latents_in(preparations.returns[self._calls.call.source][0].value)
-        self._place = None
-        if first is None or (first.shape == latents.shape and torch.equal(first.to(latents.dtype), latents)):
+        arguments = self.arguments(columns, len(generators), guided=guided)
+        first = self._first_samples(arguments, generators, preparations)
+        self._state_is_found = True
+        if not first or source not in preparations.returns:
             return
-        digits = [self._first_sample(columns, copied(generators), Numbering(d)) for d in Numbering.digits_of(latents)]
-        self._place = place_of(first, latents, [found for found in digits if found is not None])
+        (main, sample), *others = first.items()
+        self._origins = {main: Origin(source)}
+        for number, latent in others:
+            if (origin := origin_of(latent, preparations.returns)) is None:
+                raise self._no_one_chain("what one of them steps is not what a prepare_… method returns")
+            self._origins[number] = origin
+        latents = latents_in(preparations.returns[source][0].value)
+        if sample.shape == latents.shape and torch.equal(sample.to(latents.dtype), latents):
+            return
+        numbered = [self._first_samples(arguments, copied(generators), Numbering(d)) for d in Numbering.digits_of(latents)]
+        place = place_of(sample, latents, [samples[main] for samples in numbered if main in samples])
+        self._origins[main] = Origin(source, place=place)
 
-    def _first_sample(
-        self, columns: dict[str, list[Any]], generators: list[torch.Generator], latents: Preparations | Numbering
-    ) -> Tensor | None:
-        """What the pipeline's own call hands to `scheduler.step` first."""
+    def _first_samples(
+        self, arguments: dict[str, Any], generators: list[torch.Generator], latents: Preparations | Numbering
+    ) -> dict[int, Tensor]:
+        """What the pipeline's own call first hands to `step` of its scheduler, and of copies of it, by their numbers."""
         recorder = make_recorder(self.scheduler, generators, stop_after=1)
         with suppress(ReplayStop):
-            self._calls.ordinary(recorder, self.arguments(columns, len(generators)), generators, latents)
-        return recorder.record[0].sample if recorder.record else None
+            self._calls.ordinary(recorder, arguments, generators, latents)
+        self._steps_of(recorder)
+        return {number: stream.record[0].sample for number, stream in enumerate(recorder.streams) if stream.record}
+
+    def _steps_of(self, recorder: Any) -> list[RecordedStep]:
+        try:
+            return joined_steps(recorder)
+        except ValueError as error:
+            raise self._no_one_chain(str(error)) from None
+
+    def _no_one_chain(self, why: str) -> ValueError:
+        return ValueError(
+            f"{self.name} steps several latents with copies of its scheduler that make no one chain, because {why}; use a "
+            f"pipeline with one scheduler, or one whose schedulers step prepared latents in turns on one grid."
+        )
 
     def find_frames(self, x: Tensor, conditioning: Conditioning) -> None:
         """Find which frames of a video its VAE can decode without the others, by a few decodings without gradient.
@@ -424,7 +498,7 @@ class PipelineReplay:
         """
         found: list[FrameLayout] = []
         with torch.no_grad():
-            whole = self._decode(x, conditioning, self._measuring(found))
+            whole = self._decode(x, conditioning, self._measuring(found)).images
         if whole.ndim != 5 or len(found) != 1:
             raise ValueError(
                 f"decode_frames chooses from the frames of a video, whose latents (B, C, F, H, W) a VAE decodes together, and "
@@ -455,6 +529,8 @@ class PipelineReplay:
                 f"{self.name} does not loop over scheduler.timesteps in its own __call__ after {source}, so its loop "
                 f"cannot be stopped before the first step; pass a pipeline that does."
             )
+        if len(probe.streams) > 1 and not self._state_is_found:
+            raise self._no_one_chain("find_state, which finds what they step, was not called or cannot do it")
         self.num_inference_steps = len(self.scheduler.timesteps)
         self._first = self.num_inference_steps - len(kept)
         if not torch.equal(kept, self.timesteps):

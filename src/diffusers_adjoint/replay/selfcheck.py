@@ -20,6 +20,7 @@ from transformers.utils import logging
 from .conditioning import copied
 from .explain import ONE_SAMPLE, errors_explained, refusal, said
 from .pipeline import PipelineReplay
+from .plain import Media
 from .quantised import quantisation_of
 from .stand_in import RecordedStep
 from .tiling import noting_tiles, warn_of_tiles
@@ -48,6 +49,7 @@ def check_replay(
     columns: dict[str, list[Any]],
     generators: list[torch.Generator],
     *,
+    check_guided: bool = True,
     check_unguided: bool = True,
 ) -> None:
     """Compare prepare, predict and decode with the pipeline's own call.
@@ -55,13 +57,13 @@ def check_replay(
     Args:
         columns, generators: a small batch as for `replay.prepare`. Copies of the generators are used; neither they nor the
             global random numbers advance.
-        check_unguided: whether `predict(guided=False)` is going to be used.
+        check_guided, check_unguided: whether `predict` is going to be asked for guided predictions, and for unguided ones.
 
     Raises:
         ValueError: naming the pipeline, the convention that it breaks, and the way out.
     """
     with errors_explained(replay, columns, generators), torch.no_grad():
-        check = _Check(replay, columns, generators, check_unguided)
+        check = _Check(replay, columns, generators, check_guided, check_unguided)
         check.decoding_has_a_gradient()
         check.prediction_is_a_function()
         check.samples_are_apart()
@@ -80,13 +82,19 @@ class _Check:
     """One small batch, and a method for each convention."""
 
     def __init__(
-        self, replay: PipelineReplay, columns: dict[str, list[Any]], generators: list[torch.Generator], unguided: bool
+        self,
+        replay: PipelineReplay,
+        columns: dict[str, list[Any]],
+        generators: list[torch.Generator],
+        guided: bool,
+        unguided: bool,
     ) -> None:
         self.replay = replay
         self.columns = columns
         self.generators = generators
-        replay.find_state(columns, self._generators())
-        self.x, self.conditioning = replay.prepare(columns, self._generators(), unguided=unguided)
+        replay.find_state(columns, self._generators(), guided=guided)
+        self.guided = guided  # of what is asked for where nothing else is said
+        self.x, self.conditioning = replay.prepare(columns, self._generators(), guided=guided, unguided=unguided)
         if replay.chooses_frames:  # first, so that the check's own decodings need no more memory than those of training
             replay.find_frames(self.x, self.conditioning)
 
@@ -146,9 +154,11 @@ class _Check:
         if len(self.x) == 1 or not others:
             return
         columns = {**self.columns, **{name: [*taken[name][:-1], other] for name, other in others.items()}}
-        self.latents_are_the_schedulers(self.replay.memoryless_sample(columns, self._generators(), stop_after=2)[1])
-        start, conditioning = self.replay.prepare(columns, self._generators(), unguided=False)
-        prediction = self.replay.predict(self.x, 0, conditioning)
+        own = self.replay.memoryless_sample(columns, self._generators(), guided=self.guided, stop_after=2)[1]
+        self.latents_are_the_schedulers(own)
+        modes = {"guided": self.guided, "unguided": not self.guided}
+        start, conditioning = self.replay.prepare(columns, self._generators(), **modes)
+        prediction = self.replay.predict(self.x, 0, conditioning, guided=self.guided)
         if not (_equal(start[0], self.x[0]) and _equal(prediction[0], self._predict(self.x, 0)[0])):
             raise self._error("shows a sample the images of the others", ONE_SAMPLE)
 
@@ -169,7 +179,7 @@ class _Check:
                     "use a pipeline without that feature, such as an inpainting one whose mask is an input of its network",
                 )
 
-    def prediction_is_the_pipelines(self, steps: list[RecordedStep], guided: bool = True) -> None:
+    def prediction_is_the_pipelines(self, steps: list[RecordedStep], guided: bool | None = None) -> None:
         """Each step's prediction, asked for by itself, is what the pipeline's own call handed to its scheduler."""
         for index, step in enumerate(steps):
             if not _equal(self._predict(step.sample, index, guided), step.model_output):
@@ -227,7 +237,9 @@ class _Check:
         """The same latents give the same images as at the end of the pipeline's own call, here of two steps, and a gradient."""
         # Pipelines that start below noise keep a part of the steps.
         few = math.ceil(2 * len(self.replay.scheduler.timesteps) / len(self.replay.timesteps))
-        images, steps = self.replay.memoryless_sample(self.columns, self._generators(), num_inference_steps=few)
+        given = self.columns, self._generators()
+        made, steps = self.replay.memoryless_sample(*given, guided=self.guided, num_inference_steps=few)
+        images = None if made is None else made.images
         if not isinstance(images, Tensor) or len(images) != len(self.x):
             found = f"{len(images)} images" if isinstance(images, Tensor) else f"a {type(images).__name__}"
             raise self._error(f"returns {found} for {len(self.x)} samples", "use a pipeline whose first output is their tensor")
@@ -238,9 +250,9 @@ class _Check:
             )
         latents = steps[-1].prev_sample.to(self.x.dtype).requires_grad_()
         with torch.enable_grad():
-            decoded = self.replay.decode(latents, self.conditioning)
-        if not _equal(decoded.detach(), images):
-            if not _equal(decoded, self.replay.decode(latents, self.conditioning)):
+            decoded = self.replay.decode_media(latents, self.conditioning)
+        if not _alike(decoded, made):
+            if not _alike(decoded, self.replay.decode_media(latents, self.conditioning)):
                 raise self._error(
                     "decodes the same latents to other images each time",
                     "switch off the noise that its decoder draws, unless it draws it from the call's generators",
@@ -251,15 +263,18 @@ class _Check:
 
     def warn_of_a_flow_map(self) -> None:
         """Its training samples something else than its own steps do; nothing is wrong with the replay."""
-        if len(self.replay.timesteps) > 1 and self.replay.looks_ahead(self.x, self.conditioning, self.prediction):
+        if len(self.replay.timesteps) > 1 and self.replay.looks_ahead(
+            self.x, self.conditioning, self.prediction, guided=self.guided
+        ):
             logger.warning(
                 f"the {self.replay.component} of {self.replay.name} is told the timestep that each step goes to, so it predicts "
                 f"the way there, as models distilled to few steps do, and not the velocity that the memoryless chain needs; "
                 f"train the model that it was distilled from."
             )
 
-    def own_steps(self, stop_after: int, guided: bool = True) -> list[RecordedStep]:
+    def own_steps(self, stop_after: int, guided: bool | None = None) -> list[RecordedStep]:
         """The first steps of the pipeline's own call on the memoryless scheduler."""
+        guided = self.guided if guided is None else guided
         return self.replay.memoryless_sample(self.columns, self._generators(), guided=guided, stop_after=stop_after)[1]
 
     def _derivative_error(self, leaf: Tensor, output: Tensor, function: Callable[[Tensor], Tensor], size: float) -> float:
@@ -285,7 +300,8 @@ class _Check:
         """x as the pipeline will round it."""
         return x.to(self.conditioning.start.dtype).to(x.dtype)
 
-    def _predict(self, x: Tensor, index: int, guided: bool = True) -> Tensor:
+    def _predict(self, x: Tensor, index: int, guided: bool | None = None) -> Tensor:
+        guided = self.guided if guided is None else guided
         return self.replay.predict(x, index, self.conditioning, guided=guided)
 
     def _step_of_the_trained_network(self) -> int:
@@ -358,6 +374,11 @@ def _way_out_of_quantisation(name: str, stored: str) -> str:
 
 def _equal(a: Tensor, b: Tensor) -> bool:
     return a.shape == b.shape and torch.equal(a, b)
+
+
+def _alike(a: Media, b: Media) -> bool:
+    pairs = zip(a, b, strict=True)
+    return all(one is other or (isinstance(one, Tensor) and _equal(one.detach(), other.detach())) for one, other in pairs)
 
 
 def _dot(a: Tensor, b: Tensor) -> float:

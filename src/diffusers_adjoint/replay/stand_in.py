@@ -21,9 +21,10 @@ import torch
 from diffusers.schedulers.scheduling_utils import SchedulerOutput
 from torch import Tensor
 
-from .conditioning import copied
+from .conditioning import copied, joined
 
-__all__ = ["ReplayStop", "ReplayedTimesteps", "RecordedStep", "make_probe", "make_recorder", "probe_class", "replayable"]
+__all__ = ["RecordedStep", "ReplayStop", "ReplayedTimesteps", "joined_steps", "make_probe", "make_recorder"]
+__all__ += ["probe_class", "replayable"]
 
 
 class ReplayStop(BaseException):
@@ -115,8 +116,8 @@ class _StandIn:
         return sample
 
 
-def probe_class(scheduler_class: type, pipeline: str) -> type:
-    """A subclass of the scheduler's class for `make_probe`; `pipeline` is a name for its message."""
+def probe_class(scheduler_class: type) -> type:
+    """A subclass of the scheduler's class for `make_probe`."""
 
     # Pipelines read the signatures (`sigmas`, `mu`, `eta`, `generator`) before they call; `wraps` keeps the real ones.
     @functools.wraps(scheduler_class.set_timesteps)  # type: ignore[attr-defined]
@@ -126,15 +127,19 @@ def probe_class(scheduler_class: type, pipeline: str) -> type:
             _copy_tables(self)
 
     @functools.wraps(scheduler_class.step)  # type: ignore[attr-defined]
-    def step(self: Any, model_output: Tensor, *args: Any, **kwargs: Any) -> None:
+    def step(self: Any, model_output: Tensor, timestep: Any, sample: Tensor, *args: Any, **kwargs: Any) -> Any:
+        """Keep the prediction, and go on to the next scheduler as if this one had done nothing, until all have theirs."""
         self.captured = model_output
-        raise ReplayStop
+        if all(number < len(self.streams) and self.streams[number].captured is not None for number in self._awaited):
+            raise ReplayStop
+        return SchedulerOutput(prev_sample=sample) if kwargs.get("return_dict", True) else (sample,)
 
-    def deepcopy(self: Any, memo: dict[int, Any]) -> None:
-        raise ValueError(
-            f"{pipeline} copies its scheduler to step something beside its latents (audio, single frames), which has no place in "
-            f"one trajectory; use a pipeline with one scheduler."
-        )
+    def deepcopy(self: Any, memo: dict[int, Any]) -> Any:
+        """A pipeline copies its scheduler to step something beside its latents."""
+        twin = copy.copy(self)
+        twin._scheduler, twin.captured = copy.copy(self._scheduler), None
+        self.streams.append(twin)
+        return twin
 
     methods = {"set_timesteps": set_timesteps, "step": step, "__deepcopy__": deepcopy, "__module__": __name__}
     return type("Replayed" + scheduler_class.__name__, (_StandIn, scheduler_class), methods)
@@ -146,25 +151,51 @@ def _copy_tables(probe: Any) -> None:
     probe.timesteps = ReplayedTimesteps.of(probe._scheduler.timesteps, probe._visit)
 
 
-def make_probe(cls: Any, scheduler: Any, visit: tuple[int, ...] | None) -> Any:
+def make_probe(cls: Any, scheduler: Any, visit: tuple[int, ...] | None, awaited: tuple[int, ...] = ()) -> Any:
     """A stand-in for `scheduler` that visits the given positions of its grid (see `ReplayedTimesteps`).
 
-    Its `step` keeps the model output as `captured` and stops the call. With `visit=None` its `set_timesteps` sets the tables
-    of `scheduler` itself; otherwise they are taken as they are. `cls` is `probe_class(type(scheduler))`, made once.
+    Its `streams` are itself and the copies that the pipeline makes of it, in their order. A `step` keeps the model output as
+    `captured`, and stops the call when those of the numbers in `awaited` have one. With `visit=None` its `set_timesteps` sets
+    the tables of `scheduler` itself; otherwise they are taken as they are. `cls` is `probe_class(type(scheduler))`, made once.
     """
     probe = object.__new__(cls)
-    probe._scheduler, probe._visit = scheduler, visit
+    probe._scheduler, probe._visit, probe._awaited, probe.streams = scheduler, visit, awaited, [probe]
     _copy_tables(probe)
     return probe
 
 
 @dataclass(frozen=True)
 class RecordedStep:
-    """One call of `scheduler.step`, made by the pipeline itself, for the B samples of the batch."""
+    """One call of `scheduler.step`, made by the pipeline itself, for the B samples of the batch.
+
+    Where several latents are stepped, one call of each scheduler, with the tensors as `joined`.
+    """
 
     model_output: Tensor
     sample: Tensor
     prev_sample: Tensor
+    timestep: Any
+
+
+def joined_steps(recorder: Any) -> list[RecordedStep]:
+    """What the streams of a recorder have in their records, as one record.
+
+    Raises:
+        ValueError: if they have not stepped in turns, at the same timesteps, on the same noise levels.
+    """
+    streams = [stream for stream in recorder.streams if stream.record]
+    if len({len(stream.record) for stream in streams}) > 1:
+        raise ValueError("one is called more often than another")
+    steps = list(zip(*(stream.record for stream in streams), strict=True))
+    if len(streams) > 1 and any(len({float(step.timestep) for step in together}) > 1 for together in steps):
+        raise ValueError("they are called at different timesteps")
+    if any(not torch.equal(stream.levels, streams[0].levels) for stream in streams):
+        raise ValueError("they have different noise levels")
+    names = ("model_output", "sample", "prev_sample")
+    return [
+        RecordedStep(*(joined([getattr(step, name) for step in together]) for name in names), together[0].timestep)
+        for together in steps
+    ]
 
 
 def make_recorder(
@@ -172,8 +203,11 @@ def make_recorder(
 ) -> Any:
     """A copy of `scheduler` that does its work, keeps the last `kept` steps in `record`, and stops the call after `stop_after`.
 
-    Its noise comes from copies of the generators, whatever the pipeline passes: whether the call's own ones move on during the
-    loop would differ from pipeline to pipeline, and with it what its decoder draws.
+    Its `streams` are itself and the copies that the pipeline makes of it, in their order, each with a record of its own. All have
+    to be at `stop_after` for the call to stop, or one beyond it: a copy may be made for nothing.
+
+    The noise comes from copies of the generators, whatever the pipeline passes: whether the call's own ones move on during the
+    loop would differ from pipeline to pipeline, and with it what its decoder draws. The streams draw from them in turns.
 
     A pipeline that carries a batch doubled for guidance hands 2 B samples to `step`, of which the first B count.
     """
@@ -182,18 +216,28 @@ def make_recorder(
     @functools.wraps(scheduler_class.step)
     def step(self: Any, model_output: Tensor, timestep: Any, sample: Tensor, *args: Any, **kwargs: Any) -> Any:
         """The scheduler's own step on the first B samples, recorded, and repeated for the copies."""
+        if self.steps == stop_after:
+            raise ReplayStop
         as_output, copies = kwargs.pop("return_dict", True), len(sample) // batch_size
         kwargs["generator"] = noise
         before = model_output[:batch_size].clone(), sample[:batch_size].clone()  # the pipeline may go on to write into them
         after = scheduler_class.step(self, before[0], timestep, before[1], *args, return_dict=False, **kwargs)[0]
-        self.record.append(RecordedStep(*before, prev_sample=after))
-        if len(self.record) == stop_after:
+        self.record.append(RecordedStep(*before, after, timestep))
+        self.steps += 1
+        if stop_after is not None and all(stream.steps >= stop_after for stream in self.streams):
             raise ReplayStop
         prev_sample = after.clone() if copies == 1 else torch.cat([after] * copies)
         return SchedulerOutput(prev_sample=prev_sample) if as_output else (prev_sample,)
 
+    def deepcopy(self: Any, memo: dict[int, Any]) -> Any:
+        twin = copy.copy(self)
+        twin.record, twin.steps = deque(maxlen=kept), 0
+        self.streams.append(twin)
+        return twin
+
     recorder = copy.deepcopy(scheduler)
     recorder.__dict__.pop("init_noise_sigma", None)
-    recorder.__class__ = type("Recorded" + scheduler_class.__name__, (_StandIn, scheduler_class), {"step": step})
-    recorder.record = deque(maxlen=kept)
+    methods = {"step": step, "__deepcopy__": deepcopy}
+    recorder.__class__ = type("Recorded" + scheduler_class.__name__, (_StandIn, scheduler_class), methods)
+    recorder.record, recorder.steps, recorder.streams = deque(maxlen=kept), 0, [recorder]
     return recorder

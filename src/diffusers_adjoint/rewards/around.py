@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
+from .calling import AUDIO
 from .combine import RewardFunction, WeightedReward, with_graph
 from .preprocess import check_images, check_tensor
 
@@ -56,8 +57,8 @@ class _Around(nn.Module):
         check_tensor(images)
         return self.around(self._score, images, prompts, columns)
 
-    def require_arguments(self, columns: Columns) -> set[str]:
-        return self.inner.require_arguments(columns)
+    def require_arguments(self, columns: Columns, *, with_audio: bool = False) -> set[str]:
+        return self.inner.require_arguments(columns, with_audio=with_audio)
 
     def asked_frames(self, num_frames: int) -> set[int]:
         return self.inner.asked_frames(num_frames) if self.frames is None else set(self.frames(num_frames))
@@ -65,7 +66,8 @@ class _Around(nn.Module):
     def _score(self, images: Tensor, prompts: list[str], columns: Columns) -> Tensor:
         values = self.inner(images, prompts, **columns)
         if torch.is_grad_enabled() and images.requires_grad:  # in a sum nobody else would see that one has no gradient
-            values |= {name: with_graph(name, values[name], images) for name in self.inner.aimed_at}
+            shown = [part for part in (images, columns.get(AUDIO)) if isinstance(part, Tensor) and part.requires_grad]
+            values |= {name: with_graph(name, values[name], *shown) for name in self.inner.aimed_at}
         return self.inner.total(values)
 
 
@@ -177,7 +179,10 @@ def _evenly_spaced(count: int, of: int) -> list[int]:
     return [round(i * (of - 1) / (count - 1)) for i in range(count)]
 
 
-def _repeated(values: Sequence[Any], times: int) -> list[Any]:
+def _repeated(values: Any, times: int) -> Any:
+    """Each entry of a list, or each row of a tensor, so many times in a row."""
+    if isinstance(values, Tensor):
+        return values.repeat_interleave(times, 0)
     return [value for value in values for _ in range(times)]
 
 
@@ -244,9 +249,15 @@ def gradient_clipped(reward: RewardFunction, max_norm: float) -> nn.Module:
     def around(score: Score, images: Tensor, prompts: list[str], columns: Columns) -> Tensor:
         if not (torch.is_grad_enabled() and images.requires_grad):
             return score(images, prompts, columns)
-        x = images.detach().requires_grad_()
+        x, sound = images.detach().requires_grad_(), columns.get(AUDIO)
         value = score(x, prompts, columns)
-        (gradient,) = torch.autograd.grad(value.sum(), x, allow_unused=True)
+        hears = [sound] if isinstance(sound, Tensor) and sound.requires_grad else []
+        gradient, *of_sound = torch.autograd.grad(value.sum(), [x, *hears], allow_unused=True, retain_graph=bool(hears))
+        if gradient is not None and any(part is not None for part in of_sound):
+            raise ValueError(
+                "gradient_clipped shortens the gradient in the pixels, and this reward has one in the sound too; put it around "
+                "one of the images alone."
+            )
         if gradient is None:  # a value with a gradient, but in something else than the images
             return value
         with_gradient: Callable[..., Tensor] = _WithGradient.apply

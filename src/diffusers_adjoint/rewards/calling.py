@@ -18,7 +18,9 @@ from transformers.utils import logging
 
 from .black_box import as_pil, numbers
 
-__all__ = ["call_reward", "naming"]
+__all__ = ["AUDIO", "call_reward", "naming"]
+
+AUDIO = "audio"  # the argument by which rewards ask for the sound of videos
 
 logger = logging.get_logger(__name__)
 
@@ -35,8 +37,8 @@ def call_reward(
     """What `function` returns, float32 or better, (B,); NaN for an image that it has no value for.
 
     Images, prompts and columns are copies: a function may write into them, and nobody else sees it. The gradient of an image
-    that the function has no value for is 0, where the function's own may be NaN. Where nothing is differentiated an array or a
-    list of numbers is as good as a tensor.
+    that the function has no value for is 0, where the function's own may be NaN; so is that of its sound, which is a column.
+    Where nothing is differentiated an array or a list of numbers is as good as a tensor.
 
     Raises:
         TypeError: if it does not return a tensor, or what is as good.
@@ -45,15 +47,17 @@ def call_reward(
     """
     own = images.clone()
     node = own.grad_fn  # None where nothing is differentiated
+    own_columns = _copied(columns)
+    nodes = [part.grad_fn for part in (own, own_columns.get(AUDIO)) if isinstance(part, Tensor) and part.grad_fn is not None]
     with naming(name):
         shown = own if images_as == "tensor" else as_pil(images)
-        value = _checked(function(images=shown, prompts=list(prompts), **_copied(columns)), name, images)
+        value = _checked(function(images=shown, prompts=list(prompts), **own_columns), name, images)
         if node is not None:
             _warn_of_writing_past_autograd(name, own, node, images)
     missing = value.detach().isnan()
-    if node is not None and missing.any():
+    for copied_at in nodes if missing.any() else ():
         # At the copy's node, below whatever the function did in place: 0 · NaN of a root of −1, say, would be NaN.
-        node.register_prehook(lambda gradients: _silenced(gradients[0], missing))
+        copied_at.register_prehook(lambda gradients: _silenced(gradients[0], missing))
     return value
 
 

@@ -15,12 +15,16 @@ from torch.autograd.graph import Node, get_gradient_edge
 
 from ..core.adjoint import vector_jacobian
 from .black_box import asked_in_threads
-from .calling import call_reward, naming
+from .calling import AUDIO, call_reward, naming
 
-__all__ = ["RewardFunction", "RewardGradient", "WeightedReward", "reward_gradient", "total_reward", "with_graph"]
+__all__ = ["RewardFunction", "RewardGradient", "WeightedReward", "needs_audio", "reward_gradient", "total_reward"]
+__all__ += ["with_graph"]
 
 RewardFunction = Callable[..., Tensor]
-"""f(images=(B, 3, H, W) in [0, 1], prompts=list of B, **dataset columns) → (B,), differentiable in `images`."""
+"""f(images=(B, 3, H, W) in [0, 1], prompts=list of B, **dataset columns) → (B,), differentiable in `images`.
+
+Of videos with a sound `audio=(B, …)`, the waveform, is among the columns, and what is asked for it may be differentiable in it.
+"""
 
 
 class WeightedReward:
@@ -69,20 +73,31 @@ class WeightedReward:
             module.to(device)
         return self
 
-    def require_arguments(self, columns: dict[str, list[Any]]) -> set[str]:
+    def require_arguments(self, columns: dict[str, list[Any]], *, with_audio: bool = False) -> set[str]:
         """The columns that a function asks for by name.
+
+        Args:
+            with_audio: whether the images are videos that come with their sound, which is then the column of that name.
 
         Raises:
             ValueError: if a function cannot be called with images, prompts and what it takes of these dataset columns.
         """
+        if with_audio and AUDIO in columns:
+            raise ValueError(f"column {AUDIO!r} has the name of the sound that the pipeline makes for the rewards; rename it.")
         asked: set[str] = set()
+        given = {**columns, AUDIO: []} if with_audio else columns
         for name, function in zip(self.names, self.functions, strict=True):
             if hasattr(function, "require_arguments"):  # a function around others, which knows what they ask for
-                asked |= function.require_arguments(columns)
+                asked |= function.require_arguments(columns, with_audio=with_audio)
                 continue
             signature = _signature(function)
+            if AUDIO not in given and needs_audio(function):
+                raise ValueError(
+                    f"reward {name!r} asks for audio=, but the pipeline makes no sound with its images; take audio out of its "
+                    f"arguments (a pipeline that makes nothing but sound hands it over as images=), or take another pipeline."
+                )
             try:
-                signature.bind(images=None, prompts=None, **_taken(function, columns))
+                signature.bind(images=None, prompts=None, **_taken(function, given))
             except TypeError as error:
                 raise ValueError(
                     f"reward {name!r} cannot be called as f(images=, prompts=, **columns) with the columns {sorted(columns)} "
@@ -115,16 +130,20 @@ class WeightedReward:
         """Each function's value, name → (B,) float32 or better. A function gets the columns that it has arguments for.
 
         What it gets is its own: it may write into images, prompts and columns, and no other function sees it. NaN means that it
-        has no value for an image. It never sees NaN or infinite pixels, as an overflowing 16-bit decoder makes them: such an
-        image has the value NaN in all functions.
+        has no value for an image. It never sees NaN or infinite pixels or sounds, as an overflowing 16-bit decoder makes them:
+        such an image has the value NaN in all functions.
 
         Raises:
             TypeError: if a function does not return a tensor.
             ValueError: if it does not return one value for each image, on their device.
             Exception: of the type that a function raises; its text then begins with the function's name.
         """
-        finite = images.detach().flatten(1).isfinite().all(1)
-        shown = images if finite.all() else torch.where(finite.view(-1, *[1] * (images.ndim - 1)), images, 0.5)
+        heard = [columns[AUDIO]] if isinstance(columns.get(AUDIO), Tensor) else []
+        finite = torch.stack([part.detach().flatten(1).isfinite().all(1) for part in (images, *heard)]).all(0)
+        shown = images
+        if not finite.all():
+            shown = _where(finite, images, 0.5)
+            columns |= dict(zip([AUDIO], [_where(finite, sound, 0.0) for sound in heard], strict=False))
         values = {
             name: self._value(name, function, shown, prompts, _taken(function, columns))
             for name, function in zip(self.names, self.functions, strict=True)
@@ -148,6 +167,17 @@ class WeightedReward:
     def total(self, values: dict[str, Tensor]) -> Tensor:
         """Σ_i w_i f_i, shape (B,), from the values of a call; see `total_reward`."""
         return total_reward(values, self.aimed_at)
+
+
+def _where(rows: Tensor, values: Any, other: float) -> Any:
+    """(B, …) as it is in these rows, (B,), and `other` in the rest."""
+    return torch.where(rows.view(-1, *[1] * (values.ndim - 1)), values, other)
+
+
+def needs_audio(function: RewardFunction) -> bool:
+    """Whether it cannot be called without the sound of the videos."""
+    asked = _signature(function).parameters.get(AUDIO)
+    return asked is not None and asked.default is asked.empty
 
 
 def total_reward(values: Mapping[str, Tensor], weights: Mapping[str, float]) -> Tensor:
@@ -181,32 +211,36 @@ class RewardGradient:
 
 def reward_gradient(
     end_point: Tensor,
-    decode: Callable[[Tensor], Tensor],
+    decode: Callable[[Tensor], Tensor | tuple[Tensor, Tensor | None]],
     reward: WeightedReward,
     prompts: list[str],
     columns: dict[str, list[Any]],
 ) -> RewardGradient:
     """Decode the end points, score the images, and differentiate: one decoder pass forward and one back.
 
+    Args:
+        decode: end points → images, or images and their sound, which rewards get as `audio`.
+
     Raises:
-        ValueError: if a reward with a weight is not differentiable in the images, or the decoder is not in the end points.
+        ValueError: if a reward with a weight is not differentiable in the images or the sound, or the decoder is not in the end
+            points.
     """
     x = end_point.detach().requires_grad_()
     with torch.enable_grad():
-        decoded = decode(x)
-        if not decoded.requires_grad:
+        made = decode(x)
+        decoded = [made] if isinstance(made, Tensor) else [part for part in made if part is not None]
+        if not decoded[0].requires_grad:
             raise ValueError(_NO_GRADIENT_IN_THE_DECODER)
-        # A fresh leaf in float32: gradients in the pixels are small, a 16-bit decoder's output would round them away.
-        images = decoded.detach().to(torch.promote_types(decoded.dtype, torch.float32)).requires_grad_()
-        values = reward(images, prompts, **columns)
-        values |= {name: with_graph(name, values[name], images) for name in reward.aimed_at}
+        # Fresh leaves in float32: gradients in the pixels are small, a 16-bit decoder's output would round them away.
+        shown = [part.detach().to(torch.promote_types(part.dtype, torch.float32)).requires_grad_() for part in decoded]
+        columns = columns | dict(zip([AUDIO], shown[1:], strict=False))
+        values = reward(shown[0], prompts, **columns)
+        values |= {name: with_graph(name, values[name], *shown) for name in reward.aimed_at}
         total = reward.total(values).detach()
-        in_pixels = _in_pixels(values, reward.aimed_at, images)
+        slopes = _in_what_is_shown(values, reward.aimed_at, shown)
     values = {name: value.detach() for name, value in values.items()}  # frees the rewards' graphs before the decoder's is used
-    gradient = vector_jacobian(decoded, x, in_pixels)
-    if gradient is None:
-        raise ValueError(_NO_GRADIENT_IN_THE_DECODER)
-    return RewardGradient(total, values, gradient, images.detach())
+    gradient = _pulled_back(decoded, x, slopes)
+    return RewardGradient(total, values, gradient, shown[0].detach())
 
 
 _NO_GRADIENT_IN_THE_DECODER = (
@@ -214,35 +248,56 @@ _NO_GRADIENT_IN_THE_DECODER = (
 )
 
 
-def _in_pixels(values: dict[str, Tensor], weights: dict[str, float], images: Tensor) -> Tensor:
-    """Σ_i w_i ∂f_i/∂images; one by one, so that an error has the name of its reward."""
-    gradients: list[Tensor] = []
+def _pulled_back(decoded: list[Tensor], x: Tensor, slopes: list[Tensor | None]) -> Tensor:
+    """Σ (∂decoded/∂x)ᵀ slope over images and sound, as far as there is a slope, in one pass back.
+
+    Raises:
+        ValueError: if what a reward depends on has no gradient in x.
+    """
+    acting = [(part, slope) for part, slope in zip(decoded, slopes, strict=True) if slope is not None]
+    if not all(part.requires_grad for part, _ in acting):
+        raise ValueError(_NO_GRADIENT_IN_THE_DECODER.replace("images have", "sound has"))
+    output, slope = acting[0]
+    if len(acting) > 1:
+        output, slope = (torch.cat([part.flatten(1) for part in parts], 1) for parts in zip(*acting, strict=True))
+    gradient = vector_jacobian(output, x, slope)
+    if gradient is None:
+        raise ValueError(_NO_GRADIENT_IN_THE_DECODER)
+    return gradient
+
+
+def _in_what_is_shown(values: dict[str, Tensor], weights: dict[str, float], shown: list[Tensor]) -> list[Tensor | None]:
+    """Σ_i w_i ∂f_i/∂images, and in the sound; one by one, so that an error has the name of its reward.
+
+    `None` for what no reward depends on.
+    """
+    slopes: list[Tensor | None] = [None] * len(shown)
     last = next(reversed(weights))
     for name, w in weights.items():
         term = total_reward(values, {name: w}).sum()
         with naming(name):  # functions may share what they compute: the graph stays until the last one
-            (gradient,) = torch.autograd.grad(term, images, retain_graph=name != last, allow_unused=True)
-        if gradient is None:  # an autograd function of the reward's own may give None
+            found = torch.autograd.grad(term, shown, retain_graph=name != last, allow_unused=True)
+        if all(gradient is None for gradient in found):  # an autograd function of the reward's own may give None
             raise _of_something_else(name)
-        gradients.append(gradient)
-    return sum(gradients[1:], gradients[0])
+        slopes = [a if b is None else b if a is None else a + b for a, b in zip(slopes, found, strict=True)]
+    return slopes
 
 
-def with_graph(name: str, value: Tensor, images: Tensor) -> Tensor:
-    """A reward's value, checked for a path of autograd to the images.
+def with_graph(name: str, value: Tensor, *shown: Tensor) -> Tensor:
+    """A reward's value, checked for a path of autograd to the images, or to their sound.
 
     Raises:
         ValueError: if there is none, and a value for at least one image.
     """
     if not value.isfinite().any():  # no reward for any of these images, and so nothing to differentiate
-        return value + 0.0 * images.flatten(1).sum(1)
+        return value + 0.0 * shown[0].flatten(1).sum(1)
     if not value.requires_grad:
         raise ValueError(
             f"reward {name!r} is not differentiable in the images; remove torch.no_grad(), .detach(), .item(), PIL or uint8 "
             "conversion from it, Adjoint Matching needs ∂reward/∂pixels."
         )
     # Or to what the images come from: functions may share what they compute, each of its own copy of the same images.
-    sources = set(_graph(images))
+    sources = {node for part in shown for node in _graph(part)}
     if not any(node in sources for node in _graph(value)):
         raise _of_something_else(name)
     return value

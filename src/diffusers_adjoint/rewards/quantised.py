@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from transformers.utils import logging
 
 from ..replay.quantised import quantisation_of
-from .combine import WeightedReward
+from .combine import WeightedReward, needs_audio
 
 __all__ = ["gradient_error", "warn_of_quantised_rewards"]
 
@@ -25,14 +25,14 @@ _TOLERANCE = 0.15  # tiny networks: sound ones reach 0.07, rounding that keeps i
 def warn_of_quantised_rewards(reward: WeightedReward, images: Tensor, prompts: list[str], columns: dict[str, list[Any]]) -> None:
     """Compare the gradient of each reward module that holds quantised weights with finite differences, and say so if they differ.
 
-    It costs 49 evaluations of such a reward, on one image.
+    It costs 49 evaluations of such a reward, on one image. One of the sound is left out.
 
     Args:
         images: (B, …), of which the first is used, with its prompt and its entries of the columns.
     """
     for name, function in zip(reward.names, reward.functions, strict=True):
         stored = quantisation_of(function) if isinstance(function, nn.Module) else None
-        if stored is None or name not in reward.aimed_at:
+        if stored is None or name not in reward.aimed_at or needs_audio(function):
             continue
         first = {column: values[:1] for column, values in columns.items()}
         alone = WeightedReward(function)

@@ -125,6 +125,14 @@ class MemorylessStep:
     _generator: torch.Generator | list[torch.Generator] | None = None
     _warned = False  # that the noise comes from the global generator
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> MemorylessStep:
+        """With the noise source of the original: a pipeline that steps a second latent with a copy of its scheduler would give
+        both the same noise if the copy repeated what the original draws."""
+        twin = copy.copy(self)
+        memo |= {id(self): twin, id(self._generator): self._generator}
+        twin.__dict__.update(copy.deepcopy(self.__dict__, memo))
+        return twin
+
     def set_generator(self, generator: torch.Generator | list[torch.Generator] | None) -> None:
         """The noise source of `step` when the pipeline passes none, as many do not; one generator, one a sample, or `None`
         for torch's global one. A generator given to `step` goes first."""

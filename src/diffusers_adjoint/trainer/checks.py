@@ -17,7 +17,6 @@ from ..data.prompts import require_prompt_strings
 from ..guidance import Guidance
 from ..model.denoiser import PipelineDenoiser
 from ..replay import PipelineReplay
-from ..replay.arguments import CallArguments
 from ..rewards import WeightedReward
 
 __all__ = ["columns_to_check", "require_config", "require_prompts", "require_unswitched_layers", "require_writable"]
@@ -61,7 +60,7 @@ def require_writable(folder: str, *, create: bool = True) -> None:
 
 
 def columns_to_check(
-    train_dataset: Any, eval_dataset: Any, args: AdjointMatchingConfig, arguments: CallArguments, reward: WeightedReward
+    train_dataset: Any, eval_dataset: Any, args: AdjointMatchingConfig, replay: PipelineReplay, reward: WeightedReward
 ) -> dict[str, list[Any]]:
     """The first row, as often as the check at the start of training needs it, when its columns fit pipeline and rewards.
 
@@ -70,15 +69,15 @@ def columns_to_check(
     Raises:
         ValueError: for rows that lack something, have a column too many or misspelt, in either dataset.
     """
-    rows = args.per_device_train_batch_size * args.num_generations
+    arguments, rows = replay.arguments, args.per_device_train_batch_size * args.num_generations
     largest = 1 if args.auto_find_batch_size else max(rows, args.per_device_eval_batch_size if parts_of(eval_dataset) else 1)
     columns = collate_columns([first_row(train_dataset, "train_dataset", arguments.takes_prompt)] * min(2, largest))
-    _require_fitting(columns, arguments, reward)
+    _require_fitting(columns, replay, reward)
     for part in parts_of(eval_dataset):
         evaluated = collate_columns([first_row(part, "eval_dataset", arguments.takes_prompt)])
         if missing := arguments.taken(columns).keys() - arguments.taken(evaluated).keys():
             raise ValueError(f"the eval_dataset has no column {min(missing)!r}, but the train_dataset has; add it.")
-        _require_fitting(evaluated, arguments, reward)
+        _require_fitting(evaluated, replay, reward)
         if args.world_size > 1 and not has_length(part):
             raise ValueError("a streamed eval_dataset cannot be divided evenly among processes; pass a Dataset.")
     for part in [train_dataset, *parts_of(eval_dataset)]:
@@ -88,9 +87,9 @@ def columns_to_check(
     return columns
 
 
-def _require_fitting(columns: dict[str, list[Any]], arguments: CallArguments, reward: WeightedReward) -> None:
-    arguments.require_known(columns, reward.require_arguments(without_prompt(columns)))
-    arguments(columns, rows_of(columns))
+def _require_fitting(columns: dict[str, list[Any]], replay: PipelineReplay, reward: WeightedReward) -> None:
+    replay.arguments.require_known(columns, reward.require_arguments(without_prompt(columns), with_audio=replay.makes_audio))
+    replay.arguments(columns, rows_of(columns))
 
 
 def require_unswitched_layers(method: str, args: AdjointMatchingConfig, denoiser: PipelineDenoiser) -> None:

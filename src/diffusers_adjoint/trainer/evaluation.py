@@ -67,7 +67,7 @@ def _sample(
     denoiser: PipelineDenoiser, reward: WeightedReward, columns: dict[str, list[Any]], generators: list[torch.Generator]
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """One image of each row, and what is measured on it alone, (B,)."""
-    images, values = images_and_rewards(reward, denoiser.replay.sample(columns, generators), columns)
+    images, values = images_and_rewards(reward, denoiser.replay.sample_media(columns, generators), columns)
     measured = {"reward": reward.total(values)} | {f"rewards/{name}": value for name, value in values.items()}
     if images.ndim in (4, 5):  # images and videos; sound has no range to be saturated in
         measured |= over_frames({"saturated": saturated_share}, images)

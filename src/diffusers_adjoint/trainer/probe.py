@@ -25,6 +25,7 @@ from ..metrics.images import as_three_channels
 from ..model.randomness import Stream, seeded_generators
 from ..model.samples import images_and_rewards
 from ..replay import PipelineReplay
+from ..replay.plain import Media
 from ..rewards import WeightedReward
 
 __all__ = ["Probe", "SamplerDifference", "base_rewards", "first_rows", "probe_base", "sampler_difference", "sampler_differences"]
@@ -140,8 +141,8 @@ def probe_base(
         for numbers, part in _batches(columns, count, batch_size, watched):
             for kind, measured in found.items():
                 noise = seeded_generators(seed, 0, numbers, Stream.PROBE_NOISE) if kind == "memoryless" else None
-                images = replay.sample(part, seeded_generators(seed, 0, numbers, Stream.PROBE), noise, guided=guided)
-                measured.append(_measure(reward, images, part))
+                made = replay.sample_media(part, seeded_generators(seed, 0, numbers, Stream.PROBE), noise, guided=guided)
+                measured.append(_measure(reward, made, part))
     tables = {kind: _by_prompt(measured, prompts) for kind, measured in found.items()}
     return Probe(**tables)
 
@@ -161,8 +162,9 @@ def base_rewards(
     with torch.no_grad():
         for numbers, part in _batches(columns, math.ceil(IMAGES_FOR_SCALE / prompts), batch_size, watched):
             streams = Stream.PROBE, Stream.PROBE_NOISE
-            images = replay.sample(part, *(seeded_generators(seed, 0, numbers, stream) for stream in streams), guided=guided)
-            found.append({"reward": reward.total(images_and_rewards(reward, images, part)[1])})
+            generators, noise = (seeded_generators(seed, 0, numbers, stream) for stream in streams)
+            made = replay.sample_media(part, generators, noise, guided=guided)
+            found.append({"reward": reward.total(images_and_rewards(reward, made, part)[1])})
     return _by_prompt(found, prompts)["reward"]
 
 
@@ -176,9 +178,9 @@ def _batches(
         yield numbers, {name: values[numbers.start : numbers.stop] for name, values in repeated.items()}
 
 
-def _measure(reward: WeightedReward, images: Tensor, columns: dict[str, list[Any]]) -> dict[str, Tensor]:
+def _measure(reward: WeightedReward, made: Media, columns: dict[str, list[Any]]) -> dict[str, Tensor]:
     """name → (B,)."""
-    images, values = images_and_rewards(reward, images, columns)
+    images, values = images_and_rewards(reward, made, columns)
     measured = {"reward": reward.total(values)}
     measured |= {f"rewards/{name}": value for name, value in values.items()} if len(values) > 1 else {}
     visible = as_three_channels(images)

@@ -348,10 +348,11 @@ class RewardTrainer(PipelineTrainer):
 
     def check_first_row(self) -> Collection[str]:
         """Raise ValueError if pipeline, grid or rewards fail on the first row; find the idle steps; return its columns' names."""
-        columns = columns_to_check(self.train_dataset, self.eval_dataset, self.args, self.replay.arguments, self.reward)
+        columns = columns_to_check(self.train_dataset, self.eval_dataset, self.args, self.replay, self.reward)
         generators = self._generators(range(rows_of(columns)), Stream.START)
         with self._text_encoders():
-            check_replay(self.replay, columns, generators, check_unguided=not self.guidance.loss)
+            modes = {"check_guided": self.guidance.rollout or self.guidance.loss, "check_unguided": not self.guidance.loss}
+            check_replay(self.replay, columns, generators, **modes)
         warn_of_whole_decodings(self.replay)
         first = {"columns": columns, "first_image": 0, "share": 1.0, "ends_update": False}
         chain = self.prepare_chain(first)
