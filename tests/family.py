@@ -32,7 +32,8 @@ class Family:
         one_sample: whether the pipeline takes one sample at a time; of two rows, the second one is used where another is needed.
         dtype: for finite differences; float32 where the network cannot run in double.
         step: of the finite differences, relative to the state.
-        output: name of the images among all that a modular pipeline makes; `None` for other pipelines.
+        output: name of the images among all that a modular pipeline makes, or names of these and their sound; `None` for other
+            pipelines.
         fast: whether `make test` runs it; the others run in `make test-slow`.
     """
 
@@ -49,5 +50,5 @@ class Family:
     one_sample: bool = False
     dtype: torch.dtype = torch.float64
     step: float = 1e-3
-    output: str | None = None
+    output: str | list[str] | None = None
     fast: bool = False

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from diffusers import BaseGuidance, ClassifierFreeGuidance, ModularPipeline
+from diffusers import BaseGuidance, ClassifierFreeGuidance, LTX2Guidance, ModularPipeline
 from families import FAMILIES
 from peft import LoraConfig
 from transformers import TrainerCallback
@@ -96,7 +96,10 @@ def set_guiders(pipeline, family):
     """What a user of a modular pipeline does who wants the guidance of the row."""
     for name, part in pipeline.components.items():
         if isinstance(part, BaseGuidance):
-            pipeline.update_components(**{name: ClassifierFreeGuidance(guidance_scale=family.guidance_scale)})
+            # One that guides in several ways has its place in the loop, where another cannot stand.
+            several = isinstance(part, LTX2Guidance)
+            guider = part.new if several else ClassifierFreeGuidance
+            pipeline.update_components(**{name: guider(guidance_scale=family.guidance_scale)})
 
 
 def output_of(pipeline, family):
@@ -105,6 +108,7 @@ def output_of(pipeline, family):
         set_guiders(pipeline, family)
     output = pipeline(**call_arguments(family))
     # Stable Video Diffusion forgets the tuple; a modular pipeline gives what is asked of it.
+    output = tuple(output.values()) if isinstance(output, dict) else output
     output = (output,) if isinstance(output, torch.Tensor) else output
     assert len(output[0]) == len(SEEDS)
     return output

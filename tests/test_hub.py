@@ -554,7 +554,7 @@ TASKS = {
             "Mochi",
         ),
         *("HunyuanVideo", "Kandinsky 5 video", "SkyReels-V2", "Sana-Video", "Latte", "AnimateDiff", "HunyuanVideo 1.5"),
-        *("Wan 2.1, modular", "Wan 2.2, modular", "LTX-2"),
+        *("Wan 2.1, modular", "Wan 2.2, modular", "LTX-2", "LTX-2, modular"),
     ],
     "image-to-video": ["Wan 2.2, image to video", "Stable Video Diffusion", "LTX-Video, image to video"],
     "video-to-video": ["Wan-VACE", "Wan 2.1, video to video"],

@@ -7,12 +7,15 @@ from diffusers import (
     AutoencoderKLLTX2Audio,
     AutoencoderKLLTX2Video,
     FlowMatchEulerDiscreteScheduler,
+    LTX2Guidance,
+    LTX2ModularPipeline,
     LTX2Pipeline,
     LTX2VideoTransformer3DModel,
 )
 from diffusers.pipelines.ltx2 import LTX2TextConnectors, LTX2Vocoder
 from family import PROMPTS, Family
 from tiny_images import gemma
+from tiny_modular import modular
 from tiny_parts import byte_tokenizer
 from tiny_pipelines import eval_mode
 
@@ -86,6 +89,13 @@ def ltx2(*, seed: int = 0) -> LTX2Pipeline:
     return eval_mode(LTX2Pipeline(scheduler=scheduler, **ltx2_parts()))
 
 
+def ltx2_modular(*, seed: int = 0) -> LTX2ModularPipeline:
+    """With guiders that compare with the negative prompt alone."""
+    pipeline = modular(LTX2ModularPipeline, ltx2)()
+    pipeline.update_components(guider=LTX2Guidance(guidance_scale=3.0), audio_guider=LTX2Guidance(guidance_scale=3.0))
+    return pipeline
+
+
 SMALL = {"height": 32, "width": 64, "num_frames": 9, "max_sequence_length": 16}
 NEGATIVE = {"prompt": PROMPTS, "negative_prompt": ["blurry", "dark"]}
 LTX2 = {
@@ -103,5 +113,16 @@ FAMILIES = [
         columns=NEGATIVE,
         dtype=torch.float32,  # what it hands to the schedulers is rounded to it
         step=3e-2,
+    ),
+    Family(
+        "LTX-2, modular",
+        ltx2_modular,
+        "a guider for each of two latents; a block hands the second scheduler on",
+        scale=None,
+        kwargs=SMALL,
+        columns=NEGATIVE,
+        dtype=torch.float32,
+        step=3e-2,
+        output=["videos", "audio"],
     ),
 ]

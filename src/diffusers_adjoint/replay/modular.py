@@ -16,8 +16,8 @@ from typing import Any, cast
 from diffusers import BaseGuidance, LoopSequentialPipelineBlocks, ModularPipeline, ModularPipelineBlocks
 from diffusers.modular_pipelines import PipelineState
 
-from .plain import Media
-from .stand_in import ReplayedTimesteps, replayable
+from .plain import AUDIO, Media
+from .stand_in import ReplayedTimesteps, StandIn, replayable
 
 __all__ = ["ModularCall"]
 
@@ -29,9 +29,10 @@ class ModularCall:
     """The call of a modular pipeline; what `PlainCall` is for the others.
 
     Guidance is the affair of components there, the guiders, and no argument of the call. Here `guidance_scale` sets the guider
-    ("guidance_scale_2" that of the name "guider_2"). 1 switches it off for the loop, whatever else it compares; the blocks
-    before the loop see it as the pipeline has it, since some fail where nothing is going to be compared. Any other scale
-    switches it on for all of them. The pipeline's own guiders stay as they are.
+    ("guidance_scale_2" that of the name "guider_2", "audio_guidance_scale" the "audio_guider"; without them `guidance_scale` is
+    that of all). 1 switches it off for the loop, whatever else it compares; the blocks before the loop see it as the pipeline has
+    it, since some fail where nothing is going to be compared. Any other scale switches it on for all of them. The pipeline's own
+    guiders stay as they are.
 
     Args:
         pipeline: never written to.
@@ -47,7 +48,6 @@ class ModularCall:
     insists_on_safety_checker = False
     exchanges_processors = False
     randn_tensor: Any = None
-    outputs: tuple[str, ...] = ()
 
     def __init__(self, pipeline: ModularPipeline) -> None:
         self._name = type(pipeline).__name__
@@ -64,6 +64,7 @@ class ModularCall:
         self.__signature__ = _signature(self._blocks, [scale for scale in self._scale_of.values() if scale is not None])
         self._taken = frozenset(given.name or given.kwargs_type for given in self._blocks.inputs)
         self._chosen_for: dict[frozenset[str], list[ModularPipelineBlocks]] = {}  # blocks choose by what is there
+        self.outputs = tuple(made.name for made in self._blocks.intermediate_outputs)
         modules = {type(block).__module__ for block in _all_blocks(self._blocks)}
         self.loggers = [logging.getLogger(name) for name in sorted(modules)]
 
@@ -74,7 +75,9 @@ class ModularCall:
         """The pipeline's own call, of which the view learns when the loop starts."""
         inputs = self._inputs(view, arguments)
         view.__dict__["_blocks"] = self._hooked
-        return Media(type(view).__call__(view, output=self.output(inputs), **inputs))
+        images, audio = self.output(inputs), AUDIO if AUDIO in self.outputs else None
+        made = type(view).__call__(view, output=[name for name in (images, audio) if name], **inputs)
+        return Media(made[images], made.get(AUDIO))
 
     def __call__(self, view: Any, randn_tensor: None = None, **arguments: Any) -> Media:
         """The same blocks, out of `torch.no_grad`, from the first to the last."""
@@ -87,11 +90,13 @@ class ModularCall:
         for name, value in state.values.items():
             if isinstance(value, ReplayedTimesteps):  # of the grid that was recorded, cut at its start where an image is given
                 state.values[name] = grid[len(grid) - len(value) :]
+            elif isinstance(value, StandIn):  # a copy that a block made to step a second latent
+                state.values[name] = copy.deepcopy(view.scheduler)
         state.values.update({name: inputs[name] for name in ("generator",) if name in inputs})
         view.enter_loop(state)
         for block in blocks[start:]:
             _, state = block(view, state)
-        return Media(state.get(self.output(inputs)))
+        return Media(state.get(self.output(inputs)), state.get(AUDIO) if AUDIO in self.outputs else None)
 
     def inputs(self, arguments: Mapping[str, Any]) -> dict[str, Any]:
         """Those of the arguments that the pipeline's own call takes."""
@@ -106,9 +111,11 @@ class ModularCall:
         return scales
 
     def output(self, arguments: Mapping[str, Any]) -> str:
-        """Name of the images in the state: the first that the last block makes."""
-        name: str = self._chosen(self.inputs(arguments))[-1].intermediate_outputs[0].name
-        return name
+        """Name of the images in the state: the first that the last block makes, but for their sound."""
+        blocks = self._chosen(self.inputs(arguments))
+        start = next(index for index, block in enumerate(blocks) if _steps(block))
+        made = [made.name for block in reversed(blocks[start + 1 :]) for made in block.intermediate_outputs]
+        return next((name for name in made if name != AUDIO and not name.endswith(LATENTS)), made[0])
 
     def _inputs(self, view: Any, arguments: Mapping[str, Any]) -> dict[str, Any]:
         """The arguments that blocks take, after the guiders of the view are set to the scales among them."""
@@ -183,6 +190,10 @@ class _ModularView:
         """The latents with which the loop starts."""
         return latents
 
+    def prepare_further(self, latents: Any) -> Any:
+        """Other latents of the state; a second scheduler may step them."""
+        return latents
+
     def enter_loop(self, state: PipelineState) -> None:
         """What comes between the blocks before the loop and the one that loops.
 
@@ -199,6 +210,9 @@ class _ModularView:
             if SCALE in guider.config:  # some blocks switch it on again, so the scale is one of no guidance as well
                 guider.guidance_scale = 0.0 if guider.config.get("use_original_formulation") else 1.0
         state.values[LATENTS] = self.prepare_latents(state.values[LATENTS])
+        for name, value in state.values.items():
+            if name.endswith("_" + LATENTS):
+                state.values[name] = self.prepare_further(value)
 
 
 class _Nothing:
@@ -276,9 +290,9 @@ def _guiders(pipeline: ModularPipeline) -> dict[str, BaseGuidance]:
 
 def _scale_of(name: str, guider: BaseGuidance) -> str | None:
     """The argument that stands for the scale of this guider; `None` if it has no scale or another name."""
-    if not name.startswith("guider") or SCALE not in guider.config:
+    if not {"guider"} & set(name.split("_")) or SCALE not in guider.config:
         return None
-    return SCALE + name.removeprefix("guider")
+    return name.replace("guider", SCALE)
 
 
 def _signature(blocks: ModularPipelineBlocks, scales: list[str]) -> inspect.Signature:

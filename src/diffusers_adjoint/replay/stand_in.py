@@ -23,8 +23,8 @@ from torch import Tensor
 
 from .conditioning import copied, joined
 
-__all__ = ["RecordedStep", "ReplayStop", "ReplayedTimesteps", "joined_steps", "make_probe", "make_recorder"]
-__all__ += ["probe_class", "replayable"]
+__all__ = ["RecordedStep", "ReplayStop", "ReplayedTimesteps", "StandIn", "joined_steps", "make_probe"]
+__all__ += ["make_recorder", "probe_class", "replayable"]
 
 
 class ReplayStop(BaseException):
@@ -106,7 +106,7 @@ def replayable(function: Any) -> Any:
     return rebuilt
 
 
-class _StandIn:
+class StandIn:
     """What holds for every memoryless scheduler, also where the pipeline was written for schedulers that scale."""
 
     init_noise_sigma = 1.0
@@ -142,7 +142,7 @@ def probe_class(scheduler_class: type) -> type:
         return twin
 
     methods = {"set_timesteps": set_timesteps, "step": step, "__deepcopy__": deepcopy, "__module__": __name__}
-    return type("Replayed" + scheduler_class.__name__, (_StandIn, scheduler_class), methods)
+    return type("Replayed" + scheduler_class.__name__, (StandIn, scheduler_class), methods)
 
 
 def _copy_tables(probe: Any) -> None:
@@ -238,6 +238,6 @@ def make_recorder(
     recorder = copy.deepcopy(scheduler)
     recorder.__dict__.pop("init_noise_sigma", None)
     methods = {"step": step, "__deepcopy__": deepcopy}
-    recorder.__class__ = type("Recorded" + scheduler_class.__name__, (_StandIn, scheduler_class), methods)
+    recorder.__class__ = type("Recorded" + scheduler_class.__name__, (StandIn, scheduler_class), methods)
     recorder.record, recorder.steps, recorder.streams = deque(maxlen=kept), 0, [recorder]
     return recorder
