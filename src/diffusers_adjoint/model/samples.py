@@ -28,7 +28,8 @@ def images_and_rewards(reward: WeightedReward, made: Media, columns: dict[str, l
         columns: of their B rows.
     """
     images, *audio = (part.to(torch.promote_types(part.dtype, torch.float32)) for part in made if part is not None)
-    return images, reward(images, prompts_of(columns), **without_prompt(columns), **dict(zip([AUDIO], audio, strict=False)))
+    heard: dict[str, Any] = dict(zip([AUDIO], audio, strict=False))
+    return images, reward(images, prompts_of(columns), **without_prompt(columns), **heard)
 
 
 def path_kl_of_rows(

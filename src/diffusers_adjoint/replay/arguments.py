@@ -31,8 +31,8 @@ _RESERVED = {
     "return_dict": "remove it, images are always tensors",
 }
 # Scales of further guidance, and their values that mean none where these are not those of the others.
-_FURTHER = ("guidance_scale_2", "pag_scale", "stg_scale", "modality_scale")
-_FURTHER += ("audio_guidance_scale", "audio_stg_scale", "audio_modality_scale")
+_OF_SOUND = ("audio_guidance_scale", "audio_stg_scale", "audio_modality_scale")
+_FURTHER = ("guidance_scale_2", "pag_scale", "stg_scale", "modality_scale", *_OF_SOUND)
 _NONE = {"pag_scale": 0.0, "stg_scale": 0.0, "audio_stg_scale": 0.0}
 # Lists that are one value for all samples, whatever the annotation says.
 _GRID = ("sigmas", "timesteps")

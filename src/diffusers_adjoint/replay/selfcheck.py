@@ -239,7 +239,8 @@ class _Check:
         few = math.ceil(2 * len(self.replay.scheduler.timesteps) / len(self.replay.timesteps))
         given = self.columns, self._generators()
         made, steps = self.replay.memoryless_sample(*given, guided=self.guided, num_inference_steps=few)
-        images = None if made is None else made.images
+        assert made is not None  # nothing stops this call
+        images = made.images
         if not isinstance(images, Tensor) or len(images) != len(self.x):
             found = f"{len(images)} images" if isinstance(images, Tensor) else f"a {type(images).__name__}"
             raise self._error(f"returns {found} for {len(self.x)} samples", "use a pipeline whose first output is their tensor")
@@ -378,7 +379,9 @@ def _equal(a: Tensor, b: Tensor) -> bool:
 
 def _alike(a: Media, b: Media) -> bool:
     pairs = zip(a, b, strict=True)
-    return all(one is other or (isinstance(one, Tensor) and _equal(one.detach(), other.detach())) for one, other in pairs)
+    return all(
+        one is other or (one is not None and other is not None and _equal(one.detach(), other.detach())) for one, other in pairs
+    )
 
 
 def _dot(a: Tensor, b: Tensor) -> float:

@@ -191,9 +191,13 @@ def joined_steps(recorder: Any) -> list[RecordedStep]:
         raise ValueError("they are called at different timesteps")
     if any(not torch.equal(stream.levels, streams[0].levels) for stream in streams):
         raise ValueError("they have different noise levels")
-    names = ("model_output", "sample", "prev_sample")
     return [
-        RecordedStep(*(joined([getattr(step, name) for step in together]) for name in names), together[0].timestep)
+        RecordedStep(
+            joined([step.model_output for step in together]),
+            joined([step.sample for step in together]),
+            joined([step.prev_sample for step in together]),
+            together[0].timestep,
+        )
         for together in steps
     ]
 

@@ -249,7 +249,8 @@ def gradient_clipped(reward: RewardFunction, max_norm: float) -> nn.Module:
     def around(score: Score, images: Tensor, prompts: list[str], columns: Columns) -> Tensor:
         if not (torch.is_grad_enabled() and images.requires_grad):
             return score(images, prompts, columns)
-        x, sound = images.detach().requires_grad_(), columns.get(AUDIO)
+        x = images.detach().requires_grad_()
+        sound: Any = columns.get(AUDIO)
         value = score(x, prompts, columns)
         hears = [sound] if isinstance(sound, Tensor) and sound.requires_grad else []
         gradient, *of_sound = torch.autograd.grad(value.sum(), [x, *hears], allow_unused=True, retain_graph=bool(hears))

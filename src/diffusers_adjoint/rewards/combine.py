@@ -138,12 +138,13 @@ class WeightedReward:
             ValueError: if it does not return one value for each image, on their device.
             Exception: of the type that a function raises; its text then begins with the function's name.
         """
-        heard = [columns[AUDIO]] if isinstance(columns.get(AUDIO), Tensor) else []
+        sound: Any = columns.get(AUDIO)
+        heard = [sound] if isinstance(sound, Tensor) else []
         finite = torch.stack([part.detach().flatten(1).isfinite().all(1) for part in (images, *heard)]).all(0)
         shown = images
         if not finite.all():
             shown = _where(finite, images, 0.5)
-            columns |= dict(zip([AUDIO], [_where(finite, sound, 0.0) for sound in heard], strict=False))
+            columns |= dict(zip([AUDIO], [_where(finite, part, 0.0) for part in heard], strict=False))
         values = {
             name: self._value(name, function, shown, prompts, _taken(function, columns))
             for name, function in zip(self.names, self.functions, strict=True)
@@ -233,8 +234,8 @@ def reward_gradient(
             raise ValueError(_NO_GRADIENT_IN_THE_DECODER)
         # Fresh leaves in float32: gradients in the pixels are small, a 16-bit decoder's output would round them away.
         shown = [part.detach().to(torch.promote_types(part.dtype, torch.float32)).requires_grad_() for part in decoded]
-        columns = columns | dict(zip([AUDIO], shown[1:], strict=False))
-        values = reward(shown[0], prompts, **columns)
+        audio: dict[str, Any] = dict(zip([AUDIO], shown[1:], strict=False))
+        values = reward(shown[0], prompts, **columns | audio)
         values |= {name: with_graph(name, values[name], *shown) for name in reward.aimed_at}
         total = reward.total(values).detach()
         slopes = _in_what_is_shown(values, reward.aimed_at, shown)
