@@ -463,7 +463,7 @@ CASES = {
     ),
     "no name to resume": Case("resume_from_checkpoint=''", "pass a checkpoint folder", train={"resume_from_checkpoint": ""}),
     "a folder that no system can have": Case("cannot be written", "may write to", {"output_dir": "a\0b"}),
-    "nothing to resume": Case("holds no checkpoint", "None to start anew", train={"resume_from_checkpoint": True}),
+    "nothing to resume": Case("holds no checkpoint", "None to start a new run", train={"resume_from_checkpoint": True}),
     "reward of something else": Case(
         "'own_parameter' does not depend on the images", "compute it from them", trainer={"reward_funcs": own_parameter}
     ),
@@ -476,8 +476,8 @@ CASES = {
     "weight not a number": Case("reward_weights=[nan]", "finite", {"reward_weights": [float("nan")]}),
     "guidance not a number": Case("guidance_scale=nan", "pass 1", {"guidance_scale": float("nan")}),
     "no accumulation": Case("gradient_accumulation_steps=0", "at least 1", {"gradient_accumulation_steps": 0}),
-    "no update": Case("max_steps=0 asks for no update", "positive", {"max_steps": 0}),
-    "no epoch": Case("num_train_epochs=0 asks for no update", "positive", {"max_steps": -1, "num_train_epochs": 0}),
+    "no update": Case("max_steps=0 makes no update", "positive", {"max_steps": 0}),
+    "no epoch": Case("num_train_epochs=0 makes no update", "positive", {"max_steps": -1, "num_train_epochs": 0}),
     "no whole batch": Case(
         "2 rows, fewer than the 4 of a batch",
         "lower per_device_train_batch_size",

@@ -194,7 +194,7 @@ def test_an_interrupted_run_saves_and_goes_on(tmp_path, number, error):
     with pytest.raises(error) as caught:
         trainer.train()
     if error is KeyboardInterrupt:
-        assert "after update 2; train(resume_from_checkpoint=True) goes on" in str(caught.value)
+        assert "after update 2; train(resume_from_checkpoint=True) resumes" in str(caught.value)
     else:
         assert caught.value.code == 128 + signal.SIGTERM
     assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == handlers

@@ -91,11 +91,11 @@ def test_a_damaged_file_is_seen(tmp_path, request, caplog, kind, name, damage):
     damage(run_dir / "checkpoint-2" / name)
     if name == "run.json" and damage is remove:  # looks like a checkpoint of an earlier version, whose files are whole
         assert checkpoint_to_resume(True, run_dir, needed) == str(run_dir / "checkpoint-2")
-        assert "holds no run.json: whether its files are whole and fit this run is not checked." in caplog.text
+        assert "holds no run.json: whether its files are complete and fit this run is not checked." in caplog.text
         return
     assert checkpoint_to_resume(True, run_dir, needed) == str(run_dir / "checkpoint-1")
     (line,) = [record.getMessage() for record in caplog.records]
-    assert line.startswith(str(run_dir / "checkpoint-2")) and name in line and line.endswith("passed over.")
+    assert line.startswith(str(run_dir / "checkpoint-2")) and name in line and line.endswith("skipped.")
     with pytest.raises(ValueError, match="pass a checkpoint folder that a trainer with these settings wrote") as caught:
         checkpoint_to_resume(str(run_dir / "checkpoint-2"), run_dir, needed)
     assert name in str(caught.value) and ",;" not in str(caught.value)
@@ -108,7 +108,9 @@ def test_training_goes_on_from_the_whole_one(tmp_path, lora_run):
     whole = make_trainer(copy_of(lora_run, tmp_path / "whole"), **SHORT)
     whole.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-2"))
     trainer = make_trainer(run_dir, **SHORT)
-    with pytest.raises(ValueError, match=f"checkpoint-2 is damaged, its {name} is not what was written"):
+    with pytest.raises(
+        ValueError, match=f"checkpoint-2 is damaged: its {name} (is missing or )?has changed since it was written"
+    ):
         trainer.train(resume_from_checkpoint=str(run_dir / "checkpoint-2"))
     trainer.train(resume_from_checkpoint=True)
     assert trainer.state.log_history[0]["step"] == 1 and trainer.state.global_step == 2
@@ -119,7 +121,7 @@ def test_nothing_whole_is_no_checkpoint(tmp_path, lora_run):
     run_dir = copy_of(lora_run, tmp_path / "run")
     for step in (1, 2):
         flip(run_dir / f"checkpoint-{step}" / "scheduler.pt")
-    with pytest.raises(ValueError, match="holds no whole checkpoint; pass resume_from_checkpoint=None"):
+    with pytest.raises(ValueError, match="holds no complete checkpoint; pass resume_from_checkpoint=None"):
         make_trainer(run_dir, **SHORT).train(resume_from_checkpoint=True)
 
 
@@ -144,7 +146,7 @@ def test_the_best_weights_are_checked_before_they_are_loaded(tmp_path, lora):
                 flip(file)
 
     trainer.add_callback(Damaging())
-    with pytest.raises(ValueError, match=f"the best checkpoint .*checkpoint-1 is damaged, its {file.relative_to(best)}"):
+    with pytest.raises(ValueError, match=f"the best checkpoint .*checkpoint-1 is damaged: its {file.relative_to(best)}"):
         trainer.train()
     last = make_trainer(tmp_path, lora=lora, **SHORT)
     assert last.train(resume_from_checkpoint=True).global_step == 2

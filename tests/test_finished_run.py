@@ -1,4 +1,4 @@
-"""A run that has made all its updates makes none when it is started again, and does what comes after training."""
+"""A run that already has all its updates makes none when it is started again, and does what comes after training."""
 
 import math
 
@@ -62,7 +62,7 @@ def test_a_finished_run_stays_finished(tmp_path, settings, lora, caplog):
         assert events.seen == ["end"]
         assert calls == [] and again.denoiser.evaluations == 0
         assert again.state.log_history == first.state.log_history[:steps]  # the lines of the updates, and no loss of 0
-        assert f"checkpoint-{steps} has made all {steps} updates of this run" in caplog.text
+        assert f"checkpoint-{steps} already has all {steps} updates of this run" in caplog.text
 
 
 @pytest.mark.slow

@@ -104,5 +104,5 @@ def test_a_decoder_that_takes_a_video_whole_is_told(caplog):
         replay.pipeline.vae.enable_gradient_checkpointing()
     first, second = caplog.messages
     assert first.startswith("the AutoencoderKLLTXVideo decodes a video as a whole, ")
-    assert first.endswith("; if that is short, call vae.enable_gradient_checkpointing(), which leaves the frames as they are.")
-    assert second.endswith("; if that is short, make fewer or smaller frames.")
+    assert first.endswith("; if memory is short, call vae.enable_gradient_checkpointing(), which does not change the frames.")
+    assert second.endswith("; if memory is short, generate fewer or smaller frames.")

@@ -159,7 +159,7 @@ def test_whatever_a_forward_takes_back_is_noticed(tmp_path, lora, taken_back):
     network.register_forward_pre_hook(lambda *_: setattr(norm, "eps", 0.5))
     if taken_back:
         network.register_forward_hook(lambda *_: setattr(norm, "eps", own))
-        with pytest.raises(ValueError, match="takes back at the end of its forward"):
+        with pytest.raises(ValueError, match="resets at the end of its forward"):
             require_checkpointing(trainer.denoiser, x, 1, conditioning)
     else:
         require_checkpointing(trainer.denoiser, x, 1, conditioning)

@@ -238,8 +238,8 @@ def scales_seen(trainer):
 def test_the_first_update_is_that_of_the_scale_found(tmp_path, capsys):
     found = make_trainer(tmp_path, **SMALL | {"max_steps": 1})
     found.train()
-    (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("target_kl=0.001 nats: λ begins at")]
-    assert "where 32 images of the base say that a third of it is spent" in line
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("target_kl=0.001 nats: λ starts at")]
+    assert "where 32 images of the base predict a third of this KL" in line
     given = make_trainer(tmp_path, **SMALL | {"max_steps": 1, "target_kl": None, "reward_scale": found.reward_scale})
     given.train()
     assert difference(weights(found), weights(given)) == 0.0
@@ -266,7 +266,10 @@ def test_the_first_scale_spends_a_third_of_the_budget():
 
 def test_a_budget_out_of_reach_is_told_before_training(caplog):
     first_scale((torch.arange(256) % 2).double()[None], 1.0)
-    assert "even the images of the highest rewards are 0.69 nats from the base: target_kl=1 may be out of reach" in caplog.text
+    assert (
+        "even the images with the highest rewards are only 0.69 nats from the base, so target_kl=1 may be out of reach"
+        in caplog.text
+    )
     caplog.clear()
     first_scale(normal(1, 256), 1.0)
     assert "out of reach" not in caplog.text
@@ -311,7 +314,7 @@ def test_resumed_with_another_budget_it_says_so_and_goes_on_from_the_scale(tmp_p
     other = make_trainer(tmp_path, **settings | {"target_kl": 0.5, "max_steps": 3})
     seen = scales_seen(other)
     other.train(resume_from_checkpoint=True)
-    assert "target_kl 0.001, now 0.5" in caplog.text and "λ begins at" not in capsys.readouterr().out
+    assert "target_kl 0.001, now 0.5" in caplog.text and "λ starts at" not in capsys.readouterr().out
     assert seen == [scale]
 
 
@@ -322,7 +325,7 @@ def test_resumed_from_a_run_without_a_budget_it_estimates_a_scale(tmp_path, capl
     trainer = make_trainer(tmp_path, **settings | {"max_steps": 2})
     trainer.train(resume_from_checkpoint=True)
     assert "reward_scale 5.0, now None; target_kl None, now 0.001" in caplog.text
-    assert "λ begins at" in capsys.readouterr().out
+    assert "λ starts at" in capsys.readouterr().out
 
 
 def test_an_update_that_an_error_ended_leaves_nothing_behind(tmp_path):
@@ -349,7 +352,7 @@ def test_an_update_that_an_error_ended_leaves_nothing_behind(tmp_path):
 
 
 def test_before_training_there_is_no_scale_yet(tmp_path):
-    with pytest.raises(ValueError, match="no λ is known yet for target_kl=0.001; call train"):
+    with pytest.raises(ValueError, match="λ for target_kl=0.001 is not known yet; call train"):
         make_trainer(tmp_path, **SMALL).reward_scale  # noqa: B018
 
 

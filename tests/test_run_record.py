@@ -189,7 +189,7 @@ def test_other_settings_are_one_warning(old, caplog):
         return -brightness(images, prompts)
 
     changes = {"reward_scale": 10.0, "seed": 7, "num_inference_steps": 4, "loss_type": "basic_adjoint_matching", "optim": "sgd"}
-    with pytest.raises(ValueError, match="SGD cannot go on from the optimizer's state in .*checkpoint-1; resume with the optim"):
+    with pytest.raises(ValueError, match="SGD cannot load the optimizer's state in .*checkpoint-1; resume with the optim"):
         make_trainer(old, reward=darkness, **SHORT | changes | {"logging_steps": 5}).train(resume_from_checkpoint=True)
     (line,) = [record.getMessage() for record in caplog.records if "other settings" in record.getMessage()]
     for part in (
@@ -233,9 +233,7 @@ def test_an_optimizer_with_other_groups_cannot_go_on(tmp_path):
     trainer = make_trainer(tmp_path, **ONE)
     trainer.optimizer = torch.optim.AdamW([p for p in trainer.denoiser.network.parameters() if p.requires_grad], lr=1e-3)
     trainer.train()
-    with pytest.raises(
-        ValueError, match="AdamW cannot go on from the optimizer's state in .*checkpoint-1; resume with the optim"
-    ):
+    with pytest.raises(ValueError, match="AdamW cannot load the optimizer's state in .*checkpoint-1; resume with the optim"):
         make_trainer(tmp_path, **SHORT).train(resume_from_checkpoint=True)
 
 
@@ -264,7 +262,7 @@ def test_the_same_settings_are_no_warning(old, caplog):
 def test_a_new_run_in_an_old_folder_says_so(old, caplog):
     make_trainer(old, **ONE).train()
     lines = [record.getMessage() for record in caplog.records if "of an earlier run" in record.getMessage()]
-    assert len(lines) == 1 and "holds checkpoint-1 of an earlier run, which this new one may overwrite or delete" in lines[0]
+    assert len(lines) == 1 and "holds checkpoint-1 of an earlier run, which this new run may overwrite or delete" in lines[0]
 
 
 def test_true_is_the_run_that_wrote_last(tmp_path, caplog):
@@ -278,7 +276,7 @@ def test_true_is_the_run_that_wrote_last(tmp_path, caplog):
     again = make_trainer(tmp_path, **SHORT | rows | {"max_steps": 1})
     assert again.train(resume_from_checkpoint=True).global_step == 1
     assert difference(weights(second), weights(again)) == 0.0
-    assert f"checkpoint-2, checkpoint-3 in {tmp_path} are of other runs than checkpoint-1 and are passed over." in caplog.text
+    assert f"checkpoint-2, checkpoint-3 in {tmp_path} are of other runs than checkpoint-1 and are skipped." in caplog.text
 
 
 def test_a_clock_that_was_set_back_makes_no_checkpoint_old(tmp_path, monkeypatch):

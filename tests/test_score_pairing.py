@@ -250,8 +250,8 @@ def test_under_guidance_steps_are_paired_by_next(tmp_path, mode, caplog):
     chain, targets = seen[0]
     assert trainer.replay.scheduler.config.integrator == "posterior" and not chain.predicts_scores
     assert targets.logged == {} and "capped" not in trainer.state.log_history[0]
-    assert "guidance acts in training, where the base's predictions are not the scores of its own paths" in caplog.text
-    assert "paired by 'next', not by 'score', on paths of integrator='posterior'" in caplog.text
+    assert "guidance acts in training, so the base's predictions are not the scores of its own paths" in caplog.text
+    assert "pairing 'next' is used instead of 'score', on paths of integrator='posterior'" in caplog.text
     with pytest.raises(ValueError, match="pairing='score' asks for an unguided diffusion or flow model"):
         make_trainer(tmp_path, guidance_scale=3.0, cfg_mode=mode, loss_kwargs={"pairing": "score"})
 
@@ -313,7 +313,7 @@ def test_from_an_image_steps_are_paired_by_next(tmp_path, caplog):
     assert trainer.replay.starts_below_noise and not chain.predicts_scores and targets.logged == {}
     assert trainer.replay.scheduler.config.integrator == "posterior"
     assert torch.equal(targets.scales, chain.stds.to(targets.scales)) and len(targets.scales) == 4 and targets.scales.min() > 0
-    line = "the paths start from an image, where the base's predictions are not the scores of its own paths"
+    line = "the paths start from an image, so the base's predictions are not the scores of its own paths"
     assert caplog.text.count(line) == 1
     caplog.clear()
     trainer = trainer_from_images(integrator="euler")

@@ -117,7 +117,9 @@ def test_training_ends_with_the_last_stage(tmp_path):
 
 
 def test_weights_in_parts_are_not_copied():
-    with pytest.raises(ValueError, match="stages=3 keeps a copy of whole weights, which FSDP and DeepSpeed divide; use DDP"):
+    with pytest.raises(
+        ValueError, match="stages=3 copies whole weights, which FSDP and DeepSpeed divide among processes; use DDP"
+    ):
         require_whole_weights(3, divided=True)
     require_whole_weights(None, divided=True)
 

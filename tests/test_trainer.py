@@ -483,7 +483,7 @@ def test_a_gradient_that_is_no_number_skips_the_update(tmp_path):
 
 def test_a_flat_reward_is_told(tmp_path, caplog):
     make_trainer(tmp_path, reward=lambda images, prompts: (images * 255).round().mean((1, 2, 3)), max_steps=1).train()
-    assert "exactly 0 on the first row: rounding" in caplog.text
+    assert "exactly 0 on the first row, as after rounding" in caplog.text
 
 
 def test_a_weight_of_zero_logs_only_and_names_are_told_apart(tmp_path):

@@ -228,7 +228,9 @@ def stream(rows):
 
 def test_a_stream_that_ends_before_a_whole_update_is_an_error(tmp_path):
     trainer = make_trainer(tmp_path, rows=stream(PROMPTS), gradient_accumulation_steps=3, num_generations=2)
-    with pytest.raises(ValueError, match="because the train_dataset never gave the 12 images of one; add rows, or lower"):
+    with pytest.raises(
+        ValueError, match="because the train_dataset has too few rows for the 12 images of one; add rows, or lower"
+    ):
         trainer.train()
 
 
@@ -247,7 +249,7 @@ def test_two_processes_end_together_with_the_same_error(tmp_path):
     run_worker(TORCHRUN, "updates_worker.py", str(tmp_path))
     said = torch.load(tmp_path / "said.pt", weights_only=True)
     starts = {
-        "a stream that ends": "no update was made, because the train_dataset never gave the 12 images",
+        "a stream that ends": "no update was made, because the train_dataset has too few rows for the 12 images",
         "no reward": "no update was made, because all 2 were dropped",
         "infinite": "weights are NaN or infinite after update 1",
         "unread": "4 of 12 trained tensors",

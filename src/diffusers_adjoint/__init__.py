@@ -1,4 +1,4 @@
-"""Reward fine-tuning of diffusers pipelines with Adjoint Matching (arXiv 2409.08861), in the shape of a TRL trainer."""
+"""Reward fine-tuning of diffusers pipelines with Adjoint Matching (arXiv 2409.08861), with the interface of a TRL trainer."""
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
@@ -10,11 +10,12 @@ __version__ = "0.1.0"
 
 
 def __getattr__(name: str) -> Any:
-    """Import what is public at its first use: torch and the hosts take seconds, and `diffusers-adjoint --help` needs neither."""
+    """Import the public names on first use: importing torch takes seconds, and `diffusers-adjoint --help` does not need it."""
     if name.startswith("_") and name != "__all__":
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     api = import_module(".api", __name__)
-    return globals()[name] if name in globals() else getattr(api, name)  # a room that this import has put here, or a name of it
+    # Importing `.api` also sets its submodules, such as `core`, as attributes of this package.
+    return globals()[name] if name in globals() else getattr(api, name)
 
 
 def __dir__() -> list[str]:

@@ -1,4 +1,4 @@
-"""What `diffusers_adjoint` itself exports, which imports torch and the hosts."""
+"""The names that `diffusers_adjoint` exports. Importing this module imports torch, diffusers and transformers."""
 
 from .baselines.backpropagation import RewardBackpropagationTrainer
 from .config import AdjointMatchingConfig

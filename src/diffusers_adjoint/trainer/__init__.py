@@ -1,4 +1,4 @@
-"""The trainer: a host's habits kept for a pipeline, and the method in `adjoint_matching`."""
+"""The trainers. They extend `transformers.Trainer`, which comments here call "the host"; the method is in `adjoint_matching`."""
 
 from .adjoint_matching import AdjointMatchingTrainer
 

@@ -1,12 +1,12 @@
-"""The Adjoint Matching trainer: a diffusers pipeline and a reward in, the same pipeline sampling p_base·exp(λr) out.
+"""The Adjoint Matching trainer: it trains a diffusers pipeline on a reward r until it samples from p_base(x)·exp(λ r(x)).
 
 chain = prepare_chain(inputs)                        # prompts → x_0 and conditioning
 steps = choose_steps(chain)                          # which steps of the chain carry the loss
-targets = method.targets(chain, steps, score)        # states, and the shift δ of the mean that is wished for at each
+targets = method.targets(chain, steps, score)        # states x_k, and at each the target shift δ of the step mean
 loss = regress(model, chain, targets)                # ½‖((μ^θ − μ^base) − δ)/s‖², one forward and backward pass a point
 
-With `num_iterations` above 1 the last micro-batch of an update goes on: optimizer step, regression on other steps, and so on. The
-host makes the last step, so that one of its updates is one rollout.
+With `num_iterations` above 1, the last micro-batch of an update also makes the optimizer steps between the iterations, and
+regresses on other steps after each. The host makes the last optimizer step, so one of its updates is one rollout.
 """
 
 from __future__ import annotations
@@ -46,41 +46,42 @@ class AdjointMatchingTrainer(RewardTrainer):
     ```
 
     Args:
-        model: a `DiffusionPipeline`, a loaded `ModularPipeline`, or the name or folder of one. Its denoiser is trained in place;
-            its scheduler is left alone.
-        reward_funcs: callable(s) or module(s) `f(images=, prompts=, **columns) -> Tensor (B,)`, differentiable in `images`,
-            which are (B, 3, H, W) in [0, 1] (videos (B, F, 3, H, W), waveforms (B, …)). Modules are moved to the device; a
-            closure moves its own networks.
-        args: settings; defaults write to `<pipeline>-AdjointMatching`.
-        train_dataset: rows with a "prompt" column, if the pipeline takes prompts. Columns named like an argument of the
-            pipeline's `__call__` (negative_prompt, image, class_labels, …) are passed to it; all columns reach the rewards.
-            A `datasets.Dataset` or `IterableDataset`, a torch `Dataset` of dicts, or a list of prompts or dicts.
-        eval_dataset: rows for `evaluate()`, or a dict of several such datasets.
-        processing_class: unused, for the signature other trainers have; the pipeline brings its own tokenizers.
+        model: a `DiffusionPipeline`, a loaded `ModularPipeline`, or the name or folder of one. Its denoiser is trained in place.
+            Its scheduler is not changed.
+        reward_funcs: one function or module, or a list of them: `f(images=, prompts=, **columns) -> Tensor (B,)`. `images` are
+            float (B, 3, H, W) in [0, 1], videos (B, F, 3, H, W), waveforms (B, …). The result must be differentiable in them,
+            except for `loss_type="ram"`. Modules are moved to the device. A function moves its own networks.
+        args: the settings. When not given, the defaults, with `output_dir="<pipeline>-AdjointMatching"`.
+        train_dataset: a `datasets.Dataset` or `IterableDataset`, a torch `Dataset` of dicts, or a list of prompts or dicts. Its
+            rows need a "prompt" column if the pipeline takes prompts. Columns named like an argument of the pipeline's `__call__`
+            (negative_prompt, image, class_labels, …) are passed to it. All columns are passed to the rewards.
+        eval_dataset: a dataset like `train_dataset` for `evaluate()`, or a dict of several.
+        processing_class: unused, and here because other trainers have it: the pipeline has its own tokenizers.
         callbacks, optimizers: as in `transformers.Trainer`.
-        peft_config: LoRA on the denoiser; `None` trains all its weights against a frozen copy.
+        peft_config: LoRA to train on the denoiser. `None` trains all its weights, and keeps a frozen copy of them as the base.
 
     Raises:
-        TypeError, ValueError: for bad input, before any training, in one sentence.
+        TypeError, ValueError: for bad input, before training. The message says what was wrong and what to pass instead.
     """
 
     method: Objective
-    _kept: list[KeptBatch]  # of the update under way, where it has several iterations
+    _kept: list[KeptBatch]  # micro-batches of the current update, kept for its further iterations
 
     def method_of(self, args: AdjointMatchingConfig) -> Objective:
-        """The objective of `loss_type` and `loss_kwargs`."""
+        """The objective that `loss_type` and `loss_kwargs` name."""
         return args.objective
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None = None) -> Tensor:
-        """Rollout → reward → targets → regression; returns the micro-batch's share of the loss.
+        """Rollout → reward → targets → regression; returns the micro-batch's share of the update's loss, 0-dimensional.
 
         Raises:
-            ValueError: if the network is not as it was prepared, which a callback may have changed; and see `train`.
+            ValueError: if the adapter was removed, disabled or rescaled since training began, by a callback for example. The
+                other errors are those of `train`.
         """
         self._begin_micro_batch()
         chain = self.prepare_chain(inputs)
         steps = [self.choose_steps(chain, iteration) for iteration in range(self.args.num_iterations)]
-        with self._progress("paths and targets", 2 * len(self.replay.stds)):  # of the lean adjoint; a bar may run over
+        with self._progress("paths and targets", 2 * len(self.replay.stds)):  # exact for the lean adjoint; others differ
             targets = self.method.targets(chain, union(steps), self.scorer(chain))
         with self._progress("loss", len(steps[0].indices)):
             fit = self.regress(model, chain, targets if len(steps) == 1 else points_of(targets, steps[0]), targets.scored.usable)
@@ -95,9 +96,9 @@ class AdjointMatchingTrainer(RewardTrainer):
         return fit.loss
 
     def cost_of(self, chain: PipelineChain) -> UpdateCost:
-        """As `RewardTrainer.cost_of`: what the targets ask for, and one evaluation a point of the regression."""
+        """The evaluations that the targets take, and one for each point of the regression; see `RewardTrainer.cost_of`."""
         steps = [self.choose_steps(chain, iteration) for iteration in range(self.args.num_iterations)]
-        # Of the settings' objective: one that a user put in its place may remember what it has seen.
+        # A fresh objective, not `self.method`: a user's own objective may keep state, which the count must not change.
         targets = self.args.objective.targets(chain, union(steps), unscored)
         points = [targets] if len(steps) == 1 else [points_of(targets, chosen) for chosen in steps]
         regressed = sum(len(of_one.steps.indices) for of_one in points)
@@ -108,14 +109,14 @@ class AdjointMatchingTrainer(RewardTrainer):
         return self.args.loss_type
 
     def choose_steps(self, chain: PipelineChain, iteration: int = 0) -> LossSteps:
-        """The same steps for every image of an update's iteration, so that neither micro-batches nor ranks change them."""
+        """Draw the loss steps from (seed, update, iteration): all images, micro-batches and processes use the same steps."""
         generator = seeded_generator(self.args.seed, self.state.global_step, iteration, Stream.LOSS_STEPS)
         scales = self._where_trained(self.method.scales(chain))
         half = max((len(scales) - len(self._idle_steps)) // 2, 1)
         return choose_loss_steps(scales, self.args.num_loss_steps or half, self.args.loss_step_selection, generator)
 
     def regress(self, model: nn.Module, chain: PipelineChain, targets: Targets, keep: Tensor) -> Fit:
-        """Backward through the loss of each point, of the images to `keep`, (B,) bool."""
+        """Backward through the loss of each point; `keep`, (B,) bool, selects the images that count."""
         return regress(
             chain.mean_of(model),
             targets,
@@ -130,7 +131,7 @@ class AdjointMatchingTrainer(RewardTrainer):
     # ---------------------------------------------------------------------------------------- several updates from one rollout
 
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> tuple[list[Any], Any]:
-        """As the host calls it before each update; what is kept of one that an error has ended is forgotten."""
+        """The host calls this before each update. Drops what an update that ended in an error has left."""
         self._kept = []
         if (stages := self.args.stages) is not None:
             begin_stage(self.denoiser, self.state.global_step, self.args.max_steps, stages)
@@ -145,7 +146,7 @@ class AdjointMatchingTrainer(RewardTrainer):
         return super()._check_before_training()
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
-        """The host's, and the weights as of the beginning of the stage."""
+        """Also save the weights that the current stage started from."""
         super()._save_optimizer_and_scheduler(output_dir)
         if self.args.should_save:
             save_stage(self.denoiser, Path(output_dir))
@@ -156,7 +157,7 @@ class AdjointMatchingTrainer(RewardTrainer):
             load_stage(self.denoiser, Path(checkpoint))
 
     def _go_on(self, model: nn.Module) -> None:
-        """After the first iteration's backward passes: the step that they ask for and the next one's passes, up to the last."""
+        """Make the optimizer step of each iteration but the last, and the backward passes of the iteration after it."""
         for iteration in range(1, self.args.num_iterations):
             self._step(model, iteration)
             points = sum(len(batch.steps[iteration].indices) for batch in self._kept)
@@ -169,7 +170,7 @@ class AdjointMatchingTrainer(RewardTrainer):
         self._kept = []
 
     def _step(self, model: nn.Module, iteration: int) -> None:
-        """What the host does after an update's backward passes, without its schedule and callbacks."""
+        """Clip the gradients and step, as the host does, but without its learning-rate schedule and callbacks."""
         self._check_gradients()
         if can_step := self._can_step(model, iteration):
             if self.args.max_grad_norm > 0:

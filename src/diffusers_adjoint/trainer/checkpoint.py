@@ -1,4 +1,4 @@
-"""Checkpoint folders that are whole or absent, whenever the process is killed."""
+"""Checkpoint folders that are complete or absent, even if the process is killed while it writes."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ logger = logging.get_logger(__name__)
 
 @contextmanager
 def whole_folder(folder: Path, writes: bool, barrier: Callable[[], None]) -> Iterator[Path]:
-    """A folder under another name, which gets its own when everything in it is on the disk.
+    """Write a folder under a temporary name, and rename it to `folder` once every file in it is on the disk.
 
     Args:
-        folder: the name it gets; one that exists already is replaced.
-        writes: whether this process makes and renames the folder; the others may write into it.
+        folder: the final path; an existing folder is replaced.
+        writes: whether this process creates and renames the folder. The other processes may write files into it.
         barrier: waits for all processes.
     """
     with _partial_folder(folder, writes, barrier) as partial:
@@ -43,7 +43,7 @@ def whole_folder(folder: Path, writes: bool, barrier: Callable[[], None]) -> Ite
 
 @contextmanager
 def whole_files(folder: Path, writes: bool, barrier: Callable[[], None]) -> Iterator[Path]:
-    """A folder whose files are moved into `folder` one by one, each whole, replacing those of the same name."""
+    """Write files into a temporary folder, then move them into `folder` one by one, so that no file there is ever partial."""
     with _partial_folder(folder / "model", writes, barrier) as partial:
         yield partial
     if writes:
@@ -59,7 +59,7 @@ def whole_files(folder: Path, writes: bool, barrier: Callable[[], None]) -> Iter
 
 @contextmanager
 def _partial_folder(folder: Path, writes: bool, barrier: Callable[[], None]) -> Iterator[Path]:
-    """An empty folder beside `folder`; on the disk when the context is left without an error, and gone with one."""
+    """An empty folder beside `folder`: flushed to the disk when the context ends, deleted when it ends with an error."""
     partial = folder.with_name(f"_{folder.name}.partial")  # names that start with "_" are not uploaded
     if writes:
         _remove(partial)
@@ -72,15 +72,15 @@ def _partial_folder(folder: Path, writes: bool, barrier: Callable[[], None]) -> 
             for path in [*partial.rglob("*"), partial]:
                 _flush(path)
     except BaseException:
-        if writes:  # a full disk needs the room for the next attempt
+        if writes:  # if the disk was full, the next attempt needs the space
             shutil.rmtree(partial, ignore_errors=True)
         raise
 
 
 def _flush(path: Path) -> None:
-    """Ask for the content to be on the disk, not only in its cache."""
-    # No test holds this line: what was written is in the system's cache and seen by every process, flushed or not, until the
-    # machine itself loses power. A killed process, which the tests can make, loses nothing either way.
+    """Flush a file or folder from the system's cache to the disk."""
+    # No test covers this: only a power failure loses what is in the system's cache. The tests can kill a process, and that loses
+    # nothing, flushed or not.
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -89,7 +89,7 @@ def _flush(path: Path) -> None:
 
 
 def _remove(path: Path) -> None:
-    """Delete a folder, or a link but not what it leads to; nothing where there is none."""
+    """Delete a folder or a link (not the link's target), if it exists."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
     else:
@@ -97,7 +97,7 @@ def _remove(path: Path) -> None:
 
 
 def _discard(folder: Path) -> None:
-    """Delete, under a name that nobody takes for a checkpoint: a deletion may be interrupted, too."""
+    """Rename the folder, then delete it: a deletion that is interrupted must not leave half a checkpoint under its name."""
     doomed = folder.with_name(f"_{folder.name}.deleted")
     _remove(doomed)
     folder.rename(doomed)
@@ -105,9 +105,9 @@ def _discard(folder: Path) -> None:
 
 
 def discard_leftovers(run_dir: Path) -> None:
-    """Delete what killed processes left half written or half deleted; put back what was being replaced.
+    """Delete folders that killed processes left half written or half deleted, and restore one that was being replaced.
 
-    Only names that this module gives: a checkpoint that somebody renamed to keep it may begin with "_", too.
+    Only names that this module gives are touched: a user may have renamed a checkpoint so that it begins with "_", too.
     """
     for replaced in _unfinished(run_dir, "replaced"):
         if not os.path.lexists(folder := run_dir / replaced.stem.removeprefix("_")):
@@ -122,30 +122,30 @@ def _unfinished(run_dir: Path, ending: str) -> list[Path]:
 
 
 def _step_of(folder: Path) -> int:
-    """N of a folder `checkpoint-N`, −1 of any other."""
+    """N for a folder `checkpoint-N`, −1 for any other."""
     prefix, _, step = folder.name.rpartition("-")
     return int(step) if prefix == PREFIX_CHECKPOINT_DIR and step.isdecimal() else -1
 
 
 def _checkpoints(run_dir: Path) -> list[Path]:
-    """In the order of writing, whatever runs they are of; a link that leads nowhere is none."""
+    """All checkpoints in `run_dir`, of any run, oldest first. A dangling link is not one."""
     found = [path for path in run_dir.glob("*") if _step_of(path) >= 0 and path.is_dir()]
     return sorted(found, key=lambda folder: (_written(folder), _step_of(folder)))
 
 
 def _written(folder: Path) -> float:
-    """When, in seconds since 1970: as its record says, which a copy of the folder does not change; else its own date."""
+    """Time of writing in seconds since 1970: from the run record, which survives copying, else the folder's own date."""
     record = _readable_record(folder)
     return record.written if record else folder.stat().st_mtime
 
 
 def last_written(run_dir: Path) -> float:
-    """When the newest checkpoint was written; 0 where there is none."""
+    """When the newest checkpoint was written, in seconds since 1970; 0 if there is none."""
     return max(map(_written, _checkpoints(run_dir)), default=0.0)
 
 
 def _readable_record(folder: Path) -> RunRecord | None:
-    """`None` also if it is damaged."""
+    """The run record of a checkpoint; `None` if it is missing or damaged."""
     try:
         return RunRecord.read(folder)
     except ValueError:
@@ -153,10 +153,12 @@ def _readable_record(folder: Path) -> RunRecord | None:
 
 
 def rotate(run_dir: Path, limit: int | None, newest: Path, best: str | None) -> None:
-    """Keep the last `limit` checkpoints to be written, and the best one among or besides them.
+    """Delete the oldest checkpoints until `limit` are left; the newest and the best one are never deleted.
 
     Args:
-        newest: the one just written, whatever lies there from an earlier run.
+        limit: `save_total_limit`; `None` or a number below 1 deletes nothing.
+        newest: the checkpoint just written. Its number may be lower than that of one from an earlier run.
+        best: path of the best checkpoint, if there is one.
     """
     if not limit or limit < 0:
         return
@@ -168,22 +170,23 @@ def rotate(run_dir: Path, limit: int | None, newest: Path, best: str | None) -> 
 
 
 def checkpoint_to_resume(asked: str | Path | bool | None, run_dir: Path, needed: Sequence[str]) -> str | None:
-    """The folder to go on from; `True` takes the last whole one to be written in `run_dir`, and with it the run.
+    """The checkpoint folder to resume from, `None` for a new run.
 
     Args:
-        asked: a folder, `True`, or `None`/`False` for a new start.
+        asked: `resume_from_checkpoint`: a folder; `True` for the newest complete checkpoint in `run_dir`; `None` or `False` for a
+            new run.
         run_dir: where this trainer's checkpoints are.
-        needed: files and folders that a checkpoint must hold.
+        needed: files and folders that a checkpoint must contain.
 
     Raises:
-        TypeError: if `asked` is none of these.
-        ValueError: if there is none, or it lacks a file, or one is not what was written.
+        TypeError: if `asked` is of another type.
+        ValueError: if there is no such checkpoint, a file is missing in it, or a file is damaged.
     """
     if asked is None or asked is False:
         if found := _checkpoints(run_dir):
             logger.warning(
-                f"output_dir={str(run_dir)!r} holds {_names(found)} of an earlier run, which this new one may overwrite or "
-                f"delete; pass resume_from_checkpoint=True to go on from there, or another output_dir."
+                f"output_dir={str(run_dir)!r} holds {_names(found)} of an earlier run, which this new run may overwrite or "
+                f"delete; pass resume_from_checkpoint=True to resume from there, or another output_dir."
             )
         return None
     if asked is True:
@@ -201,25 +204,25 @@ def _newest_whole(run_dir: Path, needed: Sequence[str]) -> Path:
     passed: list[Path] = []
     for folder in reversed(checkpoints := _checkpoints(run_dir)):
         if fault := _fault(folder, needed):
-            logger.warning(f"{folder} {fault}; it is passed over.")
+            logger.warning(f"{folder} {fault}; it is skipped.")
             passed.append(folder)
             continue
         known = {other: record.run for other in checkpoints if (record := _readable_record(other))}
         others = [other for other in known if known[other] != known.get(folder) and other not in passed]
         if others:
-            logger.warning(f"{_names(others)} in {run_dir} are of other runs than {folder.name} and are passed over.")
+            logger.warning(f"{_names(others)} in {run_dir} are of other runs than {folder.name} and are skipped.")
         return folder
-    found = "no whole checkpoint" if passed else "no checkpoint"
-    raise ValueError(f"output_dir={str(run_dir)!r} holds {found}; pass resume_from_checkpoint=None to start anew.")
+    found = "no complete checkpoint" if passed else "no checkpoint"
+    raise ValueError(f"output_dir={str(run_dir)!r} holds {found}; pass resume_from_checkpoint=None to start a new run.")
 
 
 def newest_of(run_dir: Path, run: str) -> Path | None:
-    """The last checkpoint that this run has written."""
+    """The newest checkpoint of this run; `None` if it has written none."""
     return next((folder for folder in reversed(_checkpoints(run_dir)) if is_of(folder, run)), None)
 
 
 def is_of(folder: Path, run: str) -> bool:
-    """Whether this is a checkpoint that the run has written."""
+    """Whether `folder` is a checkpoint of this run."""
     record = _readable_record(folder)
     return record is not None and record.run == run
 
@@ -229,25 +232,25 @@ def _names(folders: Sequence[Path]) -> str:
 
 
 def _fault(folder: Path, needed: Sequence[str]) -> str | None:
-    """Why a checkpoint cannot be used, as "holds no optimizer.pt"; with a warning where that cannot be told for all files."""
+    """Why a checkpoint cannot be used, such as "holds no optimizer.pt", or `None`. Warns if the files cannot be verified."""
     if missing := next((name for name in needed if not (folder / name).exists()), None):
         return f"holds no {missing}"
     try:
         record = RunRecord.read(folder)
     except ValueError:
-        return f"is damaged, its {RECORD_NAME} is not what was written"
+        return f"is damaged: its {RECORD_NAME} has changed since it was written"
     if record is None:
-        logger.warning(f"{folder} holds no {RECORD_NAME}: whether its files are whole and fit this run is not checked.")
+        logger.warning(f"{folder} holds no {RECORD_NAME}: whether its files are complete and fit this run is not checked.")
     elif name := record.damaged(folder):
-        return f"is damaged, its {name} is not what was written"
+        return f"is damaged: its {name} is missing or has changed since it was written"
     return None
 
 
 def require_whole(folder: Path, weights: str) -> None:
-    """Raise ValueError unless the best checkpoint's `weights`, a file or a folder, are what was written."""
+    """Raise ValueError if the best checkpoint's `weights`, a file or a folder, have changed since they were written."""
     record = RunRecord.read(folder)
     if name := record.damaged(folder, only=weights) if record else None:
         raise ValueError(
-            f"the best checkpoint {folder} is damaged, its {name} is not what was written; pass load_best_model_at_end=False "
-            f"and resume_from_checkpoint=True for the last weights."
+            f"the best checkpoint {folder} is damaged: its {name} is missing or has changed since it was written; pass "
+            f"load_best_model_at_end=False and resume_from_checkpoint=True to get the last weights instead."
         )

@@ -1,4 +1,4 @@
-"""What a user hands to a trainer: settings, rows, output folder; checked before anything is computed."""
+"""Checks of a trainer's arguments: settings, dataset rows, output folder. They run before anything is computed."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ logger = logging.get_logger(__name__)
 
 
 def require_config(args: Any) -> None:
-    """Raise TypeError unless these are the settings of this method, or none."""
+    """Raise TypeError unless `args` is an `AdjointMatchingConfig` or `None`."""
     if not isinstance(args, AdjointMatchingConfig | None):
         raise TypeError(
             f"args is of type {type(args).__name__}; pass an AdjointMatchingConfig, which has all fields of TrainingArguments."
@@ -34,7 +34,7 @@ def require_config(args: Any) -> None:
 
 
 def require_prompts(dataset: Any, name: str) -> None:
-    """Raise ValueError unless the rows of the datasets have prompts; a stream is not read before its use."""
+    """Raise ValueError unless the datasets' rows have prompts. A streamed dataset is not read here."""
     for part in parts_of(dataset):
         if has_length(part):  # a transform may give its rows other columns than `column_names`
             first_row(part, name, needs_prompt=True)
@@ -44,7 +44,7 @@ def require_writable(folder: str, *, create: bool = True) -> None:
     """Create `folder` and write into it once; raise ValueError if that cannot be done.
 
     Args:
-        create: otherwise the folder, if there is none, is not made, but must be one that could be.
+        create: `False` creates nothing, and checks the nearest parent folder that exists instead.
     """
     try:
         where = Path(folder)
@@ -62,12 +62,13 @@ def require_writable(folder: str, *, create: bool = True) -> None:
 def columns_to_check(
     train_dataset: Any, eval_dataset: Any, args: AdjointMatchingConfig, replay: PipelineReplay, reward: WeightedReward
 ) -> dict[str, list[Any]]:
-    """The first row, as often as the check at the start of training needs it, when its columns fit pipeline and rewards.
+    """Check the columns of both datasets against the pipeline and the rewards; return the first row as a batch.
 
-    Two rows, for what samples may do to each other; one where no more come together: pipelines exist that take one only.
+    The check at the start of training samples this batch. It has the row twice, to see whether samples influence each other. It
+    has the row once if training and evaluation never batch more: some pipelines take one row only.
 
     Raises:
-        ValueError: for rows that lack something, have a column too many or misspelt, in either dataset.
+        ValueError: if a row of either dataset lacks a column, or has one that neither the pipeline nor a reward takes.
     """
     arguments, rows = replay.arguments, args.per_device_train_batch_size * args.num_generations
     largest = 1 if args.auto_find_batch_size else max(rows, args.per_device_eval_batch_size if parts_of(eval_dataset) else 1)
@@ -81,7 +82,7 @@ def columns_to_check(
         if args.world_size > 1 and not has_length(part):
             raise ValueError("a streamed eval_dataset cannot be divided evenly among processes; pass a Dataset.")
     for part in [train_dataset, *parts_of(eval_dataset)]:
-        # What a transform makes of the rows is met in training: to look through it all may take as long.
+        # Rows that a transform makes are checked in training: to run it on the whole dataset here may take very long.
         if isinstance(part, Dataset) and part.format["type"] != "custom" and "prompt" in part.format["columns"]:
             require_prompt_strings(part["prompt"])
     return columns
@@ -93,58 +94,60 @@ def _require_fitting(columns: dict[str, list[Any]], replay: PipelineReplay, rewa
 
 
 def require_unswitched_layers(method: str, args: AdjointMatchingConfig, denoiser: PipelineDenoiser) -> None:
-    """Raises ValueError where layers would be evaluated again after the adapter that they had is switched."""
+    """Raise ValueError if gradient checkpointing would evaluate layers again with another adapter than in the forward pass."""
     checkpointed = args.gradient_checkpointing or denoiser.network.is_gradient_checkpointing
-    if checkpointed and denoiser.base_adapters is not None:  # both passes are over when a layer is evaluated again
+    # The model and the base share their layers. A checkpointed layer runs again in the backward pass, with whichever adapter is
+    # active then, and autograd does not notice.
+    if checkpointed and denoiser.base_adapters is not None:
         raise ValueError(
-            f"{method} switches the adapter within a step, and checkpointed layers would be evaluated again without it; train "
-            f"without gradient checkpointing, and do not enable it on the network."
+            f"{method} switches the adapter within a step, so that checkpointed layers would be evaluated again without it; pass "
+            f"gradient_checkpointing=False, and do not enable it on the network."
         )
 
 
 def warn_of_guidance(replay: PipelineReplay, guidance_scale: float, guidance: Guidance) -> None:
-    """Say what guidance makes of the target, where that may surprise."""
+    """Warn where guidance changes the distribution that is trained towards."""
     if replay.arguments.guides and guidance.biased:
         logger.warning(
-            "cfg_mode='rollout' guides the trajectories but not the loss: the result is not the tilted distribution; 'none' and "
-            "guidance_scale=1 are exact for the unguided model."
+            "cfg_mode='rollout' guides the trajectories but not the loss, so the result is not the tilted distribution; pass "
+            "cfg_mode='none' or guidance_scale=1, which are exact for the unguided model."
         )
     if replay.embeds_guidance and guidance_scale == 1:
         logger.warning(
-            f"{replay.name} takes the guidance scale as an input of its network, which is now trained at 1; pass "
-            f"guidance_scale= the scale that it is sampled with."
+            f"{replay.name} takes the guidance scale as an input of its network, which is now trained at 1; pass the "
+            f"guidance_scale that you sample with."
         )
 
 
 def warn_of_given_start(replay: PipelineReplay) -> None:
-    """Say that the start is not forgotten, where it is not noise."""
+    """Warn when sampling starts from a noisy image: the samples then depend on that start."""
     if replay.starts_below_noise:
         logger.warning(
-            f"{replay.name} starts from a noisy image, not from noise: its start is not forgotten, so the samples follow "
-            f"p_base·exp(λr) only for each given start, up to a factor that depends on it; strength=1 starts from noise."
+            f"{replay.name} starts from a noisy image, not from pure noise, and the samples depend on that start: they follow "
+            f"p_base·exp(λr) for each given start, up to a factor that depends on it; pass strength=1 to start from noise."
         )
 
 
 def warn_of_whole_decodings(replay: PipelineReplay) -> None:
-    """Say that a choice of frames spares the decoder nothing, and what does."""
+    """Warn when `decode_frames` saves no decoder memory, and say what does."""
     layout = replay.frame_layout
     if layout is None or layout.sliced or layout.beginnings[0] < len(layout.sizes) or len(layout.sizes) == 1:
         return
     vae = replay.pipeline.vae
     if vae._supports_gradient_checkpointing and not vae.is_gradient_checkpointing:
-        memory = "call vae.enable_gradient_checkpointing(), which leaves the frames as they are"
+        memory = "call vae.enable_gradient_checkpointing(), which does not change the frames"
     else:
-        memory = "make fewer or smaller frames"
+        memory = "generate fewer or smaller frames"
     logger.warning(
-        f"the {type(vae).__name__} decodes a video as a whole, each frame from those after it too, so that decode_frames spares "
-        f"the memory of the rewards alone; if that is short, {memory}."
+        f"the {type(vae).__name__} decodes a video as a whole, because each frame also depends on later ones, so decode_frames "
+        f"saves memory in the rewards only; if memory is short, {memory}."
     )
 
 
 def warn_of_flat_rewards(gradient: torch.Tensor) -> None:
-    """Say that there is nothing to learn from, where there may be."""
+    """Warn when the reward's gradient is exactly 0: training would then learn nothing."""
     if not gradient.any():
         logger.warning(
-            "the gradient of the rewards is exactly 0 on the first row: rounding, a comparison or a clamp takes it away; leave "
-            "these out, unless the reward is meant to be flat there."
+            "the gradient of the rewards is exactly 0 on the first row, as after rounding, a comparison or a clamp; remove these "
+            "from the reward, unless it is meant to be flat there."
         )

@@ -1,4 +1,4 @@
-"""What an update costs, known before the first one: a rehearsal in which a stand-in counts how often the denoiser is asked."""
+"""The cost of an update, counted before the first one: a stand-in for the denoiser counts how often it would be evaluated."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ __all__ = ["CountingDenoiser", "UpdateCost", "rehearsal", "unscored"]
 
 @dataclass(frozen=True)
 class UpdateCost:
-    """Of one update, for one image.
+    """The cost of one update for one image.
 
     Args:
-        loss_steps: S, steps that carry the loss, of each iteration.
-        evaluations: of the denoiser, the model's and the base's, with and without gradient, as `PipelineDenoiser` counts them.
+        loss_steps: S, the steps that carry the loss in each iteration.
+        evaluations: denoiser evaluations of model and base together, with and without gradient, as `PipelineDenoiser` counts.
     """
 
     loss_steps: int
@@ -32,19 +32,19 @@ class UpdateCost:
 
 
 class CountingDenoiser:
-    """Has the part of a `PipelineDenoiser` that a chain asks, and evaluates no network: each step's mean is its state.
+    """Stands in for a chain's `PipelineDenoiser` and counts evaluations. It runs no network: each step's mean is its state.
 
     Args:
-        replay: whose grid it has.
+        replay: of the pipeline, for its grid of steps.
 
     Attributes:
-        evaluations: one an image and step, as the denoiser's own.
+        evaluations: one for each image and step, as `PipelineDenoiser.evaluations`.
     """
 
     def __init__(self, replay: PipelineReplay) -> None:
         self.replay = replay
         self.evaluations = 0
-        self._weight = torch.ones((), requires_grad=True)  # what is trained: a gradient must reach something
+        self._weight = torch.ones((), requires_grad=True)  # stands for the trained weights: objectives call backward
 
     def __call__(self, x: Tensor, index: int, conditioning: Any, guided: bool = False) -> Tensor:
         self.evaluations += len(x)
@@ -62,19 +62,19 @@ class CountingDenoiser:
 
 
 def rehearsal(chain: PipelineChain) -> PipelineChain:
-    """A chain on the same grid whose denoiser only counts: two corners of an image, or one if each prompt has one image.
+    """A copy of the chain with a `CountingDenoiser` and one-pixel images, two of them, or one if prompts have one image each.
 
     Args:
-        chain: of a pipeline, after its `prepare`.
+        chain: a pipeline's chain after `prepare`.
     """
     images = min(chain.images_per_prompt, 2)
-    corner = chain.start[(slice(1), slice(None), *[slice(1)] * (chain.start.ndim - 2))]  # of all channels
+    corner = chain.start[(slice(1), slice(None), *[slice(1)] * (chain.start.ndim - 2))]  # one pixel, all channels
     start = corner.repeat(images, *[1] * (chain.start.ndim - 1))
     return replace(
         chain,
         denoiser=cast(PipelineDenoiser, CountingDenoiser(chain.denoiser.replay)),
         start=start,
-        conditioning=cast(Any, None),  # which only a network reads
+        conditioning=cast(Any, None),  # only a network reads it
         noise=[torch.Generator().manual_seed(i) for i in range(images)],
         columns={},
         images_per_prompt=images,
@@ -82,7 +82,7 @@ def rehearsal(chain: PipelineChain) -> PipelineChain:
 
 
 def unscored(end_point: Tensor) -> ScoredImages:
-    """Rewards of 0 for all, in place of rewards."""
+    """Scores in place of the rewards' for a rehearsal: reward 0 and gradient 0 for every image."""
     zeros = torch.zeros(len(end_point), dtype=end_point.dtype, device=end_point.device)
     tilt, usable = torch.zeros_like(end_point), torch.ones_like(zeros, dtype=torch.bool)
     given = {"end_point": end_point, "images": end_point, "tilt": tilt, "usable": usable}

@@ -1,4 +1,4 @@
-"""What one call of `train` counts: its updates, evaluations of the network, and measurements between two lines of the log."""
+"""Counters of one call of `train`: updates, network evaluations, and measurements between two log lines."""
 
 from __future__ import annotations
 
@@ -14,20 +14,20 @@ __all__ = ["Counts", "Rate"]
 
 
 class Rate:
-    """How fast the network is evaluated between two lines of the log.
+    """Network evaluations per second between two log lines.
 
     Args:
-        denoiser: counts its evaluations, one an image and step.
-        processes: of which each makes as many.
+        denoiser: its `evaluations` are read.
+        processes: number of processes; each is taken to make as many evaluations as this one.
     """
 
     def __init__(self, denoiser: PipelineDenoiser, processes: int) -> None:
         self._denoiser = denoiser
         self._processes = processes
-        self._seconds, self._evaluations = time.perf_counter(), denoiser.evaluations  # at the last line, or at the start
+        self._seconds, self._evaluations = time.perf_counter(), denoiser.evaluations  # at the last log line, or at the start
 
     def since_last(self) -> float:
-        """Evaluations a second of all processes since the last call, or since this was made."""
+        """Evaluations per second of all processes since the last call, or since this object was made."""
         seconds, evaluations = time.perf_counter(), self._denoiser.evaluations
         rate = (evaluations - self._evaluations) / (seconds - self._seconds) * self._processes
         self._seconds, self._evaluations = seconds, evaluations
@@ -35,12 +35,12 @@ class Rate:
 
 
 class Counts:
-    """All of them, made anew for each call of `train`: what a call has left that an error has ended is forgotten.
+    """All counters of one call of `train`. Each call makes new ones, so nothing is left of a call that ended in an error.
 
     Attributes:
-        updates: the one under way, and how many there were.
-        samples: measurements since the last line of the log.
-        rate: of evaluations since then.
+        updates: the current update, and how many were made.
+        samples: measurements since the last log line.
+        rate: network evaluations per second since the last log line.
     """
 
     def __init__(self, accelerator: Accelerator, denoiser: PipelineDenoiser) -> None:

@@ -1,4 +1,4 @@
-"""`dry_run`: everything is checked, one update is made, and nothing is left behind."""
+"""`dry_run`: make all checks and one update, and write no file."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ __all__ = ["StopAfterOneUpdate", "folder_unchanged", "without_files"]
 
 
 def without_files(args: AdjointMatchingConfig) -> AdjointMatchingConfig:
-    """A copy that asks for no repository, tracker, picture, or checkpoint when interrupted, nor for an evaluation first."""
+    """A copy of `args` with uploads, trackers, sample grids, checkpoints on interruption and `eval_on_start` switched off."""
     args = copy.copy(args)
     args.push_to_hub, args.report_to, args.num_images_to_log = False, [], 0
     args.save_on_interrupt = args.eval_on_start = False
@@ -25,18 +25,18 @@ def without_files(args: AdjointMatchingConfig) -> AdjointMatchingConfig:
 
 @contextlib.contextmanager
 def folder_unchanged(folder: Path) -> Iterator[None]:
-    """Take the folder away again, and those that it lies in, if they were not there before."""
+    """Remove `folder` and its parents afterwards if they did not exist before."""
     new = [path for path in (folder, *folder.parents) if not path.exists()]
     try:
         yield
     finally:
         for path in new:
-            with contextlib.suppress(OSError):  # another process has done it, or has put something there
+            with contextlib.suppress(OSError):  # another process has removed it, or has written into it
                 path.rmdir()
 
 
 class StopAfterOneUpdate(TrainerCallback):
-    """Ends training after its first update, which is logged, not evaluated and not saved."""
+    """End training after the first update: log it, but do not evaluate and do not save."""
 
     def on_step_end(self, args: Any, state: Any, control: TrainerControl, **kwargs: Any) -> None:
         control.should_training_stop = control.should_log = True

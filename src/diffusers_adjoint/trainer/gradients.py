@@ -1,4 +1,4 @@
-"""Every trained tensor gets a gradient, and the right one: checked at the start and after the first backward pass."""
+"""Checks that every trained tensor gets a gradient, and the right one: at the start and after the first backward pass."""
 
 from __future__ import annotations
 
@@ -20,13 +20,14 @@ __all__ = ["require_checkpointing", "require_gradients", "warn_of_unused"]
 
 logger = logging.get_logger(__name__)
 
-# Largest relative error of a tensor's gradient, and the size relative to the largest gradient below which it is measured against
-# that instead. A layer that is evaluated again runs the same kernels on the same numbers: a CPU gives the same bits, and a GPU
-# adds up in another order now and then, which leaves 1e-6 in float32. In 16 bits such a difference is rounded to three digits at
-# every layer, and small gradients are made of nothing else. A state that is lost leaves 1e-1 and more.
+# (tolerance, floor). The tolerance is the largest relative error allowed in a tensor's gradient. A gradient smaller than `floor`
+# times the largest one is compared relative to that size instead of its own. A layer that is evaluated again runs the same
+# kernels on the same numbers: a CPU gives the same bits, and a GPU may sum in another order, an error of 1e-6 in float32. 16-bit
+# layers round such a difference to three digits each, and small gradients then are mostly rounding error. Lost state, which this
+# check looks for, makes an error of 1e-1 or more.
 _FINE, _COARSE = (1e-3, 1e-3), (5e-2, 1e-1)
-# In units of 1/√inputs of a matrix of an adapter, which then adds about half of what its layer does by itself: the more it adds,
-# the clearer is what becomes wrong where it is lost.
+# Size of the perturbation of an adapter's matrix, in units of 1/√inputs. The adapter then adds about half of what its layer
+# computes by itself, so that an error from losing it is large.
 _PERTURBATION = 0.5
 
 
@@ -36,23 +37,24 @@ _PERTURBATION = 0.5
 def require_checkpointing(
     denoiser: PipelineDenoiser, x: Tensor, index: int, conditioning: Conditioning, *, guided: bool = False
 ) -> None:
-    """Compare the gradients of state and trained weights with gradient checkpointing, if it is on, and without: two evaluations.
+    """Compare the gradients of the state and the trained weights with and without gradient checkpointing, if it is on.
 
-    A checkpointed layer is evaluated again in the backward pass, when the network's forward is over. Whatever that forward sets
-    and takes back at its end, such as the `scale` of a LoRA, is then missing.
+    A checkpointed layer is evaluated again in the backward pass, after the network's forward has returned. Anything that the
+    forward sets and resets at its end, such as the `scale` of a LoRA, is then missing, and autograd returns wrong gradients
+    without an error. The check takes two evaluations with their backward passes.
 
-    Adapters start where half of their gradient is exactly 0 whatever is wrong, so they are compared at other values; they have
-    their own again afterwards. Weights that FSDP has divided are left alone: they were compared before it did so.
+    A new LoRA has B = 0, so half of its gradient is exactly 0 even if something is wrong. Adapters are therefore compared at
+    random values, and restored afterwards. Weights that FSDP has divided are not compared: the check ran before they were.
 
     Args:
-        denoiser: whose network is trained.
+        denoiser: with the network that is trained.
         x: a state, shape (B, …).
         index: a step of the grid at which the trained network predicts.
-        conditioning: of the last `prepare`.
-        guided: whether the loss is.
+        conditioning: from the last `prepare`.
+        guided: whether the loss uses classifier-free guidance.
 
     Raises:
-        ValueError: if they differ.
+        ValueError: if the gradients differ.
     """
     network = denoiser.network
     trained = {name: p for name, p in network.named_parameters() if p.requires_grad}
@@ -61,7 +63,7 @@ def require_checkpointing(
     adapted = trained if denoiser.base_adapters is not None else {}
 
     def gradients() -> list[Tensor | None]:
-        leaf = x.detach().requires_grad_()  # the adjoint needs it: adapters of the base may be scaled, too
+        leaf = x.detach().requires_grad_()  # the adjoint needs ∂/∂x, which the scale of the base's own adapters can spoil, too
         output = denoiser.replay.predict(leaf, index, conditioning, guided=guided)
         direction = torch.randn(output.shape, generator=torch.Generator().manual_seed(0)).to(output)
         return list(torch.autograd.grad(output, [leaf, *trained.values()], direction, allow_unused=True))
@@ -71,12 +73,12 @@ def require_checkpointing(
         with _without_checkpointing(network):
             plain = gradients()
     tolerance, least = _COARSE if network.dtype in (torch.float16, torch.bfloat16) else _FINE
-    # Apart: the state's gradient is of another size than the weights'.
+    # Compared separately: the state's gradient is of another size than the weights'.
     error = max(_largest_error(checkpointed[:1], plain[:1], least), _largest_error(checkpointed[1:], plain[1:], least))
     if not error <= tolerance:
         raise ValueError(
             f"{denoiser.replay.name} cannot be trained with gradient checkpointing as it is called, because a gradient is off by "
-            f"{error:.1%}: its {denoiser.replay.component} takes back at the end of its forward what it has set there, before "
+            f"{error:.1%}: its {denoiser.replay.component} resets at the end of its forward what it has set there, before "
             f"layers are evaluated again; leave a LoRA scale out of pipeline_kwargs and set lora_alpha instead, or train without "
             f"gradient checkpointing."
         )
@@ -84,7 +86,7 @@ def require_checkpointing(
 
 @contextmanager
 def _perturbed(adapters: dict[str, nn.Parameter]) -> Iterator[None]:
-    """Random values added to each, and taken back exactly; the global random numbers do not advance."""
+    """Add random values to each adapter tensor, and restore them exactly; no global random number is drawn."""
     before = {name: p.detach().clone() for name, p in adapters.items()}
     generator = torch.Generator().manual_seed(0)
     try:
@@ -101,10 +103,10 @@ def _perturbed(adapters: dict[str, nn.Parameter]) -> Iterator[None]:
 
 @contextmanager
 def _without_checkpointing(network: nn.Module) -> Iterator[None]:
-    """Every activation is kept, on the CPU: those of all layers at once may be more than the device holds."""
+    """Switch checkpointing off, and keep activations on the CPU: those of all layers together may not fit on the device."""
     switches: list[Any] = [module for module in network.modules() if getattr(module, "gradient_checkpointing", False)]
     try:
-        for module in switches:  # not through the network's own method, which would forget the function that a user gave it
+        for module in switches:  # not by the network's own method: it would lose a checkpointing function that the user set
             module.gradient_checkpointing = False
         with torch.autograd.graph.save_on_cpu():
             yield
@@ -114,10 +116,10 @@ def _without_checkpointing(network: nn.Module) -> Iterator[None]:
 
 
 def _largest_error(found: Sequence[Tensor | None], expected: Sequence[Tensor | None], least: float) -> float:
-    """Largest ‖found − expected‖ / ‖expected‖ of a tensor.
+    """Largest ‖found − expected‖ / ‖expected‖ over the tensors.
 
-    A gradient that is missing in one of both counts as 0. One that is not finite without checkpointing says nothing: the step
-    overflows whatever is evaluated again.
+    A missing gradient counts as 0. A tensor whose expected gradient is not finite is left out: the step overflows with and
+    without checkpointing. Expected gradients below `least` times the largest are compared relative to that size.
     """
     pairs = [(0.0 if f is None else f, 0.0 if e is None else e) for f, e in zip(found, expected, strict=True)]
     sizes = [_norm(e) for _, e in pairs]
@@ -135,16 +137,16 @@ def _norm(values: Tensor | float) -> float:
 
 
 def require_gradients(trained: Collection[str], without: Collection[str], *, lora: bool) -> None:
-    """Refuse to train where a whole kind of layers would never learn, such as every `to_q`: somebody meant to train these.
+    """Raise ValueError if a whole kind of layers gets no gradient, such as every `to_q`: they were meant to be trained.
 
     Args:
         trained: names of all trained tensors.
-        without: those that no gradient has reached.
+        without: names of those without a gradient.
         lora: whether they belong to adapters.
 
     Raises:
-        ValueError: if no gradient has reached any tensor, or any of the layers of one name, of which there are two or more. A
-            single layer, or some of many, are what a network has that this call of it does not use: see `warn_of_unused`.
+        ValueError: if no tensor has a gradient, or if none of two or more layers of one kind has. Single layers without a
+            gradient are usual, because a network may not use every layer in this call: see `warn_of_unused`.
     """
     members: dict[str, set[str]] = defaultdict(set)
     for name in trained:
@@ -161,21 +163,21 @@ def require_gradients(trained: Collection[str], without: Collection[str], *, lor
 
 
 def warn_of_unused(trained: Collection[str], without: Collection[str]) -> None:
-    """Name the trained tensors that no gradient has reached, if there are any."""
+    """Warn of trained tensors that have no gradient, if there are any."""
     if without:
         logger.warning(
-            f"{len(without)} of {len(trained)} trained tensors get no gradient and stay as they are, because the network's call "
+            f"{len(without)} of {len(trained)} trained tensors get no gradient and do not change, because the network's call "
             f"does not use them: {_listed(sorted(without), 'and')}."
         )
 
 
 def _layer(tensor: str) -> str:
-    """'blocks.0.to_out.0.lora_A.adjoint.weight', 'blocks.0.to_out.0.weight' → 'blocks.0.to_out.0'."""
+    """The layer of a tensor: 'blocks.0.to_out.0.lora_A.adjoint.weight', 'blocks.0.to_out.0.weight' → 'blocks.0.to_out.0'."""
     return tensor.partition(".lora_")[0] if ".lora_" in tensor else tensor.rpartition(".")[0]
 
 
 def _kind(layer: str) -> str:
-    """The layer's own name, with its number where it is an entry of a list: 'blocks.0.to_out.0' → 'to_out.0'."""
+    """The last part of a layer's name, with the part before it if the last is a number: 'blocks.0.to_out.0' → 'to_out.0'."""
     *_, owner, own = ["", *layer.split(".")]
     return f"{owner}.{own}" if own.isdigit() else own
 

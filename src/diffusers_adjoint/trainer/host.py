@@ -1,4 +1,4 @@
-"""The base trainer: what `transformers.Trainer` must be told about a pipeline, whatever the loss."""
+"""The base trainer: what `transformers.Trainer`, "the host", must do differently for a diffusers pipeline, whatever the loss."""
 
 from __future__ import annotations
 
@@ -64,9 +64,9 @@ logger = logging.get_logger(__name__)
 class PipelineTrainer(PublishingTrainer):
     """Base trainer for a diffusers denoiser: devices, batches, checkpoints, resuming, evaluation. Subclasses define the loss.
 
-    State besides the host's `state`: `_counts` is what this call of `train` has counted, made anew in `_train`; `_shown` the
-    pictures of the last rollout and evaluation; `_run`, `_finished` and `_columns` which run this is and what its rows hold.
-    `RewardTrainer` adds what it finds out before the first update. What concerns the Hub alone is in `PublishingTrainer`.
+    State besides the host's `state`: `_counts` holds the counters of this call of `train`; `_shown` the images of the last
+    rollout and evaluation; `_run` the facts of this run; `_finished` whether it was complete already; `_columns` the columns of
+    its rows. `RewardTrainer` adds what it measures before the first update. The Hub is in `PublishingTrainer`.
     """
 
     control: TrainerControl
@@ -76,19 +76,19 @@ class PipelineTrainer(PublishingTrainer):
         super().__init__(*args, **kwargs)
         spare_training(self.callback_handler.callbacks)
         self._counts = Counts(self.accelerator, self.denoiser)
-        self._run: RunFacts | None = None  # that the last call of `train` began, or went on with
-        self._finished = False  # whether the checkpoint that training starts from has all its updates
-        self._columns: Collection[str] = ()  # of the first row; known from the start of training on
+        self._run: RunFacts | None = None  # of the run that the last call of `train` began or resumed
+        self._finished = False  # whether the checkpoint that training resumes from has all updates of the run
+        self._columns: Collection[str] = ()  # names of the first row's columns, known once training has started
 
     def add_callback(self, callback: Any) -> None:
-        """The host's; what a tracker cannot write is a warning."""
+        """As in `Trainer`, but a tracker that cannot write only causes a warning."""
         super().add_callback(callback)
         spare_training(self.callback_handler.callbacks)
 
     # ---------------------------------------------------------------------------------------------------------- several devices
 
     def create_accelerator_and_postprocess(self) -> None:
-        """The host's, then what compilation and FSDP must do otherwise for a network inside a pipeline."""
+        """As in `Trainer`, then adapt compilation and FSDP to a network inside a pipeline."""
         super().create_accelerator_and_postprocess()
         compile_networks(self.denoiser, self.args, self.accelerator)
         if self.is_fsdp_enabled:
@@ -97,22 +97,22 @@ class PipelineTrainer(PublishingTrainer):
             round_in_network_alone(self.denoiser, plugin, self.accelerator)
 
     def _backward(self, loss: Tensor) -> None:
-        """The host's, of a loss that has its share of the update already."""
+        """Backward of a loss that is already weighted by its share of the update: it must not be divided again."""
         self.accelerator.backward(loss, **({"scale_wrt_gas": False} if self.is_deepspeed_enabled else {}))
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
-        """Of all processes: under FSDP, older torch makes a number of this process's share, and that would be logged."""
+        """The gradient norm over all processes; under FSDP, older torch returns a DTensor, and the host logs its local part."""
         norm = super()._get_grad_norm(model, grad_norm=grad_norm)
         return norm.full_tensor() if isinstance(norm, DTensor) else norm
 
     # --------------------------------------------------------------------------------------------------------------- batches
 
     def get_batch_samples(self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device) -> tuple[list[Any], Any]:
-        """Number the images of an update across micro-batches and processes, in the order one process would see them."""
+        """Number the images of an update over micro-batches and processes, in the order in which one process would see them."""
         batches, items = super().get_batch_samples(epoch_iterator, num_batches, device)
         for columns in batches if self._columns else ():
             require_columns(one_row(columns), self._columns)
-        if len(batches) < num_batches:  # a stream has ended: without its last micro-batch no update is made of the others
+        if len(batches) < num_batches:  # the dataset ended within this update, which is dropped
             batches = []
         repeated = [repeat_rows(columns, self.args.num_generations) for columns in batches]
         sizes = [rows_of(columns) for columns in repeated]
@@ -124,26 +124,28 @@ class PipelineTrainer(PublishingTrainer):
         return inputs, items
 
     def _set_signature_columns_if_needed(self) -> None:
-        self._signature_columns = ["prompt"]  # Trainer would look for forward's arguments among the dataset's columns
+        self._signature_columns = ["prompt"]  # else `Trainer` looks for the arguments of `forward` among the dataset's columns
 
     # ---------------------------------------------------------------------------------------------------------------- saving
 
     @property
     def _weights_name(self) -> str:
-        """File or folder of a checkpoint that holds what was trained."""
+        """Name of the file or folder with the trained weights in a checkpoint."""
         return self.replay.component if self.denoiser.base_adapters is None else WEIGHTS_NAME
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Write the LoRA, or the whole pipeline with its own scheduler.
+        """Write the LoRA, or the whole pipeline with its own scheduler; nothing in a dry run.
 
-        `pipeline.load_lora_weights(output_dir)` reads the LoRA, or where the pipeline takes none, its network:
-        `network.load_lora_adapter(output_dir, prefix=None, weight_name="pytorch_lora_weights.safetensors")`. The card says which.
+        `pipeline.load_lora_weights(output_dir)` loads the LoRA. If the pipeline has no such method, its network loads it:
+        `network.load_lora_adapter(output_dir, prefix=None, weight_name="pytorch_lora_weights.safetensors")`. The model card says
+        which of the two it is.
 
-        In a dry run nothing is written.
+        Args:
+            output_dir: `args.output_dir` when not given.
 
         Raises:
-            ValueError: if the network is not as it was trained, its adapter taken away or set to another strength, or if a weight
-                is NaN or infinite; what lies in the folder stays as it is.
+            ValueError: if the adapter was removed, disabled or rescaled, or if a weight is NaN or infinite. The folder is not
+                changed then.
         """
         self.denoiser.state.require_adapter()
         require_finite_weights(self.denoiser.network, self.state.global_step + self.is_in_train)
@@ -163,7 +165,7 @@ class PipelineTrainer(PublishingTrainer):
             self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
 
     def _write_weights(self, folder: Path) -> None:
-        """Every process must call this: FSDP spreads the weights over all of them."""
+        """Write the trained weights. All processes must call this, because FSDP divides the weights among them."""
         if self.denoiser.base_adapters is not None:
             save_lora(self.pipeline, self.replay.component, folder, write=self.args.should_save)
         elif (network := whole_network(self.denoiser.network, self.args.should_save)) is not None:
@@ -176,13 +178,13 @@ class PipelineTrainer(PublishingTrainer):
         if not self.is_fsdp_enabled:
             super()._save_optimizer_and_scheduler(output_dir)
             return
-        # The host would add the weights of the base and of its frozen copy.
+        # The host would also save the weights of the base and of its frozen copy.
         save_fsdp_optimizer(self.accelerator.state.fsdp_plugin, self.accelerator, self.optimizer, self.model, output_dir)
         if self.args.should_save:
             torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / SCHEDULER_NAME)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        """The host's checkpoint, except that a folder `checkpoint-N` is whole or absent, and that the weights are ours."""
+        """As in `Trainer`, but the folder `checkpoint-N` is complete or absent, and holds the trained weights only."""
         self.denoiser.state.require_adapter()
         assert self._run is not None  # checkpoints are written within `train` only
         run_dir = Path(self._get_output_dir(trial=trial))
@@ -197,7 +199,7 @@ class PipelineTrainer(PublishingTrainer):
             if self.args.should_save:
                 self._write_state(partial)
                 self._write_memory(partial)
-            self._wait()  # for the files of the other processes
+            self._wait()  # the record hashes the files of all processes
             if self.args.should_save:
                 RunRecord.write(partial, self._run, after=last_written(run_dir))
         if self.args.push_to_hub:
@@ -206,9 +208,10 @@ class PipelineTrainer(PublishingTrainer):
             rotate(run_dir, self.args.save_total_limit, folder, self.state.best_model_checkpoint)
 
     def _find_best(self, run_dir: Path, written: Path | None = None) -> None:
-        """Where this run's best checkpoint lies now: the folder may have been moved since its path was noted.
+        """Update the path of this run's best checkpoint: the output folder may have been moved since it was stored.
 
         Args:
+            run_dir: where the checkpoints are now.
             written: the checkpoint that is being written.
         """
         best = run_dir / f"{PREFIX_CHECKPOINT_DIR}-{self.state.best_global_step}"
@@ -216,11 +219,11 @@ class PipelineTrainer(PublishingTrainer):
             self.state.best_model_checkpoint = str(best)
 
     def newest_checkpoint(self) -> Path | None:
-        """The last one that this run has written, before an interruption too; `None` if there is none."""
+        """The newest checkpoint of this run, including those from before it was resumed; `None` if there is none."""
         return None if self._run is None else newest_of(Path(self.args.output_dir), self._run.run)
 
     def _write_state(self, folder: Path) -> None:
-        """Progress, and what the callbacks want to remember."""
+        """Write the trainer's state with the states of its callbacks."""
         for callback in [*self.callback_handler.callbacks, self.control]:
             if isinstance(callback, ExportableState):
                 name, state = type(callback).__name__, callback.state()
@@ -235,14 +238,17 @@ class PipelineTrainer(PublishingTrainer):
     def train(
         self, resume_from_checkpoint: str | bool | None = None, trial: Any = None, ignore_keys_for_eval: list[str] | None = None
     ) -> Any:
-        """`transformers.Trainer.train`. Goes on bit for bit from a checkpoint; `True` takes the newest in `output_dir`.
+        """Train, as `transformers.Trainer.train` does. A resumed run gives the same bits as one that was not interrupted.
 
-        With `save_on_interrupt`, Ctrl-C and SIGTERM end it by `KeyboardInterrupt` or `SystemExit`, after a checkpoint.
+        With `save_on_interrupt`, Ctrl-C and SIGTERM write a checkpoint and then raise `KeyboardInterrupt` or `SystemExit`.
+
+        Args:
+            resume_from_checkpoint: folder of a checkpoint, or `True` for the newest in `output_dir`.
 
         Raises:
-            ValueError: before any update for bad input, for another trainer at work in `output_dir`, and where there is no
-                checkpoint to go on from, or it is damaged or of another network; when a weight becomes NaN or infinite, before
-                that is saved; after 20 dropped updates in a row; and at the end if no update was made.
+            ValueError: before the first update, if an argument is bad, another trainer uses `output_dir`, or the checkpoint to
+                resume from is missing, damaged or of another network. Later, if a weight becomes NaN or infinite (before it is
+                saved), after 20 dropped updates in a row, and at the end if no update was made.
         """
         self.denoiser.state.require_trainable(None if self.is_deepspeed_enabled else self.optimizer)
         with contextlib.ExitStack() as held:
@@ -268,27 +274,27 @@ class PipelineTrainer(PublishingTrainer):
         self._finished = checkpoint is not None and self._has_all_updates(Path(checkpoint))
         if checkpoint is not None:
             self._read_memory(Path(checkpoint))
-        if not self._finished:  # otherwise nothing is evaluated
+        if not self._finished:  # a finished run evaluates no network
             self._columns = self._check_before_training()
             self._find_scale_before_training()
-            if checkpoint is None and self.state.global_step == 0:  # else it is the base no more, and was probed before
+            if checkpoint is None and self.state.global_step == 0:  # later the model is not the base, and was probed before
                 self._probe_before_training()
         self._counts, self._shown.evaluated = Counts(self.accelerator, self.denoiser), None
         with interruptible(self) if self.args.save_on_interrupt else contextlib.nullcontext():
             output = super().train(checkpoint, trial, ignore_keys_for_eval)
-        if self._finished:  # the host's mean over no update is 0, which looks like a loss
+        if self._finished:  # without an update the host reports a loss of 0, which looks like a result
             return output._replace(training_loss=math.nan, metrics=output.metrics | {"train_loss": math.nan})
         self._counts.updates.count.require_one(self.state, self._images_of_an_update)
         return output
 
     @property
     def _images_of_an_update(self) -> int:
-        """On all processes together."""
+        """Images of one update, over all processes."""
         rows = self.args.per_device_train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
         return rows * self.args.num_generations
 
     def _facts(self) -> RunFacts:
-        """Of a new run with this network and these settings."""
+        """The facts of a new run with this network and these settings."""
         base, optimizer = self._base_and_optimizer
         lora = self.denoiser.base_adapters is not None
         adapter = adapter_facts(self.denoiser.network.peft_config[ADAPTER].to_dict()) if lora else None
@@ -297,36 +303,36 @@ class PipelineTrainer(PublishingTrainer):
 
     @cached_property
     def _base_and_optimizer(self) -> tuple[str, str | None]:
-        """Fingerprint of the base, and the class of an optimizer that the user made.
+        """Fingerprint of the base's weights, and the class of an optimizer that the user passed.
 
-        As the first call of `train` finds them: later FSDP has divided the weights, and accelerate has wrapped the optimizer.
+        Cached at the first call of `train`: later, FSDP has divided the weights and accelerate has wrapped the optimizer.
         """
         base = self.denoiser.network if self.denoiser.frozen is None else self.denoiser.frozen
         optimizer = None if self.optimizer is None else type(self.optimizer).__name__
         return base_fingerprint(base, self.denoiser.base_adapters), optimizer
 
     def _has_all_updates(self, checkpoint: Path) -> bool:
-        """Whether a run that goes on from here is over."""
+        """Whether a run that resumes from this checkpoint has made all its updates."""
         made = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME)).global_step
         asked = self.args.max_steps
         if asked <= 0:  # by epochs
             *_, asked = self.set_initial_training_values(self.args, self.get_train_dataloader())
         if made >= asked and self.is_world_process_zero():
-            logger.warning(f"{checkpoint} has made all {asked} updates of this run; nothing is trained.")
+            logger.warning(f"{checkpoint} already has all {asked} updates of this run; nothing is trained.")
         return made >= asked
 
     def _run_epoch(self, **kwargs: Any) -> None:
-        """The host's; it would look only after an update whether that was the last one."""
+        """As in `Trainer`, but a finished run makes no update; the host checks only after one whether it was the last."""
         if self._finished:
             self.control.should_training_stop = True
         else:
             super()._run_epoch(**kwargs)
 
     def _finalize_training(self, *args: Any, **kwargs: Any) -> Any:
-        """The host's, without its clean-up beside the best checkpoint.
+        """As in `Trainer`, but without deleting checkpoints at the end.
 
-        With `save_total_limit=1` it would delete the last one, from which a finished run is known to be finished, and every
-        folder whose name begins like one, such as a "checkpoint-7-keep" of the user's.
+        With `save_total_limit=1` the host keeps the best checkpoint only. The last one must stay, because it shows that the run
+        is finished. So must a user's folder like "checkpoint-7-keep", which the host would delete for its name.
         """
         limit, self.args.save_total_limit = self.args.save_total_limit, None
         try:
@@ -335,16 +341,16 @@ class PipelineTrainer(PublishingTrainer):
             self.args.save_total_limit = limit
 
     def _evaluate(self, *args: Any, **kwargs: Any) -> Any:
-        """The host's, of training; the one that `eval_on_start` asks for is not repeated when training is over."""
+        """As in `Trainer`, but a finished run that is started again does not repeat the evaluation of `eval_on_start`."""
         return {} if self._finished else super()._evaluate(*args, **kwargs)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """The host's, without its summary of a training of no update."""
+        """As in `Trainer`, but a finished run that is started again logs no summary of a training without updates."""
         if not (self._finished and "train_loss" in logs):
             super().log(logs, start_time)
 
     def _load_callback_state(self) -> None:
-        """The host's, when it has read its own state, and has forgotten a best checkpoint that was moved."""
+        """As in `Trainer`, which has just read its state; then find the best checkpoint again if the folder was moved."""
         super()._load_callback_state()
         self._find_best(Path(self.args.output_dir))
 
@@ -359,14 +365,12 @@ class PipelineTrainer(PublishingTrainer):
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         groups = [set(group) for group in self.optimizer.param_groups]
         kind = type(getattr(self.optimizer, "optimizer", self.optimizer)).__name__
-        other = ValueError(
-            f"{kind} cannot go on from the optimizer's state in {checkpoint}; resume with the optimizer that saved it."
-        )
+        other = ValueError(f"{kind} cannot load the optimizer's state in {checkpoint}; resume with the optimizer that saved it.")
         try:
             super()._load_optimizer_and_scheduler(checkpoint)
-        except ValueError as error:  # its parameters are grouped otherwise
+        except ValueError as error:  # the saved parameter groups are others
             raise other from error
-        # torch loads any state, and would miss what an optimizer of another class needs only in the first update.
+        # torch loads the state of another optimizer class without an error, and fails only in the first update.
         if any(before - set(after) for before, after in zip(groups, self.optimizer.param_groups, strict=True)):
             raise other
 
@@ -377,23 +381,23 @@ class PipelineTrainer(PublishingTrainer):
         self._read_memory(folder)
 
     def _check_before_training(self) -> Collection[str]:
-        """A subclass's checks, before any rollout; returns the names of the first row's columns, which all rows must have."""
+        """Checks of a subclass before any rollout. Returns the names of the first row's columns, which every row must have."""
         raise NotImplementedError
 
     def _write_memory(self, folder: Path) -> None:
-        """What a subclass must know to go on from a checkpoint, besides weights, optimizer and random numbers."""
+        """Save what a subclass needs to resume, besides weights, optimizer and random state."""
         raise NotImplementedError
 
     def _read_memory(self, folder: Path) -> None:
-        """That of a checkpoint."""
+        """Load what `_write_memory` saved in a checkpoint."""
         raise NotImplementedError
 
     def _find_scale_before_training(self) -> None:
-        """λ, where a subclass is to find it."""
+        """Estimate λ, in a subclass whose settings ask for it."""
         raise NotImplementedError
 
     def _probe_before_training(self) -> None:
-        """What a subclass measures on the base, where training starts from it."""
+        """Measurements of a subclass on the base, when training starts from it."""
         raise NotImplementedError
 
     # ------------------------------------------------------------------------------------------------------------ evaluation
@@ -401,11 +405,11 @@ class PipelineTrainer(PublishingTrainer):
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
     ) -> dict[str, float]:
-        """Sample the prompts with the pipeline's own scheduler; report the rewards of what a user would see, and their price.
+        """Sample the dataset's prompts with the pipeline's own scheduler, as a user would, and report rewards, KL and diversity.
 
         Args:
-            eval_dataset: rows as in training, a dict of several datasets, whose names become part of the metrics' names, or the
-                name of one in the trainer's own dict; the trainer's own when not given.
+            eval_dataset: a dataset as for the constructor; a dict of several, whose keys become part of the metrics' names; or
+                the key of one in the trainer's own dict. When not given, the trainer's own.
             ignore_keys: unused.
             metric_key_prefix: what the metrics' names begin with.
 
@@ -414,7 +418,8 @@ class PipelineTrainer(PublishingTrainer):
             `/missing`, a number of images), `eval_diversity`, `eval_saturated`, `eval_kl` or `eval_kl_unguided` in nats.
 
         Raises:
-            TypeError, ValueError: if there is no dataset, or it is none; or the network is not as it was trained.
+            TypeError, ValueError: if there is no dataset, its rows are not valid, or the adapter was removed, disabled or
+                rescaled.
         """
         self.denoiser.state.require_adapter()
         if eval_dataset is not None:
@@ -423,7 +428,7 @@ class PipelineTrainer(PublishingTrainer):
         if dataset is None:
             raise ValueError("there is no eval_dataset; pass one here or to the trainer.")
         if isinstance(dataset, dict):
-            # By name where it is the trainer's own, as the host does: it keeps the workers of each name's loader.
+            # The trainer's own datasets go by key, as in the host, which keeps one data loader with its workers for each key.
             parts = {key: part if eval_dataset is not None else key for key, part in dataset.items()}
             evaluations = [self.evaluate(part, ignore_keys, f"{metric_key_prefix}_{key}") for key, part in parts.items()]
             return {name: value for metrics in evaluations for name, value in metrics.items()}
@@ -438,7 +443,7 @@ class PipelineTrainer(PublishingTrainer):
         return metrics
 
     def _eval_datasets(self, given: Any) -> Any:
-        """Those, after their check, or the name of one that was checked in the constructor."""
+        """Check the datasets given to `evaluate`; the key of one that the constructor checked is returned as it is."""
         if isinstance(given, str) and isinstance(self.eval_dataset, dict) and given in self.eval_dataset:
             return given
         dataset = eval_datasets_of(given)
@@ -447,7 +452,7 @@ class PipelineTrainer(PublishingTrainer):
         return dataset
 
     def measure(self, dataset: Any) -> tuple[dict[str, Tensor], SampleImages | None]:
-        """Measurements of all rows, name → (N,), and the first images."""
+        """Measurements of all rows, name → (N,), and the first images to show."""
         samples, pictures, first = SampleLog(), None, 0
         names: Collection[str] = ()
         batches = self.get_eval_dataloader(dataset)
@@ -472,12 +477,12 @@ class PipelineTrainer(PublishingTrainer):
         return not self.args.disable_tqdm and self.is_local_process_zero()
 
     def _text_encoders(self) -> contextlib.AbstractContextManager[None]:
-        """They are on the device only while prompts are encoded, if asked so."""
+        """Within this context the text encoders are on the device; with `offload_text_encoders` they leave it afterwards."""
         if not self.args.offload_text_encoders:
             return contextlib.nullcontext()
         return text_encoders_on(self.pipeline, self.args.device, self.replay.denoisers)
 
     def _show(self, name: str, pictures: SampleImages | None) -> None:
-        """A grid in `output_dir/samples/` and in the trackers, where there are pictures."""
+        """Save a grid of the images in `output_dir/samples/` and send it to the trackers, on the main process."""
         if self.is_world_process_zero() and pictures is not None:
             show(pictures, name, self.state.global_step, Path(self.args.output_dir), self.callback_handler.callbacks)

@@ -1,4 +1,4 @@
-"""What diffusers says at every call of a pipeline, said once."""
+"""Show each log message of diffusers once, instead of once for every call of a pipeline."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ HOST = "diffusers"
 
 
 class _FirstOfEachPlace(logging.Filter):
-    """Lets errors pass, and of the host's other records the first of each line of code: its text may name other prompts later."""
+    """Pass errors, and the first other record from each line of code of diffusers; by line, as texts may differ in the prompt."""
 
     def __init__(self) -> None:
         super().__init__()
         self._seen: set[tuple[str, int]] = set()
 
     def filter(self, record: logging.LogRecord) -> bool:
-        if not record.name.startswith(f"{HOST}."):  # of another library that shares the handler
+        if not record.name.startswith(f"{HOST}."):  # another library that shares the handler
             return True
         place = record.pathname, record.lineno
         known = place in self._seen
@@ -30,9 +30,9 @@ class _FirstOfEachPlace(logging.Filter):
 
 @contextmanager
 def said_once() -> Iterator[None]:
-    """Within this context each message of diffusers is shown once: a pipeline is called for every batch.
+    """Within this context each message of diffusers is shown once.
 
-    The handlers are filtered, not the loggers: a logger passes what its children say unfiltered.
+    The filter is on the handlers: a filter on a logger does not apply to records of its child loggers.
     """
     filters = [(handler, _FirstOfEachPlace()) for handler in logging.getLogger(HOST).handlers]
     for handler, first in filters:

@@ -1,4 +1,4 @@
-"""What happens between two updates of training."""
+"""Ctrl-C and SIGTERM during training: finish the update, write a checkpoint, and stop."""
 
 from __future__ import annotations
 
@@ -20,22 +20,22 @@ logger = logging.get_logger(__name__)
 
 
 class SaveOnInterrupt(TrainerCallback):
-    """Ctrl-C or SIGTERM: the update under way is finished, a checkpoint is written, and training ends.
+    """On Ctrl-C or SIGTERM, finish the current update, write a checkpoint, and end training.
 
-    Used as a context around training, which it leaves by `KeyboardInterrupt` or `SystemExit(143)`, so that what follows in a
-    script does not take an interrupted run for a finished one. The second signal acts at once, as if this were not here.
+    It is a context around training and a callback of it. It then raises `KeyboardInterrupt` or `SystemExit(143)`, so that the
+    rest of a script does not run as if training had finished. A second signal acts at once, as without this class.
 
     Args:
-        accelerator: training stops on all processes at the same update, whichever one got the signal.
+        accelerator: used to stop all processes after the same update, whichever process got the signal.
 
     Raises:
-        ValueError: on entering, outside the main thread, which alone gets signals.
+        ValueError: on entering, outside the main thread: Python delivers signals to that thread only.
     """
 
     def __init__(self, accelerator: Accelerator) -> None:
         self._accelerator = accelerator
         self._previous: dict[int, Any] = {}
-        self._received = self._acted_on = 0  # number of the signal: this process's, and what all of them agreed on
+        self._received = self._acted_on = 0  # signal numbers: received by this process, and agreed on by all processes
 
     def __enter__(self) -> SaveOnInterrupt:
         if threading.current_thread() is not threading.main_thread():
@@ -45,13 +45,13 @@ class SaveOnInterrupt(TrainerCallback):
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self._restore()
-        if error is None and self._received:  # after the last update: what was asked for is done anyway
-            logger.warning(f"{signal.Signals(self._received).name} came when training was over, and is passed over.")
+        if error is None and self._received:
+            logger.warning(f"{signal.Signals(self._received).name} arrived after training had ended; it is ignored.")
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
         self._received = number
         self._restore()
-        logger.warning(f"{signal.Signals(number).name}: a checkpoint is written after this update; again to stop at once.")
+        logger.warning(f"{signal.Signals(number).name}: a checkpoint is written after this update; repeat it to stop at once.")
 
     def _restore(self) -> None:
         for number, handler in self._previous.items():
@@ -62,13 +62,13 @@ class SaveOnInterrupt(TrainerCallback):
         self._acted_on = int(self._accelerator.gather(received).max())
         if self._acted_on:
             control.should_save = control.should_training_stop = True
-            control.should_evaluate = False  # it would take its time, and may decide against saving
+            control.should_evaluate = False  # it takes long, and with save_strategy="best" it may switch saving off
 
     def on_save(self, args: Any, state: Any, control: TrainerControl, **kwargs: Any) -> None:
-        # Here, because the host's end of training deletes checkpoints that are not the best.
+        # Raised here rather than after training: at its end the host deletes checkpoints that are not the best.
         if self._acted_on == signal.SIGINT:
             raise KeyboardInterrupt(
-                f"stopped after update {state.global_step}; train(resume_from_checkpoint=True) goes on from it"
+                f"stopped after update {state.global_step}; train(resume_from_checkpoint=True) resumes from it"
             )
         if self._acted_on:
             raise SystemExit(128 + self._acted_on)
@@ -76,7 +76,7 @@ class SaveOnInterrupt(TrainerCallback):
 
 @contextmanager
 def interruptible(trainer: Trainer) -> Iterator[None]:
-    """`SaveOnInterrupt` around a trainer's training, as one of its callbacks."""
+    """Within this context `SaveOnInterrupt` is active and is one of the trainer's callbacks."""
     with SaveOnInterrupt(trainer.accelerator) as interrupt:
         trainer.add_callback(interrupt)
         try:
@@ -87,7 +87,7 @@ def interruptible(trainer: Trainer) -> Iterator[None]:
 
 @contextmanager
 def exit_on_sigterm() -> Iterator[None]:
-    """Within this context SIGTERM raises `SystemExit(143)` where it comes, as Ctrl-C raises `KeyboardInterrupt`."""
+    """Within this context SIGTERM raises `SystemExit(143)` at once, as Ctrl-C raises `KeyboardInterrupt`."""
 
     def leave(number: int, frame: FrameType | None) -> None:
         raise SystemExit(128 + number)

@@ -1,7 +1,7 @@
-"""Several updates of the weights from one rollout: what is kept of a micro-batch, and where each iteration looks.
+"""Several updates of the weights from one rollout (`num_iterations`): what is kept of a micro-batch, and which steps each uses.
 
-The lean adjoint belongs to a path and to the base, so that the shifts are as right after a step of the optimizer as before it.
-What ages is the paths: they are drawn from the model as it was, and only there do they say how far it is from the base.
+The lean adjoint depends on the path and on the base only, so the target shifts stay correct after an optimizer step. The paths do
+not: they were drawn from the model before that step, so they are off-policy, and the KL measured on them is no longer exact.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ __all__ = ["KeptBatch", "points_of", "require_plain_steps", "union"]
 
 @dataclass
 class KeptBatch:
-    """A micro-batch after its first iteration.
+    """A micro-batch, kept after its first iteration for the others.
 
     Args:
         chain: with the conditioning of its prompts.
-        grid: the scheduler with its tables, a copy: those of the next micro-batch may be others.
+        grid: a copy of the scheduler: the next micro-batch may have another grid of noise levels.
         targets: at the steps of all iterations, without images and rewards.
-        steps: of each iteration.
-        keep: the samples that still train, (B,) bool; one left out in an iteration stays out.
+        steps: the loss steps of each iteration.
+        keep: the samples that count, (B,) bool. A sample left out in one iteration stays out.
     """
 
     chain: PipelineChain
@@ -39,7 +39,7 @@ class KeptBatch:
 
 
 def union(steps: Sequence[LossSteps]) -> LossSteps:
-    """The steps that any of the iterations has chosen, and how likely that was: 1 − Π(1 − p), the draws being independent."""
+    """The steps that any iteration uses, each with its probability 1 − Π(1 − p) to be drawn in one of these independent draws."""
     if len(steps) == 1:
         return steps[0]
     single = {k: p for one in steps for k, p in zip(one.indices, one.inclusion, strict=True)}  # the same in all iterations
@@ -47,7 +47,7 @@ def union(steps: Sequence[LossSteps]) -> LossSteps:
 
 
 def points_of(targets: Targets, steps: LossSteps) -> Targets:
-    """The points at these steps, of which some objectives have several a step; `targets` has more steps than these."""
+    """The part of `targets` at these steps. Some objectives have several points at one step."""
     inclusion = dict(zip(steps.indices, steps.inclusion, strict=True))
     chosen = [i for i, k in enumerate(targets.steps.indices) if k in inclusion]
     indices = tuple(targets.steps.indices[i] for i in chosen)
@@ -62,12 +62,13 @@ def points_of(targets: Targets, steps: LossSteps) -> Targets:
 
 
 def require_plain_steps(num_iterations: int, *, deepspeed: bool, scaled: bool) -> None:
-    """Raise ValueError if the optimizer is to move within an update but is not the trainer's to move.
+    """Raise ValueError if several iterations are asked for but the trainer cannot make optimizer steps within an update.
 
     Args:
-        deepspeed: whether DeepSpeed steps, in a backward pass.
-        scaled: whether a gradient scaler of float16 decides about the steps.
+        num_iterations: updates of the weights from one rollout.
+        deepspeed: whether DeepSpeed makes the steps, in a backward pass.
+        scaled: whether a gradient scaler of float16 may skip steps.
     """
     if num_iterations > 1 and (deepspeed or scaled):
         other = "DeepSpeed, which moves the weights itself; use DDP or FSDP" if deepspeed else "fp16=True; pass bf16=True"
-        raise ValueError(f"num_iterations={num_iterations} does not go with {other}, or leave num_iterations out.")
+        raise ValueError(f"num_iterations={num_iterations} does not work with {other}, or leave num_iterations out.")

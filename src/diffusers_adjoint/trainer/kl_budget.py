@@ -1,15 +1,16 @@
-r"""λ that follows a budget of KL: estimated from images of the base, and moved while training measures what is spent.
+r"""`target_kl`: find the λ at which the trained model's path KL to the base equals a budget.
 
-A model that learns lags behind its λ, so that what is spent now says little about where this λ leads. Hence two rules:
+λ starts from an estimate on images of the base, and is adjusted while training measures the KL. The model lags behind λ: the KL
+of this update is lower than the one that this λ will lead to. Hence two rules:
 
 - λ falls at once when an update's KL is above the budget, by log λ −= min(½ a log(KL/budget), .1), a = .2;
-- it rises only where the KL has come to rest: when the mean of the last 5 updates has grown by less than 5 % over that of 5
-  updates 10 before. It rises at once by (budget/KL)^{1/p}, by at most e^{1/2}, and then not for the 15 updates that are compared.
-  p is the power with which KL grew from the last such rest to this one, between ½ and 2. It is 2 at the first one
-  (`metrics.scale`), and where λ has grown by less than a tenth since, which tells nothing.
+- λ rises only when the KL has settled: when its mean over the last 5 updates is less than 5 % above that over the 5 updates which
+  came 10 earlier. It is then multiplied by (budget/KL)^{1/p}, at most e^{1/2}, and does not rise again for 15 updates. p is the
+  power of λ with which the KL grew between the last two such times, limited to ½ … 2. It is 2 the first time (`metrics.scale`),
+  and when λ has grown by less than a tenth since, which is too little to measure p.
 
-A rule that moves λ by log(budget/KL) alone, in both directions, goes past the budget as long as the learner lags: to twice of it
-from the right λ, where these rules stay within a fifth (`tests/test_kl_budget.py`).
+A rule that moves λ by log(budget/KL) in both directions overshoots while the model lags: starting from the right λ it reaches
+twice the budget, and these rules stay within a fifth of it (`tests/test_kl_budget.py`).
 """
 
 from __future__ import annotations
@@ -35,20 +36,20 @@ logger = logging.get_logger(__name__)
 
 BUDGET_NAME = "kl_budget.json"
 FALL, MOST_FALL, MOST_RISE = 0.2, 0.1, 0.5  # gain a, and the largest steps of log λ
-FIRST_SHARE = 1 / 3  # of the budget, which λ is to spend at first
+FIRST_SHARE = 1 / 3  # share of the budget that the first λ aims for
 WINDOW, BETWEEN, GROWTH = 5, 10, 1.05
 
 
 @dataclass(frozen=True)
 class Spent:
-    """What a checkpoint keeps: λ, and what was measured.
+    """λ and the measured KL, as a checkpoint keeps them.
 
     Args:
-        reward_scale: λ of the coming update, nats per unit of reward.
-        kls: of the last updates, nats, as many as are compared.
+        reward_scale: λ of the next update, nats per unit of reward.
+        kls: KL of the last updates, at most 15, nats.
         rested: updates since λ last rose.
-        last_rest: λ and KL, nats, where it did.
-        step_kls: step → its share of the KL when it was last trained on, mean over images, nats.
+        last_rest: λ and KL, in nats, when it last rose.
+        step_kls: step → its part of the KL when it last carried the loss, mean over images, nats.
     """
 
     reward_scale: float
@@ -59,37 +60,38 @@ class Spent:
 
 
 def first_scale(rewards: Tensor, budget: float) -> Spent:
-    """λ to begin with, where a third of the budget is spent by `tilt_scale`, and a line that says it.
+    """The first λ, at which `tilt_scale` estimates a third of the budget; prints a line about it.
 
-    The estimate is off by a tenth to a third, and a chain of few steps spends more at a λ than the tilt does. From below a rise
-    mends that in some updates; what was spent beyond the budget is spent.
+    It aims low, because the estimate is off by a tenth to a third, and a chain of few steps has a higher KL at the same λ than
+    the tilt. If λ is too low, it rises within some updates. If it is too high, the model has already left the base too far.
 
     Args:
-        rewards: of images of the base, shape (P, n), NaN where one is missing.
+        rewards: rewards of images of the base, shape (P, n) for n images of P prompts, NaN where one is missing.
         budget: above 0, nats.
 
     Raises:
-        ValueError: if the rewards do not tell the images of a prompt apart.
+        ValueError: if the images of each prompt all have the same reward.
     """
-    whole = tilt_scale(rewards, budget)  # before the share of it, so that an error names the budget
+    whole = tilt_scale(rewards, budget)  # first, so that an error message names the budget and not a third of it
     first = tilt_scale(rewards, FIRST_SHARE * budget)
     tell(
-        f"target_kl={budget:g} nats: λ begins at {first.reward_scale:.4g}, where {rewards.numel()} images of the base say that "
-        f"a third of it is spent; all of it at {whole.reward_scale:.4g}."
+        f"target_kl={budget:g} nats: λ starts at {first.reward_scale:.4g}, where {rewards.numel()} images of the base predict a "
+        f"third of this KL; they predict all of it at {whole.reward_scale:.4g}."
     )
     if whole.saturated:
         logger.warning(
-            f"even the images of the highest rewards are {whole.measured:.2g} nats from the base: target_kl={budget:g} may be "
-            f"out of reach, and then λ rises without end; pass a smaller one."
+            f"even the images with the highest rewards are only {whole.measured:.2g} nats from the base, so target_kl={budget:g} "
+            f"may be out of reach, and λ would rise without end; pass a smaller one."
         )
     return Spent(first.reward_scale)
 
 
 def next_scale(spent: Spent, kl: float, budget: float) -> Spent:
-    """By the rules above.
+    """λ and the measured KL after an update, by the two rules at the top of this file.
 
     Args:
-        kl: of this update, nats.
+        spent: before the update.
+        kl: path KL of this update, nats.
         budget: above 0, nats.
     """
     spent = replace(spent, kls=(*spent.kls, kl)[-WINDOW - BETWEEN :], rested=spent.rested + 1)
@@ -105,7 +107,7 @@ def next_scale(spent: Spent, kl: float, budget: float) -> Spent:
 
 
 def _power(spent: Spent, kl: float) -> float:
-    """p of KL ∝ λ^p between the last rest and this one, with `kl` nats."""
+    """p of KL ∝ λ^p, from the last time λ rose to now, when the KL is `kl` nats."""
     scale, before = spent.last_rest or (spent.reward_scale, kl)
     if spent.reward_scale < 1.1 * scale:
         return 2.0
@@ -113,43 +115,43 @@ def _power(spent: Spent, kl: float) -> float:
 
 
 class KLBudget:
-    """The budget of a run, what is spent of it, and the images of the update under way.
+    """Measures the path KL of each update and adjusts λ towards the budget.
 
-    Which steps carry the loss differs from update to update, and so do their shares of the KL: the estimate that divides each by
-    the probability of its choice is right in the mean, and off by a quarter each time. So each step's share is remembered from
-    when it was last trained on, and as soon as all are known the KL is their sum.
+    The path KL is a sum over all steps, and an update sees the steps that carry its loss. Dividing each part by the probability
+    of its step gives an unbiased estimate, which is off by a quarter each time. So the part of each step is kept from the last
+    update in which it carried the loss. Once all steps have one, the KL is the sum of these parts.
 
     Args:
         budget: KL of the model's paths to the base's, nats.
-        reduce: sums a tensor over processes, all of which so come to the same λ.
+        reduce: sums a tensor over processes, so that all have the same λ.
     """
 
     def __init__(self, budget: float, reduce: Callable[[Tensor], Tensor]) -> None:
         self.budget = budget
-        self.spent: Spent | None = None  # until λ was estimated, or read from a checkpoint
+        self.spent: Spent | None = None  # None until λ is estimated or read from a checkpoint
         self._reduce = reduce
-        self._sums: list[Tensor] = []  # of each micro-batch: images, Σ of their KL, and of their shares at the steps
+        self._sums: list[Tensor] = []  # one a micro-batch: number of images, Σ of their KL, Σ of its parts at the steps
         self._steps = LossSteps((), ())
 
     @property
     def reward_scale(self) -> float:
-        """λ of the update under way, or of the coming one, nats per unit of reward.
+        """λ of the current update, or of the next one between updates, nats per unit of reward.
 
         Raises:
-            ValueError: before training, which estimates it.
+            ValueError: before training, which estimates λ at its start.
         """
         if self.spent is None:
-            raise ValueError(f"no λ is known yet for target_kl={self.budget:g}; call train() first, which estimates it.")
+            raise ValueError(f"λ for target_kl={self.budget:g} is not known yet; call train() first, which estimates it.")
         return self.spent.reward_scale
 
     def add(self, fit: Fit, steps: LossSteps) -> None:
-        """What a micro-batch has found, of the images that train; `steps` are those of the whole update."""
+        """Add the KL of a micro-batch's images that count; `steps` are the loss steps of the update."""
         values = torch.stack([torch.ones_like(fit.kl), fit.kl, *fit.step_kls.values()])
         self._sums.append(torch.where(fit.keep, values, 0.0).sum(1))
         self._steps = steps if fit.step_kls else LossSteps((), ())
 
     def end_update(self) -> None:
-        """Move λ by what the images of all micro-batches and processes have spent in the mean, if one trains."""
+        """Adjust λ by the mean KL over the images of all micro-batches and processes, if any image counts."""
         images, *sums = self._reduce(torch.stack(self._sums).sum(0)).tolist()
         self._sums = []
         if not images or self.spent is None:
@@ -157,24 +159,24 @@ class KLBudget:
         kl, *shares = (value / images for value in sums)
         now = dict(zip(self._steps.indices, shares, strict=True))
         known = self.spent.step_kls | now
-        count = round(sum(1 / p for p in self._steps.inclusion))  # Σ 1/p over the chosen steps: how many could have been
-        if len(known) > count:  # some are of another grid, before the run was resumed
+        count = round(sum(1 / p for p in self._steps.inclusion))  # Σ 1/p over the drawn steps is the number of all loss steps
+        if len(known) > count:  # some are from a run with another grid, which this one resumes
             known = now
         if now and len(known) == count:
             kl = sum(known.values())
         self.spent = next_scale(replace(self.spent, step_kls=known), kl, self.budget)
 
     def begin_update(self) -> None:
-        """Forget the images of an update that an error has ended."""
+        """Drop what an update that ended in an error has left."""
         self._sums = []
 
     def write(self, folder: Path) -> None:
-        """Into a checkpoint."""
+        """Write λ and the measured KL into a checkpoint."""
         if self.spent is not None:
             (folder / BUDGET_NAME).write_text(json.dumps(asdict(self.spent)), encoding="utf-8")
 
     def read(self, folder: Path) -> None:
-        """From a checkpoint, if it has one; else what is known stays, and a new trainer has λ still to estimate."""
+        """Read λ and the measured KL from a checkpoint. If it has none, nothing changes, and a new trainer estimates λ."""
         if (folder / BUDGET_NAME).exists():
             values = json.loads((folder / BUDGET_NAME).read_text(encoding="utf-8"))
             step_kls = {int(step): share for step, share in values["step_kls"].items()}

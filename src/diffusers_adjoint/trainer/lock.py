@@ -1,4 +1,4 @@
-"""One training process at a time in a folder, and nothing left behind by one that was killed."""
+"""A lock that lets one trainer at a time use an output folder. A killed trainer leaves no lock behind."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _locked: set[int] = set()  # descriptors of the locks that this process holds
 
 
 def _close_inherited() -> None:
-    """A lock lasts as long as any process has its file open: a forked worker must not outlive the trainer with it."""
+    """Close inherited lock files in a forked worker: the lock lasts until every process has closed the file."""
     while _locked:
         os.close(_locked.pop())
 
@@ -34,13 +34,13 @@ if _fcntl is not None:
 
 @contextmanager
 def only_trainer(folder: Path) -> Iterator[None]:
-    """A lock of `folder`, created if missing, for as long as the context lasts.
+    """Lock `folder`, which is created if missing, while the context lasts.
 
-    The system holds it for the process and drops it when the process ends, however that happens; its empty file
-    `.diffusers-adjoint.lock` stays, and means nothing by itself. Windows has no such lock: there nothing is locked.
+    The operating system releases the lock when the process ends, even if it is killed. The empty file `.diffusers-adjoint.lock`
+    stays, and does not mean that the folder is locked. Windows has no such lock, so nothing is locked there.
 
     Raises:
-        ValueError: if another process, or another trainer of this one, holds it.
+        ValueError: if another process, or another trainer in this process, holds the lock.
     """
     descriptor = _lock(folder)
     try:
@@ -52,7 +52,7 @@ def only_trainer(folder: Path) -> Iterator[None]:
 
 
 def _lock(folder: Path) -> int | None:
-    """The open and locked file; `None`, with a warning, where the file system cannot lock."""
+    """Descriptor of the locked file; `None`, with a warning, if the file system cannot lock."""
     if _fcntl is None:
         return None
     try:
@@ -77,4 +77,4 @@ def _lock(folder: Path) -> int | None:
 
 
 def _warn(folder: Path, error: OSError) -> None:
-    logger.warning(f"output_dir={str(folder)!r} cannot be locked ({error.strerror}): a second trainer there would go unnoticed.")
+    logger.warning(f"output_dir={str(folder)!r} cannot be locked ({error.strerror}); start no second trainer there.")

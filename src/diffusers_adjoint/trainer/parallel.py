@@ -1,4 +1,4 @@
-"""What several devices, and compilation, need otherwise for a network inside a pipeline than for a model of its own."""
+"""Several devices and compilation, for a network inside a pipeline."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ __all__ = ["compile_networks", "require_fsdp2", "round_in_network_alone", "synch
 
 
 def compile_networks(denoiser: PipelineDenoiser, args: AdjointMatchingConfig, accelerator: Accelerator) -> None:
-    """`torch_compile` for the trained network and its frozen copy: the host would compile the pipeline's code around them."""
+    """`torch_compile`: compile the trained network and its frozen copy; the host would compile the pipeline's code as well."""
     if not args.torch_compile:
         return
     accelerator.state.dynamo_plugin.backend = DynamoBackend.NO
@@ -28,17 +28,17 @@ def compile_networks(denoiser: PipelineDenoiser, args: AdjointMatchingConfig, ac
 
 
 def require_fsdp2(plugin: Any) -> None:
-    """Raise ValueError for settings of accelerate's FSDP plugin that do not go with a pipeline."""
+    """Raise ValueError for settings of accelerate's FSDP plugin that do not work with a pipeline."""
     if plugin.fsdp_version != 2:
         raise ValueError(f"FSDP version {plugin.fsdp_version} is not supported; pass fsdp_version: 2.")
     if plugin.cpu_ram_efficient_loading:  # the host would leave the pipeline's other networks empty on all processes but one
-        raise ValueError("fsdp_cpu_ram_efficient_loading does not know of pipelines; pass false.")
-    if plugin.activation_checkpointing:  # put in after the check of checkpointed gradients at the start
+        raise ValueError("fsdp_cpu_ram_efficient_loading does not work with a pipeline; pass false.")
+    if plugin.activation_checkpointing:  # it is installed after the check of checkpointed gradients has run
         raise ValueError("fsdp_activation_checkpointing cannot be checked; pass false, and gradient_checkpointing=True.")
 
 
 def round_in_network_alone(denoiser: PipelineDenoiser, plugin: Any, accelerator: Accelerator) -> None:
-    """Mixed precision under FSDP: its own would round states and step means, not only what the network computes."""
+    """Under FSDP, use autocast for mixed precision: FSDP's own policy would also round the states and the step means."""
     if accelerator.mixed_precision == "no":
         return
     plugin.mixed_precision_policy = MixedPrecisionPolicy()
@@ -54,16 +54,21 @@ def round_in_network_alone(denoiser: PipelineDenoiser, plugin: Any, accelerator:
 def synchronised(
     accelerator: Accelerator, model: nn.Module, ends_update: bool
 ) -> Callable[[bool], contextlib.AbstractContextManager[None]]:
-    """`last` → the context of one evaluation and its backward pass: processes average with the last one before a step only.
+    """A context for one evaluation and its backward pass, so that processes average gradients once before an optimizer step.
 
     Args:
-        ends_update: whether the optimizer moves after this micro-batch.
+        accelerator: of the trainer.
+        model: the wrapped model.
+        ends_update: whether the optimizer steps after this micro-batch.
+
+    Returns:
+        f(last) → the context; `last` says whether this backward pass is the last one of the micro-batch.
     """
 
     @contextlib.contextmanager
     def step(last: bool) -> Iterator[None]:
         averages = ends_update and last
-        accelerator.gradient_state._set_sync_gradients(averages)  # DeepSpeed steps in a backward pass
+        accelerator.gradient_state._set_sync_gradients(averages)  # DeepSpeed makes its step in a backward pass, if this is set
         with contextlib.nullcontext() if averages else accelerator.no_sync(model):
             yield
 

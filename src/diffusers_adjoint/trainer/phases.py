@@ -1,4 +1,4 @@
-"""How long each part of an update takes."""
+"""Wall-clock time of each phase of an update."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ REST = "rest"
 
 
 class Phases:
-    """Seconds of one update by phase, each second in the innermost phase; before `begin` and after `end` nothing is measured.
+    """Seconds of one update by phase. In nested phases the innermost one counts. Measures between `begin` and `end` only.
 
     Args:
-        device: which is waited for at each change of phase, since it works on while Python goes ahead.
+        device: a CUDA device is synchronised at each change of phase, because it runs asynchronously.
 
     Attributes:
-        seconds: phase → seconds, in the order in which they began; last "rest", which is in no phase.
+        seconds: phase → seconds, in the order in which the phases began; "rest", the time outside of any phase, is last.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -30,24 +30,24 @@ class Phases:
         self._since = 0.0
 
     def begin(self) -> None:
-        """At the start of the update."""
+        """Start measuring, at the start of the update."""
         self._wait()
         self._open, self._since = [REST], time.perf_counter()
 
     def end(self) -> None:
-        """At its end."""
+        """Stop measuring, at the end of the update."""
         self._count()
         self._open = []
-        self.seconds[REST] = self.seconds.pop(REST)  # named last
+        self.seconds[REST] = self.seconds.pop(REST)  # moves it to the end
 
     @property
     def measuring(self) -> bool:
-        """Whether the update is under way."""
+        """Whether `begin` was called and `end` was not."""
         return bool(self._open)
 
     @contextmanager
     def of(self, name: str) -> Iterator[None]:
-        """Around a phase."""
+        """Within this context time counts for the phase `name`."""
         if not self._open:
             yield
             return

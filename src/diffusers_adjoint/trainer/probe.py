@@ -1,8 +1,8 @@
-"""Images of the base before its first update, by the memoryless chain and by the pipeline's own call, and what they say.
+"""The probe: images of the base before the first update, from the memoryless chain and from the pipeline's own sampler.
 
-The spread of the memoryless images' rewards within a prompt says how far λ asks the model to move. The difference of the two
-kinds of images says whether training starts from what a user of the pipeline sees: a model that was distilled to few steps
-samples something else on the memoryless chain.
+The standard deviation of the memoryless images' rewards within a prompt tells how far λ will move the model. The difference
+between the two kinds of images tells whether training starts from the images that users of the pipeline see. A model distilled to
+few steps gives different images on the memoryless chain.
 """
 
 from __future__ import annotations
@@ -33,9 +33,9 @@ __all__ += ["warn_of_differences", "warn_of_distillation"]
 
 logger = logging.get_logger(__name__)
 
-PROMPTS = 8  # at most
-IMAGES = 16  # of each kind at least, over all prompts
-IMAGES_FOR_SCALE = 256  # std(r) to a share 1/√(2·256) = 4.4 %, the nats of a tilt to 9 %
+PROMPTS = 8  # most prompts that are probed
+IMAGES = 16  # fewest images of each kind, over all prompts
+IMAGES_FOR_SCALE = 256  # then std(r) has a relative error of 1/√(2·256) = 4.4 %, and the KL of the tilt 9 %
 TRAIN_THE_BASE = (
     "train the model that it was distilled from, and put the distillation (a LoRA, as published for many) on top afterwards"
 )
@@ -43,12 +43,14 @@ TRAIN_THE_BASE = (
 
 @dataclass(frozen=True)
 class Probe:
-    """Measurements of the base's images, name → (P, n) for n images of each of P prompts, float64, CPU, NaN for no value.
+    """Measurements of the base's images, name → (P, n) for n images of each of P prompts; float64, CPU, NaN where missing.
+
+    The names are "reward", the weighted sum; "rewards/<name>" for each function, if there are several; and those of
+    `image_statistics`, if the samples are images or videos.
 
     Args:
-        memoryless: of the noiseless end points of the memoryless chain: "reward", the weighted sum; "rewards/<name>" of each
-            function where there are several; the `image_statistics` where the samples are images or videos.
-        own: the same of the pipeline's own call.
+        memoryless: of the noiseless end points of the memoryless chain.
+        own: of images from the pipeline's own sampler.
     """
 
     memoryless: dict[str, Tensor]
@@ -60,7 +62,7 @@ class Probe:
         return self.memoryless["reward"]
 
     def summary(self) -> dict[str, float]:
-        """Means over prompts for the log, "probe/<name>/memoryless" and "probe/<name>/own"; none for what has no value."""
+        """Means over prompts for the log, as "probe/<name>/memoryless" and "probe/<name>/own", without those that are NaN."""
         kinds = {"memoryless": self.memoryless, "own": self.own}
         means = {f"probe/{name}/{kind}": prompt_mean(table[name]).mean for kind, table in kinds.items() for name in table}
         return {name.replace(" ", "_"): mean for name, mean in sorted(means.items()) if math.isfinite(mean)}
@@ -68,13 +70,14 @@ class Probe:
 
 @dataclass(frozen=True)
 class SamplerDifference:
-    """One measurement, of the pipeline's own images and of memoryless ones.
+    """One measurement compared between the pipeline's own images and memoryless ones.
 
     Args:
         own, memoryless: means over prompts.
-        difference: of own − memoryless, the prompts being given: its standard error is that of the images.
+        difference: own − memoryless, with its standard error for these prompts: it counts the variation of images, not of
+            prompts.
         std: standard deviation of one prompt's images, pooled over prompts and both kinds.
-        freedom: degrees of freedom of that and of the standard error.
+        freedom: degrees of freedom of `std` and of the standard error.
     """
 
     own: float
@@ -85,28 +88,28 @@ class SamplerDifference:
 
     @property
     def matters(self) -> bool:
-        """Whether it is more than three standard errors away from 0, and more than half a standard deviation.
+        """Whether the difference is more than three standard errors and more than half a standard deviation away from 0.
 
-        The second rule says that a difference is large enough to be seen, the first one that it is no chance. With the 16 images
-        of a probe the first one is the stricter: they can tell differences of 1.3 standard deviations or more.
+        The first rule excludes chance, the second one differences too small to see. With the 16 images of a probe the first rule
+        is the stricter: they can detect differences of 1.3 standard deviations or more.
         """
         return abs(self.difference.mean) > max(self._three * self.difference.standard_error, self.std / 2)
 
     @property
     def _three(self) -> float:
-        """How many estimated standard errors are exceeded as seldom, in 0.27 % of all cases, as three that are known.
+        """Quantile of Student's t distribution that is exceeded as rarely as 3 by a normal variable, in 0.27 % of cases.
 
-        Two terms of the expansion of Student's quantile at z = 3 (Abramowitz and Stegun, 26.7.5): 3.54 with 16 degrees of
-        freedom, 3.27 with 30. A probe compares seven numbers or more, which depend on each other. Three estimated errors would
-        warn in 2 to 7 % of the trainings of a model whose images do not differ, these in 0 to 2.5 %. Measured on the digits
-        pipeline, where images of each kind were compared with others of the same kind, 200 times.
+        Two terms of its expansion at z = 3 (Abramowitz and Stegun, 26.7.5): 3.54 with 16 degrees of freedom, 3.27 with 30. A
+        probe compares seven or more measurements, which are correlated. If the images do not differ, three estimated errors warn
+        in 2 to 7 % of all trainings, and this quantile in 0 to 2.5 %. Measured on the digits pipeline, by comparing images of
+        each kind with others of the same kind, 200 times.
         """
         freedom = max(self.freedom, 1)
         return 3 + (3**3 + 3) / (4 * freedom) + (5 * 3**5 + 16 * 3**3 + 3 * 3) / (96 * freedom**2)
 
 
 def first_rows(dataset: Iterable[dict[str, Any]]) -> dict[str, list[Any]]:
-    """The first rows of a dataset as columns, at most `PROMPTS`; of a stream too, which begins anew afterwards."""
+    """The first rows of a dataset as columns, at most `PROMPTS`; a streamed dataset starts at its first row again afterwards."""
     return collate_columns(first_items(dataset, PROMPTS))
 
 
@@ -120,19 +123,19 @@ def probe_base(
     seed: int,
     watched: Any = iter,
 ) -> Probe:
-    """Sample max(2, ⌈16/P⌉) images of each of P rows by the memoryless chain and as many by the pipeline's own call.
+    """Sample n = max(2, ⌈16/P⌉) images of each of P rows on the memoryless chain, and as many with the pipeline's own sampler.
 
-    Both start from the same noise, take the same arguments and have the same guidance. The network is evaluated as often as the
-    pipeline does for 2 × P × n images, without gradients; no global random number is drawn for it.
+    Both start from the same noise, with the same arguments and the same guidance. This costs as much as sampling 2·P·n images
+    with the pipeline, without gradients. No global random number is drawn.
 
     Args:
-        replay: of the base; its scheduler is the chain.
-        reward: whose values are measured.
-        columns: P rows.
+        replay: of the base, with a memoryless scheduler.
+        reward: the weighted reward functions.
+        columns: P rows of the dataset, as columns.
         batch_size: images in one call of the pipeline.
-        guided: whether classifier-free guidance acts, on both.
-        seed: of the random numbers, which belong to (seed, number of the image).
-        watched: what the batches are iterated through, a progress bar for example.
+        guided: whether classifier-free guidance acts, in both kinds.
+        seed: random numbers belong to (seed, number of the image).
+        watched: wraps the iteration over batches, as a progress bar does.
     """
     prompts = rows_of(columns)
     count = max(2, math.ceil(IMAGES / prompts))
@@ -157,7 +160,10 @@ def base_rewards(
     seed: int,
     watched: Any = iter,
 ) -> Tensor:
-    """r of ⌈256/P⌉ memoryless images of each of P rows, (P, n), float64, CPU, NaN for no value; arguments as of `probe_base`."""
+    """Rewards r of n = ⌈256/P⌉ memoryless images of each of P rows, (P, n), float64, CPU, NaN where missing.
+
+    The arguments are those of `probe_base`.
+    """
     prompts, found = rows_of(columns), []
     with torch.no_grad():
         for numbers, part in _batches(columns, math.ceil(IMAGES_FOR_SCALE / prompts), batch_size, watched):
@@ -171,7 +177,7 @@ def base_rewards(
 def _batches(
     columns: dict[str, list[Any]], count: int, batch_size: int, watched: Any
 ) -> Iterator[tuple[range, dict[str, list[Any]]]]:
-    """The numbers of each batch's images and their rows, for `count` images of each row, those of a row next to each other."""
+    """Batches of `count` images of each row, next to each other: the numbers of the images, and their rows as columns."""
     repeated, images = repeat_rows(columns, count), rows_of(columns) * count
     for first in watched(range(0, images, batch_size)):
         numbers = range(first, min(first + batch_size, images))
@@ -179,7 +185,7 @@ def _batches(
 
 
 def _measure(reward: WeightedReward, made: Media, columns: dict[str, list[Any]]) -> dict[str, Tensor]:
-    """name → (B,)."""
+    """Rewards and image statistics of a batch, name → (B,)."""
     images, values = images_and_rewards(reward, made, columns)
     measured = {"reward": reward.total(values)}
     measured |= {f"rewards/{name}": value for name, value in values.items()} if len(values) > 1 else {}
@@ -190,35 +196,35 @@ def _measure(reward: WeightedReward, made: Media, columns: dict[str, list[Any]])
 
 
 def _has_statistics(images: Tensor) -> bool:
-    """Whether these are pictures of three channels in [0, 1], large enough to have edges; NaN and infinite values aside."""
+    """Whether these are RGB images in [0, 1] of at least 3 × 3 pixels; values that are not finite are ignored."""
     shown = images.nan_to_num(0.5, 0.5, 0.5)
     return images.shape[-3] == 3 and min(images.shape[-2:]) >= 3 and bool(((shown >= 0) & (shown <= 1)).all())
 
 
 def _by_prompt(measured: Sequence[dict[str, Tensor]], prompts: int) -> dict[str, Tensor]:
-    """name → (P, n), NaN for what is not finite; only what all batches have."""
+    """Measurements of all batches, name → (P, n), NaN where not finite; names that a batch lacks are left out."""
     names = [name for name in measured[0] if all(name in batch for batch in measured)]
     values = {name: torch.cat([batch[name] for batch in measured]).double().cpu() for name in names}
     return {name: value.where(value.isfinite(), torch.nan).view(prompts, -1) for name, value in values.items()}
 
 
 def sampler_differences(probe: Probe) -> dict[str, SamplerDifference]:
-    """name → `sampler_difference` of what both kinds of images have."""
+    """The `sampler_difference` of each measurement that both kinds of images have, by name."""
     names = [name for name in probe.own if name in probe.memoryless]
     return {name: sampler_difference(probe.own[name], probe.memoryless[name]) for name in names}
 
 
 def sampler_difference(own: Tensor, memoryless: Tensor) -> SamplerDifference:
-    """The mean over prompts of the difference between the two kinds of images of one prompt.
+    """Mean over prompts of the difference between the two kinds of images of one prompt.
 
-    The variance of one image is pooled over prompts, which leaves 2 P (n − 1) ≥ 16 degrees of freedom. The spread of the prompts'
-    differences would leave P − 1, which is none for one prompt and too few for a few.
+    The variance of single images is pooled over prompts, which gives 2 P (n − 1) ≥ 16 degrees of freedom. The variance of the
+    prompts' differences would give P − 1: too few for a few prompts, and none for one.
 
     Args:
-        own, memoryless: shape (P, n), NaN where an image has no value; a prompt without one in both is left out.
+        own, memoryless: a measurement, shape (P, n), NaN where missing. Prompts that lack either kind are left out.
 
     Returns:
-        SamplerDifference; NaN, so that it does not matter, where no prompt has two images of each kind.
+        The difference. It is NaN, so that it does not `matter`, if no prompt has two images of each kind.
     """
     kinds = torch.stack([own, memoryless])  # (2, P, n)
     counts = kinds.isfinite().sum(2)
@@ -232,10 +238,11 @@ def sampler_difference(own: Tensor, memoryless: Tensor) -> SamplerDifference:
 
 
 def warn_of_differences(differences: dict[str, SamplerDifference], steps: int) -> None:
-    """Say that training does not start from what the pipeline samples, where that is so.
+    """Warn if the memoryless chain, from which training starts, gives other images than the pipeline's own sampler.
 
     Args:
-        steps: K, of both kinds of images.
+        differences: name → difference.
+        steps: K of both kinds of images.
     """
     told = [
         f"{name} {found.own:.3g} and {found.memoryless:.3g} (difference {found.difference})"
@@ -244,16 +251,16 @@ def warn_of_differences(differences: dict[str, SamplerDifference], steps: int) -
     ]
     if told:
         logger.warning(
-            f"with {steps} steps the pipeline's own sampler and the memoryless chain, on which training samples, give different "
+            f"with {steps} steps the pipeline's own sampler and the memoryless chain, which training uses, give different "
             f"images of the base: {', '.join(told)}; raise num_inference_steps, or, if the model is distilled to few steps, "
             f"{TRAIN_THE_BASE}."
         )
 
 
 def warn_of_distillation(pipeline: DiffusionPipeline | ModularPipeline) -> None:
-    """Say that a model that calls itself distilled is not one to train, whatever is measured."""
+    """Warn if the pipeline's config says that the model is distilled."""
     if pipeline.config.get("is_distilled"):
         logger.warning(
-            f"the config of this {type(pipeline).__name__} says is_distilled=True: a model distilled to few steps samples "
-            f"something else on the memoryless chain, on which training samples; {TRAIN_THE_BASE}."
+            f"the config of this {type(pipeline).__name__} says is_distilled=True, and a model distilled to few steps gives "
+            f"different images on the memoryless chain, which training uses; {TRAIN_THE_BASE}."
         )

@@ -1,4 +1,4 @@
-"""A bar for what takes long."""
+"""A progress bar for the phases of an update that take long."""
 
 from __future__ import annotations
 
@@ -10,22 +10,22 @@ from tqdm.auto import tqdm
 
 __all__ = ["progress"]
 
-PATIENCE = 3.0  # seconds without a bar; short work shows none
+PATIENCE = 3.0  # seconds before a bar appears; shorter work shows none
 
 
 @contextmanager
 def progress(module: nn.Module, what: str, total: int, shown: bool) -> Iterator[None]:
-    """A bar that counts the forwards of `module` within this context, and vanishes after it.
+    """A progress bar that counts forward calls of `module` within this context, and disappears after it.
 
     Args:
-        module: the denoiser, or what wraps it.
-        what: said before the bar.
-        total: forwards that are expected.
-        shown: whether this process shows one at all.
+        module: the denoiser, or its wrapper.
+        what: text before the bar.
+        total: expected number of calls.
+        shown: whether this process shows bars.
     """
     with tqdm(total=total, desc=what, unit="step", leave=False, delay=PATIENCE, disable=not shown) as bar:
 
-        def count(*_: object) -> None:  # what a hook returns replaces the output, and `update` returns something
+        def count(*_: object) -> None:  # not `bar.update` itself: what a forward hook returns replaces the module's output
             bar.update()
 
         counted = module.register_forward_hook(count)

@@ -1,4 +1,4 @@
-"""The base trainer's share of the Hub: the model card, the samples on it, and which files are uploaded."""
+"""Publishing on the Hub: the model card with its sample images, and the upload."""
 
 from __future__ import annotations
 
@@ -31,16 +31,16 @@ __all__ = ["PublishingTrainer"]
 
 
 class PublishingTrainer(Trainer):
-    """Base trainer that publishes a diffusers pipeline: it writes the card and uploads the files. Subclasses train it."""
+    """Base trainer that writes the model card and uploads a diffusers pipeline. Subclasses train it."""
 
     args: AdjointMatchingConfig
-    # A subclass's constructor sets these before it calls this one.
+    # The constructor of a subclass sets these before it calls this one.
     pipeline: DiffusionPipeline | ModularPipeline
     replay: PipelineReplay
     denoiser: PipelineDenoiser
     reward: WeightedReward
     method: Method
-    push_in_progress: Any = None  # the host sets it only when it makes a repository
+    push_in_progress: Any = None  # the host sets it only when it creates a repository
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -49,13 +49,13 @@ class PublishingTrainer(Trainer):
     def create_model_card(
         self, model_name: str | None = None, dataset_name: str | None = None, tags: str | list[str] | None = None, **kwargs: Any
     ) -> None:
-        """Write README.md, with the samples it shows, into `output_dir`; nothing in a dry run.
+        """Write the model card README.md and its sample images into `output_dir`; nothing in a dry run.
 
         Args:
-            model_name: Hub id or plain name; that of `output_dir` when not given.
-            dataset_name: Hub id of the prompts.
+            model_name: Hub id or plain name of the model; the name of `output_dir` when not given.
+            dataset_name: Hub id of the dataset of prompts.
             tags: further tags.
-            kwargs: what other trainers' cards take; unused.
+            kwargs: unused, and here because other trainers have them.
         """
         if self.is_world_process_zero() and not self.args.dry_run:
             facts, samples = self._card_facts(model_name, dataset_name, tags)
@@ -91,10 +91,10 @@ class PublishingTrainer(Trainer):
         private: bool | None = None,
         **kwargs: Any,
     ) -> Any:
-        """Upload the LoRA, or the whole pipeline, with a card and sample images; nothing else of `output_dir`, and nothing in a
-        dry run.
+        """Upload the LoRA, or the whole pipeline, with the model card and sample images; nothing in a dry run.
 
-        Arguments and result as in `transformers.Trainer`; `kwargs` go to `create_model_card`.
+        Other files of `output_dir` are not uploaded. Arguments and result are those of `transformers.Trainer.push_to_hub`;
+        `kwargs` go to `create_model_card`.
         """
         if self.args.dry_run:
             return None
@@ -108,12 +108,12 @@ class PublishingTrainer(Trainer):
         return self._upload(commit_message, token, revision, run_as_future=not blocking, **kwargs)
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
-        """What `hub_strategy` asks for, in the background, after a checkpoint."""
+        """After a checkpoint, upload in the background what `hub_strategy` asks for."""
         strategy = self.args.hub_strategy
         if strategy == HubStrategy.END:
             return
         busy = [self.push_in_progress is not None and not self.push_in_progress.is_done()]
-        broadcast_object_list(busy)  # only the first process knows of uploads
+        broadcast_object_list(busy)  # only the first process uploads, and all must make the same choice
         if busy[0] and not self.args.hub_always_push:
             return
         self.save_model(_internal_call=True)
@@ -137,7 +137,7 @@ class PublishingTrainer(Trainer):
         return HfApi().upload_folder(
             repo_id=self.hub_model_id,
             folder_path=self.args.output_dir,
-            allow_patterns=[*weights, *CARD_FILES],  # trackers' files and pictures of training tell local paths, or nothing
+            allow_patterns=[*weights, *CARD_FILES],  # not the trackers' files: they may contain local paths
             commit_message=message,
             token=token or self.args.hub_token,
             run_as_future=run_as_future,

@@ -1,4 +1,4 @@
-"""One regression for all objectives: the model's step means at an update's points, towards the shifts wished for."""
+"""The regression that all objectives share: it moves the model's step means towards the target shifts."""
 
 from __future__ import annotations
 
@@ -18,13 +18,14 @@ __all__ = ["Fit", "bounded_paths", "regress", "zero_unless"]
 
 @dataclass(frozen=True)
 class Fit:
-    """What a regression found on its way, detached.
+    """Result of a regression; all tensors are detached.
 
     Args:
-        loss: its share of the update's loss, 0-dimensional.
-        kl: the path KL of each sample, (B,), nats: the objective's own, or an estimate if the scales are the steps' noise.
-        keep: the samples that had their part in the loss, (B,) bool.
-        step_kls: step → its share of the path KL of each sample, (B,), nats; empty where `kl` is the objective's own.
+        loss: this micro-batch's share of the update's loss, 0-dimensional.
+        kl: path KL of each sample, (B,), nats: the objective's own, or an estimate from the steps that carry the loss, which is
+            unbiased if the scales are the steps' standard deviations.
+        keep: the samples that count in the loss, (B,) bool.
+        step_kls: step → its part of each sample's path KL, (B,), nats; empty if `kl` is the objective's own.
     """
 
     loss: Tensor
@@ -44,17 +45,17 @@ def regress(
     backward: Callable[[Tensor], None],
     synchronised: Callable[[bool], AbstractContextManager[None]],
 ) -> Fit:
-    """Backward through the loss of each point; one forward and one backward pass of the model for each.
+    """Backward through the loss ½‖((μ^θ − μ^base) − δ)/scale‖² of each point, with one forward and one backward pass for each.
 
     Args:
         mean: (k, x) → μ_k^θ(x), with gradient to the trained parameters.
         targets: the points and shifts of an objective.
-        keep: the samples that may have a part in the loss, (B,) bool; those whose numbers are not bounded are left out, too.
+        keep: the samples that may count in the loss, (B,) bool. Those with NaN, infinite or too large numbers are left out, too.
         share: factor of the mean over the batch.
         loss_clip: as for `clip_loss`.
-        require: called with what is kept, which it returns, or raises.
+        require: called with the samples that count, (B,) bool; returns them, or raises if none may be left out.
         backward: called with each point's loss.
-        synchronised: called with whether a point is the last; the context of its passes, so that processes average once.
+        synchronised: f(last) → the context of a point's passes; processes average gradients in the last one only.
     """
     keep = require(keep & bounded_paths(targets.states, targets.base_means, targets.shifts))
     states, base_means, shifts = (zero_unless(keep, v) for v in (targets.states, targets.base_means, targets.shifts))
@@ -64,7 +65,7 @@ def regress(
         with synchronised(i == len(steps.indices) - 1):
             moved = mean(k, states[i])
             losses = clip_loss(regression_loss(moved, base_means[i], shifts[i], targets.scales[i]), loss_clip)
-            keep = require(keep & bounded(losses.detach()))  # one left out stays out
+            keep = require(keep & bounded(losses.detach()))  # a sample left out at one step stays out at the others
             loss = torch.where(keep, losses, 0.0).mean() * share
             backward(loss)
         total += loss.detach()
@@ -75,10 +76,10 @@ def regress(
 
 
 def bounded_paths(*values: Tensor) -> Tensor:
-    """Which samples have no NaN, infinite or too large value in any of these (S, B, …), (B,) bool."""
+    """Which samples are finite, and finite when squared, in all of these tensors (S, B, …); (B,) bool."""
     return torch.stack([bounded(half_square(value.transpose(0, 1))) for value in values]).all(0)
 
 
 def zero_unless(keep: Tensor, values: Tensor) -> Tensor:
-    """`values` of shape (S, B, …) with zeros for the samples not in `keep`, (B,): a NaN times a zero gradient would be a NaN."""
+    """`values`, (S, B, …), with 0 for samples not in `keep`, (B,) bool; a mask on the loss is not enough, since 0·NaN is NaN."""
     return torch.where(keep.view(1, -1, *[1] * (values.ndim - 2)), values, 0.0)

@@ -1,4 +1,4 @@
-"""What every trainer of a pipeline on a reward has: its constructor, chains of its prompts, scores, checks and the log."""
+"""Base of the trainers that train a pipeline on a reward: constructor, chains, scoring, checks before training, logging."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ Drawn = TypeVar("Drawn")
 
 
 class RewardTrainer(PipelineTrainer):
-    """Base of the trainers that fine-tune a diffusers pipeline on a reward; a subclass defines `training_step`.
+    """Base of the trainers that fine-tune a diffusers pipeline on a reward. A subclass defines `training_step`.
 
     Arguments and errors are those of [`AdjointMatchingTrainer`].
     """
@@ -132,11 +132,11 @@ class RewardTrainer(PipelineTrainer):
         self._watch(args)
 
     def _watch(self, args: AdjointMatchingConfig) -> None:
-        """What is measured on the way and told."""
+        """Set up what is measured and reported during training."""
         self._target_kl = TargetKL(args.target_kl)
-        self._idle_steps: list[int] = []  # of the trained network; found at the start of training
-        self._probed: dict[str, float] = {}  # what the probe measured, until it is logged
-        self._rehearsal: PipelineChain | None = None  # made by the check at the start of training, used once
+        self._idle_steps: list[int] = []  # steps that the trained network does not predict; found at the start of training
+        self._probed: dict[str, float] = {}  # the probe's measurements, until they are logged
+        self._rehearsal: PipelineChain | None = None  # made by the check at the start of training, to count evaluations once
         self.add_callback(AfterOptimizerStep(self._judge_update))
         self._summary = RunSummary(self._describe, args.device)
         self.add_callback(self._summary)
@@ -145,34 +145,34 @@ class RewardTrainer(PipelineTrainer):
 
     @cached_property
     def budget(self) -> KLBudget | None:
-        """What sets λ in place of `reward_scale`, where the settings ask for a distance to go."""
+        """Adjusts λ if `target_kl` is set; `None` if λ is `reward_scale`."""
         summed = partial(self.accelerator.reduce, reduction="sum")
         return None if self.args.target_kl is None else KLBudget(self.args.target_kl, summed)
 
     def method_of(self, args: AdjointMatchingConfig) -> Method:
-        """What is going to be trained, which the settings say; raises ValueError for settings that it has no use for."""
+        """The method that the settings ask for; raises ValueError for settings that have no meaning for it."""
         raise NotImplementedError
 
     def choose_steps(self, chain: PipelineChain) -> LossSteps:
-        """The steps that carry the loss of the coming update, the same for all of its images."""
+        """The loss steps of the next update, the same for all of its images."""
         raise NotImplementedError
 
     def cost_of(self, chain: PipelineChain) -> UpdateCost:
-        """Of the coming update; the denoiser of this chain counts its evaluations and makes none."""
+        """Cost of the next update. The denoiser of `chain` counts evaluations and makes none; see `rehearsal`."""
         raise NotImplementedError
 
     @property
     def method_name(self) -> str:
-        """What the user calls the way that is trained by."""
+        """Name of the method in the settings, for the start-up summary."""
         raise NotImplementedError
 
     @property
     def reward_scale(self) -> float:
-        """λ of the update under way, or of the coming one, nats per unit of reward; ValueError before a budget has found one."""
+        """λ of the current or next update, nats per unit of reward; ValueError if `target_kl` has not estimated it yet."""
         return cast(float, self.args.reward_scale) if self.budget is None else self.budget.reward_scale
 
     def _suit_paths(self) -> None:
-        """Give the paths the discretisation that the method wants for them, unless the user has named one."""
+        """Choose the integrator that suits the method, unless the user has chosen one."""
         scores = predicts_scores(self.replay, self.guidance)
         wanted = self.method.integrator(scores)
         if not scores and self.method.integrator(True) != wanted:
@@ -182,7 +182,7 @@ class RewardTrainer(PipelineTrainer):
             elif self.replay.guidance_is_distilled:
                 why = f"the network takes guidance_scale={self.args.guidance_scale:g} as an input"
             logger.warning(
-                f"{why}, where the base's predictions are not the scores of its own paths: steps are paired by 'next', not by "
+                f"{why}, so the base's predictions are not the scores of its own paths: pairing 'next' is used instead of "
                 f"'score', on paths of integrator={self.args.integrator or wanted!r}."
             )
         if self.args.integrator is None and self.replay.scheduler.config.integrator != wanted:
@@ -191,7 +191,7 @@ class RewardTrainer(PipelineTrainer):
     # ------------------------------------------------------------------------------------------- parts of a training step
 
     def prepare_chain(self, inputs: dict[str, Any]) -> PipelineChain:
-        """prompts → x_0, conditioning; every random number belongs to (seed, update, global image index)."""
+        """Prompts → x_0 and conditioning. Every random number belongs to (seed, update, global image index)."""
         columns, first = inputs["columns"], inputs["first_image"]
         images = range(first, first + rows_of(columns))
         with self._summary.phases.of("prompts"), self._text_encoders():
@@ -207,7 +207,7 @@ class RewardTrainer(PipelineTrainer):
         return PipelineChain(*drawn, *shared, frames=self._chosen_frames())
 
     def _chosen_frames(self) -> ChosenFrames | None:
-        """What the rewards of this update see of its videos, the same of all; `None` for everything."""
+        """The frames of this update's videos that are decoded for the rewards, the same in all; `None` for all frames."""
         layout = self.replay.frame_layout
         if layout is None:
             return None
@@ -223,7 +223,7 @@ class RewardTrainer(PipelineTrainer):
         return seeded_generators(self.args.seed, self.state.global_step, images, stream)
 
     def scorer(self, chain: PipelineChain) -> Callable[[Tensor], ScoredImages]:
-        """What an objective calls: end points of the chain, (B, …) → what the rewards say of their images."""
+        """The function that an objective calls to score end points of the chain, (B, …) → `ScoredImages`."""
 
         def score(end_point: Tensor) -> ScoredImages:
             if self.state.global_step == 0 and self.method.scores_end_points:
@@ -235,20 +235,20 @@ class RewardTrainer(PipelineTrainer):
         return score
 
     def _where_trained(self, scales: Tensor) -> Tensor:
-        """The same at the steps that the trained network predicts, 0 at the others: no control to match there."""
+        """`scales`, (K,), with 0 at the steps that another network predicts: they carry no loss."""
         scales = scales.clone()
         scales[self._idle_steps] = 0.0
         return scales
 
     def _begin_micro_batch(self) -> None:
-        """Look at the network, which a callback may have changed; what was measured before the first update is logged first."""
+        """Check that the adapter is active, since a callback may have changed it, and log the probe before the first update."""
         self.denoiser.state.require_adapter()
         if self._probed:
             self.log(self._probed)
             self._probed = {}
 
     def _end_micro_batch(self, model: nn.Module, chain: PipelineChain, scored: ScoredImages) -> None:
-        """After the backward passes; the last micro-batch of an update decides whether it is one."""
+        """After the last micro-batch's backward passes: adjust λ, check gradients, and drop the update if it cannot be made."""
         if not chain.ends_update:
             return
         if self.budget is not None:
@@ -258,12 +258,12 @@ class RewardTrainer(PipelineTrainer):
             self._counts.updates.drop(model)
         if self.is_world_process_zero():
             self._shown.trained = self._pictures(chain, scored)
-        if self.state.global_step == 0:  # an evaluation shows the base, and only now are the rewards the base's
+        if self.state.global_step == 0:  # earlier images show the base, and this update's rewards are those of the base
             self._shown.evaluated = None
             self._announce()
 
     def _pictures(self, chain: PipelineChain, scored: ScoredImages) -> SampleImages | Callable[[], SampleImages]:
-        """The first images; of videos that were decoded in part the whole, when it is going to be looked at."""
+        """The first images to show. Videos that were decoded in part are decoded completely, but only when they are shown."""
         first = partial(SampleImages.first, self.args.num_images_to_log, columns=chain.columns, rewards=scored.rewards)
         if chain.frames is None or not self.args.num_images_to_log:
             return first(images=scored.images)
@@ -276,48 +276,52 @@ class RewardTrainer(PipelineTrainer):
         return decoded
 
     def _check_gradients(self) -> None:
-        """After the backward passes of the first update: name what would never learn, before the optimizer moves the rest."""
+        """Check once, before the first optimizer step, that trained tensors have gradients."""
         updates = self._counts.updates
-        if updates.gradients_checked or self.is_deepspeed_enabled:  # DeepSpeed keeps the gradients elsewhere
+        if updates.gradients_checked or self.is_deepspeed_enabled:  # DeepSpeed does not keep gradients in `grad`
             return
         updates.gradients_checked = True
         trained = {name: p for name, p in self.denoiser.network.named_parameters() if p.requires_grad}
         reached = torch.tensor([p.grad is not None for p in trained.values()], dtype=torch.float, device=self.args.device)
-        reached = self.accelerator.reduce(reached, reduction="sum")  # so that all processes say the same
+        reached = self.accelerator.reduce(reached, reduction="sum")  # so that all processes decide the same
         without = [name for name, count in zip(trained, reached.tolist(), strict=True) if not count]
         require_gradients(trained, without, lora=self.denoiser.base_adapters is not None)
         if self.is_world_process_zero():
             warn_of_unused(trained, without)
 
     def _can_step(self, model: nn.Module, iteration: int) -> bool:
-        """Without one image to learn from, an optimizer would still move, by its momentum and weight decay.
+        """Whether the optimizer may step: an image counts, and the gradient is finite.
+
+        With zero gradients an optimizer would still change the weights, by its momentum and weight decay.
 
         Args:
-            iteration: of the update under way, from 1.
+            model: the wrapped model.
+            iteration: of the current update, from 1.
         """
         if self._counts.updates.can_step(model):
             return True
         if self.args.on_nonfinite == "raise":
-            raise ValueError("the gradient of the loss is NaN or infinite; mend the inputs, or pass on_nonfinite='skip'.")
+            raise ValueError("the gradient of the loss is NaN or infinite; fix the inputs, or pass on_nonfinite='skip'.")
         if self.is_world_process_zero():
             which = f"iteration {iteration} of " if self.args.num_iterations > 1 else ""
             logger.warning(f"{which}update {self.state.global_step + 1} is skipped: rewards or gradients are NaN or infinite.")
         return False
 
     def _judge_update(self) -> None:
-        """When the optimizer has moved, or not: count the update, and stop before weights that are no numbers are saved."""
+        """After the optimizer step: stop if a weight is NaN or infinite, before it is saved, and count the update."""
         require_finite_weights(self.denoiser.network, self.state.global_step + self.is_in_train)
-        self._counts.samples.add("skipped", self._counts.updates.end())  # the images left out are counted already
+        # Images that were kept, but whose update was dropped. `record` has counted those that were left out.
+        self._counts.samples.add("skipped", self._counts.updates.end())
 
     @contextlib.contextmanager
     def _progress(self, what: str, steps: int) -> Iterator[None]:
-        """A phase of the update, with a bar where it takes long."""
+        """Measure a phase of the update, with a progress bar if it takes long."""
         bar = progress(self.denoiser, f"update {self.state.global_step + 1}, {what}", steps, self._shows_progress)
         with self._summary.phases.of(what), bar:
             yield
 
     def _describe(self, state: TrainerState) -> list[str]:
-        """Lines for the user, before the first update."""
+        """Lines of the start-up summary; see `describe_run`."""
         if self._rehearsal is None:
             return []
         cost, self._rehearsal = self.cost_of(self._rehearsal), None
@@ -325,21 +329,21 @@ class RewardTrainer(PipelineTrainer):
         return describe_run(*given, method=self.method_name, reward_scale=self.reward_scale, cost=cost)
 
     def require_images(self, keep: Tensor) -> Tensor:
-        """`keep` itself; ValueError if an image is left out and the settings do not allow it."""
+        """Return `keep`, (B,) bool; raise ValueError if it leaves an image out and `on_nonfinite` is "raise"."""
         if self.args.on_nonfinite == "raise" and not keep.all():
             raise ValueError(
                 f"{int((~keep).sum())} rewards, reward gradients, losses or adjoints are NaN or infinite, or too large to be "
-                f"squared; mend the reward function, lower reward_scale, or pass on_nonfinite='skip'."
+                f"squared; fix the reward function, lower reward_scale, or pass on_nonfinite='skip'."
             )
         return keep
 
     # ---------------------------------------------------------------------------------------------- checks before training
 
     def _check_before_training(self) -> Collection[str]:
-        """Pipeline, grid and rewards on one row, before any rollout."""
+        """Check the settings, and then pipeline, grid and rewards on the first row, before any rollout."""
         require_known_metric(self.replay, self.guidance, self.reward, self.args, self.eval_dataset)
         require_asked_for(self.args, self.train_dataset)
-        # Trainer switches it on too, but later: the check must not need more memory than training.
+        # The host switches it on later. The check below must not need more memory than training does.
         if self.args.gradient_checkpointing:
             self.denoiser.gradient_checkpointing_enable()
         names = self.check_first_row()
@@ -347,7 +351,7 @@ class RewardTrainer(PipelineTrainer):
         return names
 
     def check_first_row(self) -> Collection[str]:
-        """Raise ValueError if pipeline, grid or rewards fail on the first row; find the idle steps; return its columns' names."""
+        """Raise ValueError if pipeline, grid or rewards fail on the first row. Finds the idle steps; returns the column names."""
         columns = columns_to_check(self.train_dataset, self.eval_dataset, self.args, self.replay, self.reward)
         generators = self._generators(range(rows_of(columns)), Stream.START)
         with self._text_encoders():
@@ -358,7 +362,7 @@ class RewardTrainer(PipelineTrainer):
         chain = self.prepare_chain(first)
         if self.guidance.loss and not self.replay.arguments.guides:
             self.replay.find_guidance(chain.start, chain.conditioning)
-        if self.replay.starts_below_noise or self.replay.guides_itself:  # known only now
+        if self.replay.starts_below_noise or self.replay.guides_itself:  # known only after the first `prepare`
             self._suit_paths()
             chain = self.prepare_chain(first)
         self._idle_steps = self.replay.idle_steps(chain.start, chain.conditioning, guided=self.guidance.loss)
@@ -373,9 +377,9 @@ class RewardTrainer(PipelineTrainer):
         return columns.keys()
 
     def _probe_before_training(self) -> None:
-        """Images of the base: how far λ asks it to move, and whether training starts from what its users see.
+        """Sample images of the base: estimate how far λ will move it, and compare its samplers; see `trainer.probe`.
 
-        Every process draws the same ones, so that nothing is to be gathered.
+        Every process samples the same images, so nothing has to be gathered.
         """
         if not self.args.probe_base:
             return
@@ -384,18 +388,18 @@ class RewardTrainer(PipelineTrainer):
         if self.is_world_process_zero():
             if self.budget is None:
                 self._target_kl.announce(self.reward_scale, probe.rewards)
-            # For a run that is interrupted before a line of training.
+            # Logged with the probe too, for a run that is interrupted before its first log line.
             self._probed |= self._target_kl.logged(self.state.log_history)
             warn_of_differences(sampler_differences(probe), self.args.num_inference_steps)
 
     def _find_scale_before_training(self) -> None:
-        """λ to begin with, where a budget of KL asks for one and no checkpoint knows it."""
+        """Estimate the first λ for `target_kl`, unless a checkpoint has one."""
         if self.budget is not None and self.budget.spent is None:
             rewards = self._of_the_base(base_rewards)
             self.budget.spent = from_first_process(partial(first_scale, rewards, self.budget.budget))
 
     def _of_the_base(self, measure: Callable[..., Drawn]) -> Drawn:
-        """What `measure` finds in images of the first rows by the base; no random number of training is drawn for it."""
+        """Call `measure` on images that the base samples for the first rows; no random number of training is drawn."""
         replay = _replay_of(self.pipeline, self.args, self.args.sampling_integrator)
         together = self.args.per_device_train_batch_size * self.args.num_generations
         with self.denoiser.base(), self._text_encoders(), random_numbers_kept(self.args.device):
@@ -420,20 +424,27 @@ class RewardTrainer(PipelineTrainer):
     # ------------------------------------------------------------------------------------------------ logging, evaluation
 
     def _card_facts(self, *given: Any) -> tuple[CardFacts, SampleImages]:
-        """With the λ that a budget of KL has come to."""
+        """As in the base class, with the λ that `target_kl` has led to."""
         facts, samples = super()._card_facts(*given)
         if self.budget is None or self.budget.spent is None:
             return facts, samples
         return replace(facts, settings={**facts.settings, "reward_scale": self.reward_scale}), samples
 
     def record(self, scored: ScoredImages, kl: Tensor, keep: Tensor, logged: Mapping[str, Tensor] = MappingProxyType({})) -> None:
-        """Into the next line of the log, and count the images that train; `logged` has further numbers of each, by name."""
+        """Add a micro-batch to the next log line, and count its images.
+
+        Args:
+            scored: its rewards.
+            kl: path KL of each image, (B,), nats.
+            keep: images that count in the loss, (B,) bool.
+            logged: further measurements of each image, name → (B,).
+        """
         self._counts.updates.keep(keep)
         samples = self._counts.samples
         samples.add("reward", scored.rewards)
         for name, values in scored.values.items():
             samples.add(f"rewards/{name}", values)
-        # An image left out has no control; the mean skips NaN.
+        # The log averages over values that are not NaN, so images that were left out do not count.
         for name, values in {kl_name(self.replay, self.guidance): kl, **logged}.items():
             samples.add(name, torch.where(keep, values, torch.nan))
         if self.method.needs_gradient:
@@ -441,7 +452,7 @@ class RewardTrainer(PipelineTrainer):
         samples.add("skipped", (~keep).float())
 
     def _announce(self) -> None:
-        """After the first update, from all its images: what the end points remember and, without a probe, what λ asks for."""
+        """After the first update, report the memory of its end points and, without a probe, how far λ will move the model."""
         samples, main = self._counts.samples, self.is_world_process_zero()
         rewards = samples.gathered("reward", self.accelerator.gather)
         if main and not self.args.probe_base and self.budget is None:
@@ -453,9 +464,9 @@ class RewardTrainer(PipelineTrainer):
                 announce_memory(memory[memory.isfinite()])
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Adds reward, reward_std, reward_std_between, rewards/<name>/mean, /std and /missing, kl or kl_unguided
-        (nats), target_kl_estimate (nats), reward_scale (with target_kl), adjoint_norm, skipped, evaluations_per_second, and what
-        the objective logs (capped)."""
+        """Add to a log line of training: reward, reward_std, reward_std_between, rewards/<name>/mean, /std and /missing; kl or
+        kl_unguided and target_kl_estimate in nats; reward_scale with `target_kl`; adjoint_norm, skipped, evaluations_per_second;
+        and what the objective logs, such as `capped`."""
         if "loss" in logs:
             logs |= summarise(self._counts.samples.drain(self.accelerator.gather), self.args.num_generations)
             logs |= {"evaluations_per_second": self._counts.rate.since_last()}
@@ -469,7 +480,7 @@ class RewardTrainer(PipelineTrainer):
 
 
 def _denoiser_of(replay: PipelineReplay, peft_config: LoraConfig | None) -> PipelineDenoiser:
-    """The pipeline's network with a LoRA on it, or whole, to be trained; everything else is frozen."""
+    """Freeze the pipeline, and wrap its network for training: with a new LoRA, or all of its weights."""
     for component in replay.pipeline.components.values():
         if isinstance(component, nn.Module):
             component.requires_grad_(False).eval()
@@ -477,13 +488,13 @@ def _denoiser_of(replay: PipelineReplay, peft_config: LoraConfig | None) -> Pipe
 
 
 def _suit_the_host(args: AdjointMatchingConfig) -> None:
-    """Settings of the host that a pipeline's batches need."""
+    """Set the host's options that a pipeline's batches need."""
     # Rows are lists of Python values: each process collates its own, and numbers its images by its rank.
     args.accelerator_config.dispatch_batches = False
-    if args.device.type == "cpu":  # there is nothing to pin memory for, and torch would warn
+    if args.device.type == "cpu":  # pinned memory serves copies to a GPU only, and torch would warn
         args.dataloader_pin_memory = False
     if args.n_gpu > 1:  # torch.nn.DataParallel would scatter the states but not the conditioning
-        logger.warning(f"{args.n_gpu} GPUs are visible but one is used; start with `accelerate launch` to use them all.")
+        logger.warning(f"{args.n_gpu} GPUs are visible, but one is used; start with `accelerate launch` to use them all.")
         args._n_gpu = 1
 
 

@@ -1,4 +1,4 @@
-"""Per-sample metrics between two log lines, averaged over samples and processes when logged; the target KL that they give."""
+"""Measurements of single images between two log lines, averaged over images and processes when they are logged."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ logger = logging.get_logger(__name__)
 
 
 class SampleLog:
-    """Collects (B,) tensors by name; a mean over them does not depend on how a batch was split."""
+    """Collects (B,) tensors by name. Means are taken over all values, so they do not depend on the micro-batches."""
 
     def __init__(self) -> None:
         self._values: dict[str, list[Tensor]] = defaultdict(list)
@@ -28,33 +28,32 @@ class SampleLog:
         self._values[name].append(values.detach().flatten().float())
 
     def gathered(self, name: str, gather: Callable[[Tensor], Tensor]) -> Tensor:
-        """The values of one name since the last `drain`, of all processes, (N,)."""
+        """The values of `name` since the last `drain`, from all processes, (N,) float32 on the CPU."""
         return gather(torch.cat(self._values[name])).cpu()
 
     def forget(self, name: str) -> None:
-        """Drop the values of one name: they are no part of the log."""
+        """Drop the values of `name`, which are not logged."""
         del self._values[name]
 
     def drain(self, gather: Callable[[Tensor], Tensor] = lambda values: values) -> dict[str, Tensor]:
-        """All values since the last call, name → (N,), gathered over processes; empties the log."""
+        """Return all values since the last call, name → (N,), gathered over processes, and forget them."""
         drained = {name: self.gathered(name, gather) for name in sorted(self._values)}
         self._values.clear()
         return drained
 
 
 def summarise(samples: dict[str, Tensor], images_per_prompt: int | None = None) -> dict[str, float]:
-    """Means over finite values; rewards with their standard deviation and the number of missing ones; `skipped` as a count.
+    """Means over finite values. Each reward also has its standard deviation and the number of missing ones; `skipped` is a sum.
 
     Args:
         samples: name → (N,).
-        images_per_prompt: n, where the values of a prompt's n images are next to each other. `reward_std` is then that of one
-            prompt's images, pooled over prompts, and `reward_std_between` that of the prompts' means: a number that is added to
-            the rewards of one prompt changes the second only. What has no value is left out: with one image a prompt the first,
-            with one prompt the second. Without it `reward_std` is that of all values.
+        images_per_prompt: n, if the values of a prompt's n images are next to each other. Then `reward_std` is the standard
+            deviation of one prompt's images, pooled over prompts, and is left out for n = 1. `reward_std_between` is that of the
+            prompts' means, and is left out for one prompt. When not given, `reward_std` is that of all values.
     """
     summary: dict[str, float] = {}
     for name, values in samples.items():
-        missing = int(values.isnan().sum())  # a function's `None`, or NaN
+        missing = int(values.isnan().sum())  # the reward function returned None or NaN
         finite = values[values.isfinite()]
         spread = finite.std(correction=min(1, len(finite) - 1)).item() if len(finite) else math.nan
         if name.startswith("rewards/"):
@@ -67,7 +66,7 @@ def summarise(samples: dict[str, Tensor], images_per_prompt: int | None = None) 
 
 
 def per_prompt(values: Tensor, images_per_prompt: int) -> Tensor:
-    """(N,) values of images, those of a prompt next to each other → (P, n), NaN for what is not finite."""
+    """Values (N,), those of a prompt's n images next to each other → (P, n), with NaN for values that are not finite."""
     return values.where(values.isfinite(), torch.nan).view(-1, images_per_prompt)
 
 
@@ -77,10 +76,14 @@ def _spreads(rewards: Tensor) -> dict[str, float]:
 
 
 def announce_memory(correlations: Tensor) -> None:
-    """What the end points x̂_K remember of the noise x_0 they came from, as the mean correlation over images; 0 is memoryless.
+    """Print the memory of the paths: the mean correlation, over images, of the noise x_0 and the end point x̂_K. 0 is memoryless.
 
-    It biases a tilt: with a linear reward on Gaussian data, to the share 1 − correlation² of the shift (2409.08861, Prop. 1). It
-    does not see memory that is not linear: the ODE of the digits pipeline has .25 (tests/test_loss_types.py).
+    Memory biases the tilt: with a linear reward on Gaussian data, training reaches the share 1 − correlation² of the shift
+    (2409.08861, Prop. 1). The correlation only sees linear memory: an ODE, which forgets nothing, has .25 on the digits pipeline
+    (tests/test_loss_types.py).
+
+    Args:
+        correlations: of the images of one update, (N,).
     """
     if len(correlations) == 0:
         return
@@ -90,6 +93,6 @@ def announce_memory(correlations: Tensor) -> None:
     if abs(memory) > 0.2:
         logger.warning(
             f"with a correlation of {memory:.2g} the paths are not memoryless and the tilt is biased; let the pipeline start "
-            f"from pure noise (not from an image at a low strength, nor far below its noisiest level), or expect less of it; "
-            f"in a test with a network of random weights this is usual."
+            f"from pure noise, not from an image at a low strength, nor far below its noisiest level (in a test with a network "
+            f"of random weights a high correlation is usual)."
         )

@@ -1,4 +1,4 @@
-"""What the rewards say of end points, as objectives and the log need it."""
+"""Scoring of end points: rewards and reward gradients, as objectives and the log need them."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ __all__ = ["ScoredImages", "score_images"]
 
 @dataclass(frozen=True)
 class ScoredImages:
-    """A batch of end points, scored.
+    """A scored batch of end points; all tensors are detached.
 
     Args:
-        rewards: r, shape (B,), NaN for an image without one; detached, as all of these.
-        values: name → f_i, shape (B,).
-        end_point: that was scored, (B, …).
-        images: the decoded end points, of videos the frames that the rewards see.
-        exponent: λr, shape (B,).
-        tilt: λ∇r, shape (B, …), 0 for the images that are not usable; NaN where nothing is differentiated.
-        usable: which images have a finite reward and, where it is differentiated, a bounded ½‖λ∇r‖², (B,) bool.
-        norms: ‖λ∇r‖ = ‖ã_K‖ of each image, (B,); NaN where nothing is differentiated.
+        rewards: r, (B,), NaN for an image without a reward.
+        values: value f_i of each reward function, name → (B,).
+        end_point: the end points x̂_K, (B, …).
+        images: the decoded end points; of videos, the frames that the rewards see.
+        exponent: λr, (B,).
+        tilt: λ∇r, (B, …); 0 for images that are not usable, and NaN for all if nothing is differentiated.
+        usable: images with a finite reward and, if it is differentiated, a finite ½‖λ∇r‖²; (B,) bool.
+        norms: ‖λ∇r‖ = ‖ã_K‖ of each image, (B,); NaN if nothing is differentiated.
     """
 
     rewards: Tensor
@@ -44,10 +44,17 @@ class ScoredImages:
 def score_images(
     end_point: Tensor, chain: PipelineChain, reward: WeightedReward, reward_scale: float, *, differentiate: bool
 ) -> ScoredImages:
-    """Decode the end points and score the images; with `differentiate` also λ∇r, by one pass back through the decoder.
+    """Decode end points and score the images.
+
+    Args:
+        end_point: x̂_K, (B, …).
+        chain: it decodes, and has the columns for the rewards.
+        reward: the weighted reward functions.
+        reward_scale: λ, nats per unit of reward.
+        differentiate: whether to compute λ∇r, by one backward pass through rewards and decoder.
 
     Raises:
-        ValueError: if a reward has no gradient where one is asked for.
+        ValueError: if `differentiate` is set and a reward has no gradient.
     """
     columns = chain.reward_columns
     if not differentiate:

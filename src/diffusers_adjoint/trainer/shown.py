@@ -1,4 +1,4 @@
-"""The pictures that a trainer shows: those of its last rollout and of its last evaluation."""
+"""The images that a trainer shows: those of its last rollout and of its last evaluation."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ __all__ = ["Shown", "show"]
 
 @dataclass
 class Shown:
-    """The last pictures of each kind; no number depends on them.
+    """The last images of each kind, for grids and the model card; no measurement depends on them.
 
     Args:
-        trained: of the last rollout, on the main process, or what makes them when they are looked at.
-        evaluated: of the last evaluation; `None` until there is one, and again when a call of `train` begins and after the first
-            update of a run, since the earlier ones show another model.
-        base: of the last evaluation before the first update.
+        trained: images of the last rollout on the main process, or a function that makes them when they are first shown.
+        evaluated: images of the last evaluation. `None` until there is one, and reset when a call of `train` begins and after the
+            first update of a run, because the images before show another model.
+        base: images of the last evaluation before the first update.
     """
 
     trained: SampleImages | Callable[[], SampleImages] | None = None
@@ -34,26 +34,26 @@ class Shown:
     base: SampleImages | None = None
 
     def of_training(self) -> SampleImages | None:
-        """Those of the last rollout, made once."""
+        """The images of the last rollout, which are made at the first call."""
         if not isinstance(self.trained, SampleImages | None):
             self.trained = self.trained()
         return self.trained
 
     def for_card(self) -> SampleImages:
-        """Those of the last evaluation rather than of training; without either, no images, shape (0, 3, 1, 1)."""
+        """The images of the last evaluation, else of the last rollout, else none, with shape (0, 3, 1, 1)."""
         return self.evaluated or self.of_training() or SampleImages(torch.zeros(0, 3, 1, 1), [], torch.zeros(0))
 
     def before(self) -> Tensor | None:
-        """The base's samples of the prompts and seeds of those for the card, where both were evaluated."""
+        """The base's images for the same prompts and seeds as the card's, (N, …); `None` unless both were evaluated."""
         if self.base is None or self.evaluated is None or self.base is self.evaluated:
             return None
         return self.base.images if self.base.prompts == self.evaluated.prompts else None
 
 
 def show(pictures: SampleImages, name: str, step: int, folder: Path, callbacks: Sequence[TrainerCallback]) -> None:
-    """A grid as `folder`/samples/`name`-`step`.png and in the trackers among the callbacks; of sound, or of no image, nothing.
+    """Save a grid of the images as `folder`/samples/`name`-`step`.png, and send it to the trackers among the callbacks.
 
-    What cannot be written is a warning.
+    Does nothing for sound, or without images. A grid that cannot be written only causes a warning.
     """
     if not (len(pictures.images) and drawable(pictures.images)):
         return

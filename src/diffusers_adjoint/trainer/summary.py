@@ -1,4 +1,4 @@
-"""What a run is, told before its first update, and what that one took: at most eight lines, on the first process."""
+"""The start-up summary: what will be trained, and what the first update took; at most eight lines, on the main process."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ __all__ = ["RunSummary", "describe_first_update", "describe_run"]
 
 
 class RunSummary(TrainerCallback):
-    """Tells what is going to be trained when training begins, and what the first update took when that one is over.
+    """Print the summary when training begins, and time and memory after the first update.
 
     Args:
-        describe: the lines before the first update.
-        device: whose time and memory are measured.
+        describe: f(state) → the lines to print when training begins.
+        device: the device whose time and memory are measured.
 
     Attributes:
-        phases: of the first update of this call of `train`.
+        phases: times of the first update of this call of `train`.
     """
 
     def __init__(self, describe: Callable[[TrainerState], Sequence[str]], device: torch.device) -> None:
@@ -64,13 +64,14 @@ def describe_run(
     reward_scale: float,
     cost: UpdateCost,
 ) -> list[str]:
-    """Six lines.
+    """The six lines of the summary before the first update.
 
     Args:
-        denoiser: whose network is trained.
-        state: the host's, as training begins.
-        method: name of the objective, or of another way to train.
-        reward_scale: λ of the first update.
+        denoiser: with the trained network.
+        args: the settings.
+        state: the trainer's state as training begins.
+        method: name of the objective or of another training method.
+        reward_scale: λ of the first update, nats per unit of reward.
         cost: of the first update.
     """
     replay, images = denoiser.replay, _images_of_an_update(args)
@@ -86,23 +87,24 @@ def describe_run(
 
 
 def describe_first_update(seconds: dict[str, float], state: TrainerState, device: torch.device) -> list[str]:
-    """Two lines, or one if no update is left.
+    """The two lines after the first update, or one if no update is left.
 
     Args:
-        seconds: of the update by phase.
-        state: the host's, after it.
+        seconds: phase of the update → seconds.
+        state: the trainer's state after the update.
+        device: the device whose peak memory is reported.
     """
     total, left = sum(seconds.values()), state.max_steps - state.global_step
     phases = ", ".join(f"{name} {_duration(spent)}" for name, spent in seconds.items())
     lines = [f"update {state.global_step} took {_duration(total)}: {phases}{_peak_memory(device)}"]
     if left > 0:
         time = _duration(left * total)
-        lines.append(f"{_counted(left, 'update')} to go, about {time} at this speed; evaluations and checkpoints not counted")
+        lines.append(f"{_counted(left, 'update')} to go, about {time} at this speed, without evaluations and checkpoints")
     return lines
 
 
 def _weights(denoiser: PipelineDenoiser) -> str:
-    """Which weights are trained, and how many are not."""
+    """Which weights are trained, and how many are frozen."""
     replay, network = denoiser.replay, denoiser.network
     modules = [part for part in replay.pipeline.components.values() if isinstance(part, nn.Module)]
     weights = {id(p): p for part in modules for p in part.parameters()}.values()  # parts may share some
@@ -142,21 +144,21 @@ def _updates(state: TrainerState, args: AdjointMatchingConfig) -> str:
 
 
 def _device(device: torch.device) -> str:
-    """Its name, and how many there would be."""
+    """Name of the device, and how many GPUs are visible."""
     if device.type != "cuda":
         return str(device)
     return f"{device} ({torch.cuda.get_device_name(device)}, of {_counted(torch.cuda.device_count(), 'GPU')} visible)"
 
 
 def _dtype(denoiser: PipelineDenoiser, args: AdjointMatchingConfig) -> str:
-    """Of the base's weights, and what they are computed in."""
+    """Dtype of the base's weights, and of the computation if it is another."""
     weights = next(p for name, p in denoiser.network.named_parameters() if p.is_floating_point() and "lora_" not in name)
     mixed = "bfloat16" if args.bf16 else "float16" if args.fp16 else ""
     return str(weights.dtype).removeprefix("torch.") + (f", computed in {mixed}" if mixed else "")
 
 
 def _peak_memory(device: torch.device) -> str:
-    """Of the device where it keeps count of it, else of the process; nothing where neither is known."""
+    """Peak memory of a CUDA device, else of the process; empty if neither is known."""
     if device.type == "cuda":
         return f"; peak memory {torch.cuda.max_memory_allocated(device) / 2**30:.2f} GiB on {device}"
     if sys.platform == "win32":  # which has no `resource`
@@ -181,7 +183,7 @@ def _large(number: int) -> str:
 
 
 def _duration(seconds: float) -> str:
-    """In seconds, minutes or hours, whichever is easy to read."""
+    """A duration in seconds, minutes or hours."""
     if seconds >= 2 * 3600:
         return f"{seconds / 3600:.1f} h"
     return f"{seconds / 60:.1f} min" if seconds >= 120 else f"{seconds:.2f} s"

@@ -1,4 +1,4 @@
-"""How far λ asks the model to move, in nats: announced before training, and watched while it goes on."""
+"""The KL between target and base that λ implies, in nats: estimated before training, and compared with the measured KL."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ logger = logging.get_logger(__name__)
 
 
 class TargetKL:
-    """How far from the base training is to end, in nats, and whether the user was told that it went further.
+    """The KL from the base that training should reach, in nats. Warns once if training goes much further.
 
     Args:
-        asked: by the user, who sets λ otherwise.
+        asked: `target_kl`, if the user has set it; otherwise `announce` estimates the KL from λ.
     """
 
     def __init__(self, asked: float | None = None) -> None:
@@ -28,36 +28,39 @@ class TargetKL:
         self._left = False
 
     def announce(self, reward_scale: float, rewards: Tensor) -> None:
-        """Estimate it by `announce_tilt`, which says so."""
+        """Estimate the KL by `announce_tilt`, which prints it."""
         self._kl = announce_tilt(reward_scale, rewards)
 
     def logged(self, history: Sequence[dict[str, float]]) -> dict[str, float]:
-        """By its name in the log, where it is known; a resumed run knows it from its `history`, the lines before."""
+        """The KL under its name in the log, if it is known. A resumed run finds it in `history`, the log lines so far."""
         if self._kl is None:
             known = [line["target_kl_estimate"] for line in history if "target_kl_estimate" in line]
             self._kl = known[-1] if known else None
         return {} if self._kl is None else {"target_kl_estimate": self._kl}
 
     def watch(self, line: dict[str, float]) -> None:
-        """Warn if a line of the log `exceeds_target`, once."""
+        """Warn if a log line `exceeds_target`; at most once."""
         self._left = self._left or exceeds_target(line)
 
 
 def announce_tilt(reward_scale: float, rewards: Tensor) -> float | None:
-    """How far λ asks the model to move, by the Gaussian estimate KL ≈ ½ std(λr)² (exact for a linear reward of a Gaussian).
+    """Estimate the KL of the tilted distribution to the base and print it: KL ≈ ½ std(λr)², exact for a linear reward of a
+    Gaussian.
 
-    The target is one for each prompt, so the spread is that of one prompt's images: what differs between prompts is no tilt.
+    Each prompt has its own tilted distribution, so std(r) is taken over images of one prompt. Differences between prompts do not
+    count.
 
     Args:
-        rewards: of images of the base, shape (P, n) for n images of each of P prompts, NaN where one is missing.
+        reward_scale: λ, nats per unit of reward.
+        rewards: rewards of images of the base, shape (P, n) for n images of each of P prompts, NaN where one is missing.
 
     Returns:
-        The estimate in nats, averaged over prompts; `None`, and a line that says so, where no prompt has two rewards.
+        The estimate in nats, averaged over prompts; `None`, with a warning, if no prompt has two rewards.
     """
     std = within_prompt_std(rewards)
     if not math.isfinite(std.mean):
         logger.warning(
-            "how far λ asks the model to move cannot be estimated, because no prompt has two images with a finite reward; pass "
+            "the KL between target and base cannot be estimated, because no prompt has two images with a finite reward; pass "
             "probe_base=True, or num_generations=2 or more."
         )
         return None
@@ -73,9 +76,9 @@ def announce_tilt(reward_scale: float, rewards: Tensor) -> float | None:
 
 
 def exceeds_target(logs: dict[str, float]) -> bool:
-    """Whether a line of the log has a KL beyond three times the announced target plus one nat; says so if it has.
+    """Whether the KL in a log line is above three times the estimated target plus one nat; warns if it is.
 
-    The estimate of the target is rough, and a mean over few images is noisy: three times and one nat are beyond both.
+    Three times and one nat leave room for the error of the estimate and for the noise of a mean over few images.
     """
     target = logs.get("target_kl_estimate", math.inf)
     found = [(name, logs[name]) for name in ("kl", "kl_unguided") if logs.get(name, 0.0) > 3 * target + 1]

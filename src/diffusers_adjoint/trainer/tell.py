@@ -1,4 +1,4 @@
-"""What the user is told that is no warning."""
+"""Output for the user that is not a warning."""
 
 from __future__ import annotations
 
@@ -8,5 +8,5 @@ __all__ = ["tell"]
 
 
 def tell(line: str) -> None:
-    """On stdout, as the host prints its log, above a progress bar."""
+    """Print a line to stdout, where the host prints its log too, without breaking a progress bar."""
     tqdm.write(line)
