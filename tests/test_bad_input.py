@@ -243,8 +243,8 @@ CASES = {
     "unknown option": Case("'paring'", "pass 'pairing'", {"loss_kwargs": {"paring": "next"}}),
     "options that are no dict": Case("loss_kwargs is a list", "pass a dict", {"loss_kwargs": ["next"]}, error=TypeError),
     "an option by a number": Case("loss_kwargs has 3", "pass 'pairing'", {"loss_kwargs": {3: "next", "paring": 1}}),
-    "options cut short": Case("loss_kwargs is no JSON", "pass a dict", {"loss_kwargs": '{"pairing": '}),
-    "Python for JSON": Case("pipeline_kwargs is no JSON", 'like {"name": "value"}', {"pipeline_kwargs": "{'height': 8}"}),
+    "options cut short": Case("loss_kwargs is not JSON", "pass a dict", {"loss_kwargs": '{"pairing": '}),
+    "Python for JSON": Case("pipeline_kwargs is not JSON", 'like {"name": "value"}', {"pipeline_kwargs": "{'height': 8}"}),
     "an option that has moved": Case("adjoint_pairing has moved", "loss_kwargs={'pairing'", {"adjoint_pairing": "paper"}),
     "an objective that has moved": Case(
         "loss_type='discrete_adjoint' has moved", "or --method discrete_adjoint", {"loss_type": "discrete_adjoint"}
@@ -261,10 +261,10 @@ CASES = {
     ),
     "scale not a number": Case("reward_scale=nan", "≥ 0", {"reward_scale": float("nan")}),
     "a scale and a budget": Case(
-        "target_kl=1.0 finds the scale that reward_scale=5.0 sets", "one of the two", {"reward_scale": 5.0, "target_kl": 1.0}
+        "target_kl=1.0 and reward_scale=5.0 both set λ", "only one of them", {"reward_scale": 5.0, "target_kl": 1.0}
     ),
-    "no budget": Case("target_kl=0.0 is no distance", "nats above 0", {"reward_scale": None, "target_kl": 0.0}),
-    "a budget below 0": Case("target_kl=-1.0 is no distance", "nats above 0", {"reward_scale": None, "target_kl": -1.0}),
+    "no budget": Case("target_kl=0.0 is not a KL to reach", "nats above 0", {"reward_scale": None, "target_kl": 0.0}),
+    "a budget below 0": Case("target_kl=-1.0 is not a KL to reach", "nats above 0", {"reward_scale": None, "target_kl": -1.0}),
     "a budget without end": Case("target_kl=inf", "finite number", {"reward_scale": None, "target_kl": float("inf")}),
     "a budget that is no number": Case("target_kl=nan", "finite number", {"reward_scale": None, "target_kl": float("nan")}),
     "a bool for a budget": Case(
@@ -274,13 +274,13 @@ CASES = {
         "target_kl='1' is of type str", "a number or None", {"reward_scale": None, "target_kl": "1"}, error=TypeError
     ),
     "a budget of another law": Case(
-        "loss_type='one_step' with these options converges to another law",
+        "loss_type='one_step' with these options converges to another one",
         "pass reward_scale",
         {"reward_scale": None, "target_kl": 1.0, "loss_type": "one_step"},
     ),
     "a budget of guided paths": Case(
-        "cfg_mode='rollout' draws paths by guidance",
-        "reward_scale in place of target_kl",
+        "cfg_mode='rollout' draws guided paths",
+        "reward_scale instead of target_kl",
         {"reward_scale": None, "target_kl": 1.0, "cfg_mode": "rollout", "guidance_scale": 2.0},
     ),
     "guidance below 1": Case("guidance_scale=0.5", "pass 1", {"guidance_scale": 0.5}),
@@ -318,10 +318,10 @@ CASES = {
     "a negative rate": Case("learning_rate=-0.1", "finite number ≥ 0", {"learning_rate": -0.1}),
     "an infinite rate": Case("learning_rate=inf", "finite number ≥ 0", {"learning_rate": float("inf")}),
     "epochs without end": Case(
-        "num_train_epochs=inf has no end", "or max_steps", {"max_steps": -1, "num_train_epochs": float("inf")}
+        "num_train_epochs=inf would never end", "or max_steps", {"max_steps": -1, "num_train_epochs": float("inf")}
     ),
-    "a share of more than all": Case("logging_steps=2.5", "one below 1", {"logging_steps": 2.5}),
-    "a log line never": Case("logging_steps=inf", "one below 1", {"logging_steps": float("inf")}),
+    "a share of more than all": Case("logging_steps=2.5", "number below 1", {"logging_steps": 2.5}),
+    "a log line never": Case("logging_steps=inf", "number below 1", {"logging_steps": float("inf")}),
     "learning rate as text": Case("learning_rate='1e-4'", "a number", {"learning_rate": "1e-4"}, error=TypeError),
     "weights as text": Case("reward_weights='1.0'", "a list of numbers or None", {"reward_weights": "1.0"}, error=TypeError),
     "weights in a tuple": Case(
@@ -519,7 +519,7 @@ CASES = {
     "CLI: missing prompts": Case("'gone.txt' does not exist", "pass a file", cli=[*MODEL, *REWARD, "--dataset_name", "gone.txt"]),
     "CLI: missing model": Case(
         "model_name_or_path='nowhere' cannot be loaded",
-        "pipeline's name",
+        "name or folder of a pipeline",
         cli=[MODEL[0], "nowhere", *DATA, *REWARD],
     ),
 }

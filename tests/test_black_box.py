@@ -170,10 +170,10 @@ _brightness.__name__ = "brightness"
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"images_as": "pil"}, "images_as='pil' takes the reward's gradient away, which loss_type='adjoint_matching' needs"),
-        ({"reward_workers": 4}, "reward_workers=4 takes the reward's gradient away.*leave it out, or pass loss_type='ram'"),
+        ({"images_as": "pil"}, "images_as='pil' removes the reward's gradient, which loss_type='adjoint_matching' needs"),
+        ({"reward_workers": 4}, "reward_workers=4 removes the reward's gradient.*leave it out, or pass loss_type='ram'"),
         ({"images_as": "numpy", **RAM}, "images_as='numpy' is unknown; pass one of 'tensor', 'pil'"),
-        ({"reward_workers": 0, **RAM}, "reward_workers=0 calls no reward; pass 1 for one call a batch, or more"),
+        ({"reward_workers": 0, **RAM}, "reward_workers=0 would call no reward; pass 1 or more"),
     ],
 )
 def test_what_does_not_go_together_is_refused(tmp_path, changes, message):
@@ -182,7 +182,7 @@ def test_what_does_not_go_together_is_refused(tmp_path, changes, message):
 
 
 def test_back_propagation_has_no_use_for_them(tmp_path):
-    with pytest.raises(ValueError, match="images_as='pil' takes the reward's gradient away"):
+    with pytest.raises(ValueError, match="images_as='pil' removes the reward's gradient"):
         make_trainer(tmp_path, method="discrete_adjoint", images_as="pil")
 
 

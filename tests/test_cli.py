@@ -196,7 +196,7 @@ def test_a_recipe_that_trained_evaluates_what_it_trained(recipe, tmp_path, capsy
     keys = re.findall(r"^(\w+):", RECIPE, re.MULTILINE)
     shared = {"model_name_or_path", "dataset_name", "reward_funcs", "output_dir", "reward_scale", "num_inference_steps"}
     passed_over = ", ".join(key for key in keys if key not in shared | {"pipeline_kwargs"})
-    assert f"diffusers-adjoint: passed over, being options of train alone: {passed_over}." in said
+    assert f"diffusers-adjoint: ignored, because they are options of train only: {passed_over}." in said
     results = json.loads((tmp_path / "out" / "results.json").read_text())
     assert [(row["model"], row["steps"]) for row in results["rows"]] == [("base", 3), ("out", 3), ("out − base", 3)]
     assert results["reward_scale"] == 10 and results["rows"][2]["metrics"]["brightness"]["mean"] != 0
@@ -307,7 +307,7 @@ def test_the_top_command_answers_without_torch(option):
         (["train", "--config", "unknown.yaml"], "unknown options --colour blue"),
         (["train", "--config", "recipe.yaml", "--max_steps", "many"], "invalid int value: 'many'"),
         (["train", "--config", "recipe.yaml", "--reward_scale", "-1"], "reward_scale=-1.0 is not a scale"),
-        (["train", "--config", "recipe.yaml", "--target_kl", "1"], "target_kl=1.0 finds the scale that reward_scale=10 sets"),
+        (["train", "--config", "recipe.yaml", "--target_kl", "1"], "target_kl=1.0 and reward_scale=10.0 both set λ"),
         (["train", "--config", "recipe.yaml", "--dtype", "auto"], "dtype='auto' is unknown to diffusers"),
         (["train", "--config", "recipe.yaml", "--load_in_4bit"], "load_in_4bit is no option for a pipeline; leave it out."),
         (
@@ -378,7 +378,7 @@ def test_an_interrupted_command_saves_and_says_how_to_go_on(recipe, tmp_path, ca
     assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == handlers
     captured = capsys.readouterr().err
     assert "secret" not in captured
-    said, again = captured.strip().splitlines()[-1].split("; go on with: ")
+    said, again = captured.strip().splitlines()[-1].split("; resume with: ")
     assert said == f"diffusers-adjoint: interrupted after update 2 of 3; newest checkpoint: {Path('out/checkpoint-2')}"
     words = shlex.split(again)
     assert words[0] == "diffusers-adjoint" and main(words[1:]) == 0
@@ -393,7 +393,7 @@ def test_what_looks_a_little_like_a_token_is_told(recipe, model, tmp_path, capsy
     options = ["--model_name_or_path", "hf_models", "--output_dir", "hf_out", "--run_name", "input_tokens 8"]
     assert main(["train", "--config", recipe, *RUN, *options]) == 143
     line = capsys.readouterr().err.strip().splitlines()[-1]
-    assert f"newest checkpoint: {Path('hf_out/checkpoint-2')}; go on with: " in line
+    assert f"newest checkpoint: {Path('hf_out/checkpoint-2')}; resume with: " in line
     assert line.endswith(shlex.join([*options, "--resume_from_checkpoint", "true"]))
 
 
@@ -409,7 +409,7 @@ def test_an_interrupted_start_of_a_run_that_goes_on_says_so(recipe, tmp_path, ca
 def test_without_a_checkpoint_the_line_says_so(recipe, tmp_path, capsys):
     interrupt_in(tmp_path, signal.SIGTERM, 0)  # in the check before training
     assert main(["train", "--config", recipe, *RUN]) == 143
-    said = "diffusers-adjoint: interrupted before the first update, without a checkpoint; the same command starts anew."
+    said = "diffusers-adjoint: interrupted before the first update, without a checkpoint; the same command starts again."
     assert capsys.readouterr().err.strip().splitlines()[-1] == said
 
 
@@ -418,7 +418,7 @@ def test_a_checkpoint_of_an_earlier_run_is_not_what_to_go_on_from(recipe, tmp_pa
     assert main(["train", "--config", recipe, *RUN, "--save_strategy", "steps", "--save_steps", "1"]) == 0
     interrupt_in(tmp_path, signal.SIGINT, 1)
     assert main(["train", "--config", recipe, *RUN, "--save_on_interrupt", "false"]) == 130
-    assert "without a checkpoint; the same command starts anew." in capsys.readouterr().err
+    assert "without a checkpoint; the same command starts again." in capsys.readouterr().err
 
 
 def test_an_interrupt_after_training_repeats_what_comes_then(recipe, tmp_path, capsys, monkeypatch):
@@ -432,7 +432,7 @@ def test_an_interrupt_after_training_repeats_what_comes_then(recipe, tmp_path, c
         assert main(["train", "--config", recipe, *RUN, *options]) == 143
     line = capsys.readouterr().err.strip().splitlines()[-1]
     assert "interrupted after update 3 of 3; newest checkpoint: " in line
-    assert main(shlex.split(line.split("; go on with: ")[1])[1:]) == 0
+    assert main(shlex.split(line.split("; resume with: ")[1])[1:]) == 0
     assert any(value.any() for name, value in final_weights(tmp_path).items() if "lora_B" in name)
 
 

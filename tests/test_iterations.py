@@ -256,18 +256,18 @@ def test_what_an_error_has_left_is_forgotten(tmp_path):
 
 @pytest.mark.parametrize("count", [0, -1])
 def test_no_iteration_is_refused(tmp_path, count):
-    with pytest.raises(ValueError, match=f"^num_iterations={count} would leave the weights as they are; pass at least 1.$"):
+    with pytest.raises(ValueError, match=f"^num_iterations={count} would not change the weights; pass at least 1.$"):
         config(tmp_path, num_iterations=count)
 
 
 def test_steps_that_are_not_the_trainers_to_make_are_refused(tmp_path):
     require_plain_steps(1, deepspeed=True, scaled=True)
     require_plain_steps(2, deepspeed=False, scaled=False)
-    with pytest.raises(ValueError, match="num_iterations=2 does not go with DeepSpeed, .*; use DDP or FSDP, or leave"):
+    with pytest.raises(ValueError, match="num_iterations=2 does not work with DeepSpeed, .*; use DDP or FSDP, or leave"):
         require_plain_steps(2, deepspeed=True, scaled=False)
     trainer = make_trainer(tmp_path, num_iterations=2)
     trainer.accelerator.scaler = torch.amp.GradScaler("cpu")
-    with pytest.raises(ValueError, match="num_iterations=2 does not go with fp16=True; pass bf16=True, or leave"):
+    with pytest.raises(ValueError, match="num_iterations=2 does not work with fp16=True; pass bf16=True, or leave"):
         trainer.train()
 
 

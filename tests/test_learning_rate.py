@@ -32,5 +32,5 @@ def test_one_config_serves_two_trainers(tmp_path):
 
 
 def test_a_deepspeed_config_wants_a_rate_at_once(tmp_path):
-    with pytest.raises(ValueError, match="learning_rate is missing, which DeepSpeed's config wants at once; pass it"):
+    with pytest.raises(ValueError, match="learning_rate is missing, and DeepSpeed's config needs it; pass it"):
         config(tmp_path, learning_rate=None, deepspeed={"zero_optimization": {"stage": 2}})

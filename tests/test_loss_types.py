@@ -180,7 +180,7 @@ def test_checkpointing_that_the_user_has_switched_on_is_seen(tmp_path):
 
 
 def test_the_gradient_scaler_does_not_go_with_back_propagation(tmp_path):
-    with pytest.raises(ValueError, match="method='discrete_adjoint' does not go with fp16=True"):
+    with pytest.raises(ValueError, match="method='discrete_adjoint' does not work with fp16=True"):
         make_trainer(tmp_path, fp16=True, **every_step("discrete_adjoint", K))
 
 

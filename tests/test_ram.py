@@ -478,7 +478,7 @@ def test_the_card_says_what_it_is(tmp_path):
         ({"num_generations": 1}, "loss_type='ram' compares the images of one prompt, and num_generations=1 draws one; pass 2"),
         (
             {"cfg_mode": "rollout", "guidance_scale": 3.0},
-            "cfg_mode='rollout' draws paths by guidance that the loss does not have",
+            "cfg_mode='rollout' draws guided paths for an unguided loss",
         ),
         ({"loss_kwargs": {"mode": "tilted"}}, "mode='tilted' is unknown; pass 'path_corrected', 'plain' or 'tilt_matching'"),
         ({"loss_kwargs": {"stages": 3}}, "stages=3 has no meaning for mode='path_corrected'; pass mode='tilt_matching'"),
@@ -486,7 +486,7 @@ def test_the_card_says_what_it_is(tmp_path):
         ({"loss_kwargs": {"mode": "tilt_matching", "stages": 0}}, "stages=0 leads nowhere"),
         (
             {"loss_kwargs": {"mode": "tilt_matching", "stages": 3}, "max_steps": 2},
-            "max_steps=2 has fewer updates than the 3 stages of mode='tilt_matching', whose ends must be known",
+            "max_steps=2 is fewer than the 3 stages of mode='tilt_matching', which needs to know where each ends",
         ),
         ({"loss_kwargs": {"strength": 0}}, "strength=0 pulls nowhere; pass a number above 0"),
         ({"loss_kwargs": {"noisings": 0}}, "noisings=0 makes no point to learn at; pass 1 or more"),

@@ -1,4 +1,4 @@
-"""Values of a dataclass against its annotations, which Python itself never compares."""
+"""Check the values of a dataclass against its annotations, which Python does not do."""
 
 from __future__ import annotations
 
@@ -17,17 +17,19 @@ WORDS: dict[Any, str] = {bool: "True or False", int: "a whole number", float: "a
 
 
 def require_types(values: Any, declared_by: type, unchecked: Collection[str] = ()) -> None:
-    """Compare the fields that a class declares with their annotations, and those inherited ones that are numbers.
+    """Check the fields that a class declares, and the inherited fields that are numbers, against their annotations.
 
-    A whole number is a number; a bool is none. Numbers of NumPy become Python's, as JSON has no others.
+    An int is accepted as a float; a bool is not accepted as a number. NumPy numbers are replaced by Python numbers, so that the
+    fields can be written as JSON.
 
     Args:
         values: an instance of the dataclass `declared_by`.
-        unchecked: names of fields that are left alone.
+        declared_by: the class whose own fields are checked.
+        unchecked: names of fields that are not checked.
 
     Raises:
-        TypeError: for the first field that does not fit.
-        ValueError: for a whole number beyond all floats, which no arithmetic with floats takes.
+        TypeError: for the first field with a value of the wrong type.
+        ValueError: for an int that is too large for a float.
     """
     hints, own = typing.get_type_hints(declared_by), declared_by.__annotations__
     for name in (name for name in hints if name in vars(values) and name not in unchecked):
@@ -39,7 +41,7 @@ def require_types(values: Any, declared_by: type, unchecked: Collection[str] = (
 
 
 def _of_python(value: Any) -> Any:
-    """The same with Python's numbers in place of NumPy's, in a list too."""
+    """`value` with NumPy numbers replaced by Python numbers, also in a list."""
     if isinstance(value, list):
         return [_of_python(item) for item in value]
     return value.item() if isinstance(value, np.generic) else value
@@ -47,12 +49,12 @@ def _of_python(value: Any) -> Any:
 
 def _require_float_range(name: str, value: Any) -> None:
     for number in value if isinstance(value, list) else [value]:
-        if isinstance(number, int) and abs(number) > sys.float_info.max:  # not shown: it has hundreds of digits
+        if isinstance(number, int) and abs(number) > sys.float_info.max:  # the message does not show its hundreds of digits
             raise ValueError(f"{name} has a whole number larger than any float; pass one below {sys.float_info.max:.1e}.")
 
 
 def _is_checked(value: Any, choices: set[Any], own: bool) -> bool:
-    """Other annotations of the host are wider or narrower than what it takes, except that a text is no bool."""
+    """Whether to check a field: our own, and the host's numbers. The host's other annotations do not match what it accepts."""
     return own or choices <= NUMBERS or (isinstance(value, str) and choices <= NUMBERS | {bool})
 
 
@@ -61,7 +63,7 @@ def _fits(value: Any, hint: Any) -> bool:
     if len(choices) > 1:
         return any(_fits(value, choice) for choice in choices)
     origin = typing.get_origin(hint) or hint
-    if origin in (Any, Literal):  # which of a few words it is, is checked with them
+    if origin in (Any, Literal):  # the config checks the choices of a Literal itself
         return True
     if origin in (int, float):
         return isinstance(value, int if origin is int else int | float) and not isinstance(value, bool)
@@ -71,12 +73,12 @@ def _fits(value: Any, hint: Any) -> bool:
 
 
 def _choices(hint: Any) -> tuple[Any, ...]:
-    """The members of a union; else the one itself."""
+    """The members of a union, or the annotation itself."""
     return typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, types.UnionType) else (hint,)
 
 
 def _kind(value: Any) -> str:
-    """The type of a value, in a list with those of its items."""
+    """The type of a value in words, with the types of the items of a list."""
     inside = " of " + ", ".join(sorted({type(item).__name__ for item in value})) if isinstance(value, list) and value else ""
     return f"of type {type(value).__name__}{inside}"
 

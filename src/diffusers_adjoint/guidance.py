@@ -1,4 +1,4 @@
-"""Where classifier-free guidance acts in training: `cfg_mode`, looked up once."""
+"""Where classifier-free guidance acts in training: the meaning of `cfg_mode`."""
 
 from __future__ import annotations
 
@@ -9,13 +9,14 @@ __all__ = ["GUIDANCE", "Guidance"]
 
 @dataclass(frozen=True)
 class Guidance:
-    """What is guided where `guidance_scale` is above 1.
+    """What is guided in training when `guidance_scale` is above 1.
+
+    The loss is never guided without the rollouts. So `rollout` tells whether anything is guided, and `not loss` whether anything
+    is unguided.
 
     Args:
-        rollout: the paths that training draws.
-        loss: the step means that the loss compares.
-
-    The loss is never guided alone. So `rollout` says whether anything is guided, and `not loss` whether anything is not.
+        rollout: whether the rollouts are guided.
+        loss: whether the step means in the loss are guided.
     """
 
     rollout: bool
@@ -23,7 +24,7 @@ class Guidance:
 
     @property
     def biased(self) -> bool:
-        """Whether the paths are not those of the model that the loss trains, so that no tilted law is its optimum."""
+        """Whether the paths are guided and the loss is not, so that the tilted distribution is not the optimum."""
         return self.rollout and not self.loss
 
 

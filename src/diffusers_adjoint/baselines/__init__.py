@@ -1,4 +1,4 @@
-"""What Adjoint Matching is compared with, in the same harness."""
+"""Other methods to compare Adjoint Matching with, on the same trainer."""
 
 from .backpropagation import RewardBackpropagationTrainer
 

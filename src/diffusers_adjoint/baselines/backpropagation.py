@@ -1,4 +1,4 @@
-"""Rewards by back-propagation through the sampler: no regression, and what Adjoint Matching is compared with."""
+"""Back-propagation of the reward through the sampler, to compare Adjoint Matching with."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ from ..trainer.scoring import ScoredImages
 __all__ = ["METHODS", "BackpropagationMethod", "RewardBackpropagationTrainer"]
 
 METHODS = ("discrete_adjoint",)
-# Fields of a regression.
+# Fields of the config that belong to the regression of Adjoint Matching.
 UNUSED = ("loss_type", "loss_kwargs", "loss_clip", "num_loss_steps", "loss_step_selection", "num_iterations")
 
 
 @dataclass(frozen=True)
 class BackpropagationMethod:
-    """The discrete adjoint (2409.08861, §3.2): the gradient of the control cost, through all steps of the chain."""
+    """The discrete adjoint (2409.08861, §3.2): the gradient of the control cost through all steps of the chain."""
 
     name: Literal["discrete_adjoint"] = "discrete_adjoint"
 
@@ -49,24 +49,23 @@ class BackpropagationMethod:
             raise ValueError(f"method={self.name!r} is unknown; pass one of {', '.join(map(repr, METHODS))}.")
 
     def integrator(self, predicts_scores: bool) -> str:
-        """As `objectives.Method.integrator`."""
+        """The integrator of the paths, always "posterior"; see `objectives.Method.integrator`."""
         return "posterior"
 
 
 class RewardBackpropagationTrainer(RewardTrainer):
-    """Back-propagate the reward through the sampler, in the harness of [`AdjointMatchingTrainer`], for comparison.
+    """Fine-tune a pipeline by back-propagation through the sampler, to compare [`AdjointMatchingTrainer`] with.
+
+    Its other arguments are those of [`AdjointMatchingTrainer`]. The config's fields for a regression (`loss_type`, `loss_kwargs`,
+    `loss_clip`, `num_loss_steps`, `loss_step_selection`, `num_iterations`) have no meaning here and must be left out.
 
     Args:
-        method: "discrete_adjoint": the paths' KL to the base and minus the reward, differentiated through the whole chain, each
-            step evaluated again in the backward pass. Its only fixed point is the tilted law, as Adjoint Matching's; its
-            gradients have a higher variance.
-
-    The other arguments are those of [`AdjointMatchingTrainer`]; of the config, the fields of a regression (`loss_type`,
-    `loss_kwargs`, `loss_clip`, `num_loss_steps`, `loss_step_selection`, `num_iterations`) have no meaning here and must be left
-    out.
+        method: "discrete_adjoint" minimises the paths' KL to the base minus λ times the reward, and differentiates both through
+            all steps of the chain. Each step is evaluated again in the backward pass, to save memory. Its only fixed point is the
+            tilted distribution, as for Adjoint Matching; its gradients have a higher variance.
 
     Raises:
-        TypeError, ValueError: for bad input, before any training, in one sentence.
+        TypeError, ValueError: for bad input, before training. The message says what was wrong and what to pass instead.
     """
 
     method: BackpropagationMethod
@@ -89,7 +88,7 @@ class RewardBackpropagationTrainer(RewardTrainer):
         super().__init__(model, reward_funcs, args, *data, callbacks, optimizers, peft_config)
 
     def method_of(self, args: AdjointMatchingConfig) -> BackpropagationMethod:
-        """The one of the constructor, when nothing is asked of it that it does not have."""
+        """The method given to the constructor; raises ValueError for settings that it does not have."""
         method = self._asked
         for name in UNUSED:
             if (value := getattr(args, name)) != AdjointMatchingConfig.__dataclass_fields__[name].default:
@@ -98,12 +97,12 @@ class RewardBackpropagationTrainer(RewardTrainer):
             raise ValueError(
                 f"target_kl={args.target_kl:g} is for AdjointMatchingTrainer; pass reward_scale to method={method.name!r}."
             )
-        if args.fp16:  # the gradient scaler would scale what one step hands to the next
-            raise ValueError(f"method={method.name!r} does not go with fp16=True; pass bf16=True.")
+        if args.fp16:  # the gradient scaler would also scale the adjoint that each step passes to the one before
+            raise ValueError(f"method={method.name!r} does not work with fp16=True; pass bf16=True.")
         return method
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None = None) -> Tensor:
-        """Rollout, then back through its steps from the reward at its end; returns the micro-batch's share of the loss."""
+        """Rollout, then back through its steps from the reward at the end; returns the micro-batch's share of the loss."""
         self._begin_micro_batch()
         chain = self.prepare_chain(inputs)
         steps = self.choose_steps(chain)
@@ -118,7 +117,7 @@ class RewardBackpropagationTrainer(RewardTrainer):
 
         def weigh(costs: Tensor) -> Tensor:
             nonlocal keep
-            keep = self.require_images(keep & scored[0].usable & bounded(costs.detach()))  # one left out stays out
+            keep = self.require_images(keep & scored[0].usable & bounded(costs.detach()))  # an image left out stays out
             return torch.where(keep, costs, 0.0).mean() * chain.share
 
         step, first = synchronised(self.accelerator, model, chain.ends_update), steps.indices[0]
@@ -138,7 +137,7 @@ class RewardBackpropagationTrainer(RewardTrainer):
         return found.loss
 
     def cost_of(self, chain: PipelineChain) -> UpdateCost:
-        """As `RewardTrainer.cost_of`."""
+        """Cost of an update; see `RewardTrainer.cost_of`."""
         steps, path = self.choose_steps(chain).indices, chain.rollout()
         with torch.enable_grad():
             discrete_adjoint(chain.mean, chain.base_mean, path, torch.zeros_like(chain.start), steps=steps)
@@ -149,12 +148,12 @@ class RewardBackpropagationTrainer(RewardTrainer):
         return self.method.name
 
     def choose_steps(self, chain: PipelineChain) -> LossSteps:
-        """All that have noise."""
+        """All steps that have noise."""
         steps = noisy_steps(self._where_trained(chain.stds))
         return LossSteps(tuple(steps), (1.0,) * len(steps))
 
     def _card_facts(self, *given: Any) -> tuple[CardFacts, SampleImages]:
-        """With the method in place of what a regression is set to."""
+        """As in the base class, with the method instead of the settings of a regression."""
         facts, samples = super()._card_facts(*given)
         settings = {name: value for name, value in facts.settings.items() if name not in UNUSED}
         return replace(facts, settings={"method": self.method.name, **settings}), samples

@@ -1,4 +1,4 @@
-"""The command line `diffusers-adjoint`. Its parts for scripts with a recipe of their own are in `commands`."""
+"""The command line `diffusers-adjoint`. Scripts that read their own recipes can use the functions in `commands`."""
 
 from .program import main
 

@@ -1,4 +1,4 @@
-"""`python -m diffusers_adjoint.cli`, which `accelerate launch -m` needs."""
+"""Entry point for `python -m diffusers_adjoint.cli` and `accelerate launch -m diffusers_adjoint.cli`."""
 
 import sys
 

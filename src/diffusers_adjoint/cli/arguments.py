@@ -1,4 +1,4 @@
-"""What a command line and its `--config` file say, as instances of the dataclasses that declare the options."""
+"""Parse a command line and its `--config` file into the dataclasses that declare the options."""
 
 from __future__ import annotations
 
@@ -26,21 +26,21 @@ logger = logging.get_logger(__name__)
 
 @dataclass
 class TrainArguments(ScriptArguments):
-    """Arguments of `train`: the dataset, as in TRL's scripts, and the rewards."""
+    """Arguments of `train`: the dataset, as in TRL's scripts, the rewards, and the method."""
 
     reward_funcs: list[str] = field(
         default_factory=list,
         metadata={
-            "help": "Rewards: names of diffusers_adjoint.rewards (PickScore), module:function, or path/to/file.py:function; "
-            "a class is instantiated without arguments."
+            "help": "Reward functions: names from diffusers_adjoint.rewards (such as PickScore), module:function, or "
+            "path/to/file.py:function; a class is instantiated without arguments."
         },
     )
 
     method: str = field(
         default="adjoint_matching",
         metadata={
-            "help": "adjoint_matching, with the objective that loss_type names, or discrete_adjoint: back-propagation through "
-            "the sampler, for comparison."
+            "help": "Training method: adjoint_matching, with the objective of loss_type; or, for comparison, discrete_adjoint, "
+            "back-propagation through the sampler."
         },
     )
 
@@ -53,15 +53,21 @@ class TrainArguments(ScriptArguments):
 
 @dataclass(frozen=True)
 class Arguments:
-    """What a command line and its recipe say."""
+    """The options of a command line and its recipe.
 
-    script: Any  # of the type asked for
+    Args:
+        script: options of the script itself, of the `script_type` that was asked for.
+        config: settings of the trainer.
+        model: name, dtype and LoRA of the model.
+    """
+
+    script: Any
     config: AdjointMatchingConfig
     model: ModelConfig
 
     @property
     def resume(self) -> str | bool | None:
-        """`--resume_from_checkpoint`: a folder, or the last checkpoint, which a command line can only spell as a word."""
+        """`--resume_from_checkpoint`: a folder, or `True` for the word "true", which stands for the newest checkpoint."""
         value = self.config.resume_from_checkpoint
         return {"true": True, "false": False}.get(str(value).lower(), value)
 
@@ -69,13 +75,13 @@ class Arguments:
 def parse_arguments(
     argv: Sequence[str], script_type: type = TrainArguments, prog: str = f"{PROGRAM} train", **defaults: Any
 ) -> Arguments:
-    """Read options and the `--config` file; an option wins over the file. Bad ones exit with status 2 and one line.
+    """Parse options and the `--config` file; an option overrides the file. Bad ones print one line and exit with status 2.
 
     Args:
-        argv: without the program's name.
+        argv: the arguments, without the program's name.
         script_type: dataclass of the script's own options, `trl.ScriptArguments` or a subclass.
         prog: the program's name in help and errors.
-        defaults: of options, in place of their own.
+        defaults: option → default value, to replace the option's own.
     """
     types = (script_type, AdjointMatchingConfig, ModelConfig)
     parser = OptionParser(types, prog, training_sections(script_type), TEXTS)
@@ -89,10 +95,10 @@ def parse_arguments(
 
 
 def parse_evaluation_arguments(argv: Sequence[str]) -> tuple[EvaluationArguments, list[str]]:
-    """As `parse_arguments`, the options of `evaluate`; the file may be one that trained.
+    """Parse the options of `evaluate`, as `parse_arguments` does; the file may be a recipe of `train`.
 
     Returns:
-        The options, and the keys of the file that are options of `train` alone.
+        The options, and the keys of the file that only `train` has, which are ignored.
     """
     parser = OptionParser((EvaluationArguments,), f"{PROGRAM} evaluate", EVALUATION)
     of_train = {field.name for each in (TrainArguments, AdjointMatchingConfig, ModelConfig) for field in fields(each)}
@@ -108,7 +114,7 @@ def _check_model(model: ModelConfig) -> None:
     if model.model_name_or_path is None:
         raise ValueError("model_name_or_path is missing; pass the name or folder of a diffusers pipeline.")
     if model.dtype not in DTYPES:
-        raise ValueError(f"dtype={model.dtype!r} is unknown to diffusers; pass one of {', '.join(DTYPES)}.")
+        raise ValueError(f"dtype={model.dtype!r} is not one of diffusers; pass one of {', '.join(DTYPES)}.")
     if not model.use_peft and (model.lora_r, model.lora_alpha) != (usual.lora_r, usual.lora_alpha):
         logger.warning("lora_r and lora_alpha have no effect: without use_peft all weights of the network are trained.")
 
@@ -117,9 +123,9 @@ def lora_config(model: ModelConfig) -> LoraConfig | None:
     """The adapter that the `lora_…` options describe; `None`, for full fine-tuning, without `use_peft`."""
     config = get_peft_config(model)
     if config is not None:
-        config.task_type = None  # TRL's default says that this is a language model
+        config.task_type = None  # TRL's default is a language model
         if model.lora_dropout == ModelConfig().lora_dropout:
-            config.lora_dropout = 0.0  # as the trainer demands; a value that the user chose gets its warning
+            config.lora_dropout = 0.0  # as the trainer needs it; it warns of a value that the user has chosen
         if isinstance(config.target_modules, str) and re.fullmatch(r"[\w.]+", config.target_modules):
-            config.target_modules = {config.target_modules}  # one name: ModelConfig made a string of it, a pattern to PEFT
+            config.target_modules = {config.target_modules}  # ModelConfig makes a string of one name; PEFT takes it for a regex
     return config

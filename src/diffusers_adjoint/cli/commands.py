@@ -1,6 +1,6 @@
-"""What the commands do: `diffusers-adjoint train --config recipe.yaml`, `evaluate` and `demo`.
+"""The commands `diffusers-adjoint train --config recipe.yaml`, `evaluate` and `demo`.
 
-`accelerate launch -m diffusers_adjoint.cli train --config recipe.yaml` is the same on several processes.
+`accelerate launch -m diffusers_adjoint.cli train --config recipe.yaml` runs the first on several processes.
 """
 
 from __future__ import annotations
@@ -32,9 +32,9 @@ from .loading import load_features, load_rewards
 __all__ = ["COMMANDS", "Arguments", "TrainArguments", "load_prompts", "load_rewards", "lora_config", "parse_arguments"]
 __all__ += ["parse_evaluation_arguments"]
 
-# A token after its option, in JSON after its name, or what looks like one of the Hub.
+# Secrets to hide in messages: the value after an option or a JSON key that ends in "token", and Hub tokens anywhere.
 SECRET = re.compile(r"""(--\w*token[ =]["']?|\w*token"\s*:\s*")[^\s"']+|hf_[a-zA-Z0-9]{30,}""", re.IGNORECASE)
-DIGITS = Path(__file__).parents[3] / "examples" / "digits"  # of the checkout that an editable install points to
+DIGITS = Path(__file__).parents[3] / "examples" / "digits"  # exists in a checkout with an editable install
 
 
 def load_prompts(script: ScriptArguments | EvaluationArguments, split: str) -> Any:
@@ -44,7 +44,7 @@ def load_prompts(script: ScriptArguments | EvaluationArguments, split: str) -> A
 
 
 def train(argv: Sequence[str]) -> int:
-    """Fine-tune a pipeline on a reward; all options: `train --help`."""
+    """Fine-tune a pipeline on a reward; `train --help` lists the options. Returns the exit status."""
     arguments = parse_arguments(argv, save_on_interrupt=True)
     trainer = None
     try:
@@ -63,9 +63,9 @@ def train(argv: Sequence[str]) -> int:
 
 
 def trainer_of(arguments: Arguments) -> RewardTrainer:
-    """The trainer that the command starts; raises ValueError for what cannot be loaded."""
+    """Make the trainer of the command `train`; raises ValueError if the model, a reward or a dataset cannot be loaded."""
     script, config, model = arguments.script, arguments.config, arguments.model
-    # What is cheap to get wrong comes before the weights are loaded.
+    # Rewards and datasets first: a typo there should not cost the time to load the weights.
     reward_funcs = load_rewards(script.reward_funcs)
     train_dataset = load_prompts(script, script.dataset_train_split)
     eval_dataset = load_prompts(script, script.dataset_test_split) if config.eval_strategy != "no" else None
@@ -78,56 +78,59 @@ def trainer_of(arguments: Arguments) -> RewardTrainer:
 
 
 def _finish(trainer: RewardTrainer, arguments: Arguments) -> None:
-    """What comes after training; after a dry run nothing does."""
+    """Evaluate, and save or upload the model after training; nothing after a dry run."""
     if arguments.config.dry_run:
         return
     if trainer.eval_dataset is not None:
-        if trainer.newest_checkpoint() is None:  # what was trained is in memory alone, and an evaluation may fail
+        if trainer.newest_checkpoint() is None:  # the trained weights are in memory only, and the evaluation may fail
             trainer.save_model(_internal_call=True)
         trainer.evaluate()
     if arguments.config.push_to_hub:
         name = arguments.script.dataset_name
-        trainer.push_to_hub(dataset_name=None if Path(name).exists() else name)  # the names of local files stay here
+        trainer.push_to_hub(dataset_name=None if Path(name).exists() else name)  # do not publish the name of a local file
     else:
         trainer.save_model()
 
 
 def _how_to_go_on(trainer: RewardTrainer | None, arguments: Arguments, argv: Sequence[str]) -> str:
-    """The end of a line about an interruption."""
+    """The end of the message about an interruption: where training was stopped, and the command that resumes it."""
     made, resumes = trainer.state.global_step if trainer else 0, bool(arguments.resume)
     first = f"before the first update{' of this start' if resumes else ''}"
     where = f"after update {made} of {trainer.state.max_steps}" if trainer and made else first
     if trainer is None or (newest := trainer.newest_checkpoint()) is None:
-        return f"{where}{'; the same command goes on' if resumes else ', without a checkpoint; the same command starts anew'}."
-    again = shlex.join([*argv, "--resume_from_checkpoint", "true"])  # the last one counts
+        again = "; the same command resumes it" if resumes else ", without a checkpoint; the same command starts again"
+        return f"{where}{again}."
+    again = shlex.join([*argv, "--resume_from_checkpoint", "true"])  # if the option is given twice, the last one counts
     program = PROGRAM if trainer.args.world_size == 1 else "accelerate launch -m diffusers_adjoint.cli"
     again = SECRET.sub(lambda found: f"{found[1] or ''}…", again)
-    return f"{where}; newest checkpoint: {newest}; go on with: {program} train {again}"
+    return f"{where}; newest checkpoint: {newest}; resume with: {program} train {again}"
 
 
 def _load_pipeline(name: str, init_kwargs: dict[str, Any], component: str | None) -> Any:
     try:
         return load_pipeline(name, init_kwargs, component)
     except OSError as error:
-        raise ValueError(f"model_name_or_path={name!r} cannot be loaded ({one_line(error)}); pass a pipeline's name.") from error
+        raise ValueError(
+            f"model_name_or_path={name!r} cannot be loaded ({one_line(error)}); pass the name or folder of a pipeline."
+        ) from error
 
 
 def evaluate(argv: Sequence[str]) -> int:
-    """Compare a fine-tuned model with its base: rewards, diversity, image statistics; all options: `evaluate --help`."""
+    """Compare a fine-tuned model with its base: rewards, diversity, image statistics. Returns the exit status."""
     args, passed_over = parse_evaluation_arguments(argv)
-    # What is cheap to get wrong comes before the weights are loaded.
+    # Dataset and rewards first: a typo there should not cost the time to load the weights.
     dataset = load_prompts(args, args.dataset_train_split)
     functions = load_rewards(args.reward_funcs)
     reward = WeightedReward(functions, args.reward_weights, images_as=args.images_as, workers=args.reward_workers)
     state = process_state()
     if passed_over and state.is_main_process:
-        print(f"{PROGRAM}: passed over, being options of train alone: {', '.join(passed_over)}.", file=sys.stderr)
+        print(f"{PROGRAM}: ignored, because they are options of train only: {', '.join(passed_over)}.", file=sys.stderr)
     features = load_features(args.diversity, args.reward_funcs, functions, state.device)
     try:
         report = run_evaluation(args, reward, features, dataset)
     except KeyboardInterrupt:
         again = "the same command without overwrite_output_dir" if args.overwrite_output_dir else "the same command"
-        print(f"{PROGRAM}: interrupted; finished prompts are in {args.output_dir}, {again} goes on.", file=sys.stderr)
+        print(f"{PROGRAM}: interrupted; finished prompts are in {args.output_dir}, {again} resumes.", file=sys.stderr)
         return 130
     finally:
         state.destroy_process_group()

@@ -1,4 +1,4 @@
-"""Rewards and features by the names that a command line can say."""
+"""Load reward functions and diversity features by their names on the command line."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def load_rewards(names: Sequence[str]) -> list[Callable[..., Any]]:
     """The reward functions of these names; see `TrainArguments.reward_funcs`.
 
     Raises:
-        ValueError: if there is none, a module, a file or a name in it does not exist, or it cannot be loaded.
+        ValueError: if there are no names; if a module, a file or a name in it does not exist; or if one cannot be loaded.
     """
     if not names:
         raise ValueError("reward_funcs is missing; pass PickScore, module:function or path/to/file.py:function.")
@@ -41,12 +41,12 @@ def _reward(name: str) -> Any:
 def load_features(
     names: Sequence[str], reward_names: Sequence[str], reward_funcs: Sequence[Any], device: torch.device
 ) -> dict[str, Callable[..., Any]]:
-    """Features for diversity, by name; see `EvaluationArguments.diversity`.
+    """Features for measuring diversity, by name; see `EvaluationArguments.diversity`.
 
     Args:
-        names: none for those of the rewards, or the pixels where these have none.
-        reward_names, reward_funcs: the rewards that are loaded already; of the same name, one is not loaded twice.
-        device: where those go that cannot be moved later.
+        names: names of features. If empty, the features of the rewards, or the pixels if these have no features.
+        reward_names, reward_funcs: names and functions of the rewards that are already loaded, which are not loaded again.
+        device: for features that cannot be moved after they are made.
 
     Raises:
         ValueError: if a module, a file or a name does not exist, or cannot be loaded.
@@ -65,24 +65,24 @@ def _features(name: str, device: torch.device) -> Callable[..., Any]:
 
 
 def _made(option: str, name: str, found: Any) -> Any:
-    """An instance, of a class."""
+    """An instance if `found` is a class, else `found` itself."""
     if not isinstance(found, type | partial):
         return found
     if not _takes_nothing(found):
-        raise ValueError(f"{option} {name!r} is not made without arguments; pass module:function, where it is made.")
+        raise ValueError(f"{option} {name!r} needs arguments; pass module:name of an object that is made there.")
     return found()
 
 
 @contextmanager
 def _one_sentence(option: str, name: str) -> Iterator[None]:
-    """For what the Hub, a file of weights or a user's file raises while it is loaded."""
+    """Turn errors of the Hub, of a weights file or of a user's file into one sentence."""
     try:
         yield
     except (OSError, ValueError) as error:
         if is_ours(error):
             raise
         reason = " ".join(str(error).split()).rstrip(".")
-        raise ValueError(f"{option} {name!r} cannot be loaded ({reason}); pass one that can.") from error
+        raise ValueError(f"{option} {name!r} cannot be loaded ({reason}); fix this, or pass another one.") from error
 
 
 def _takes_nothing(found: Any) -> bool:
@@ -94,13 +94,13 @@ def _takes_nothing(found: Any) -> bool:
 
 
 def _named(name: str, module: ModuleType, option: str, others: Sequence[str] = ()) -> Any:
-    """What a name of `module` stands for, or module:function, or file.py:function; `others` would have been names, too."""
+    """The object for a name in `module`, for module:function or for file.py:function; `others` are listed in the error, too."""
     source, colon, attribute = name.rpartition(":")
     if not colon:
         names = [key for key in module.__all__ if _is_usable(getattr(module, key))]
         if name not in names:
             known = ", ".join([*names, *others])
-            raise ValueError(f"{option} {name!r} is none of {known}; pass one of them or module:function.")
+            raise ValueError(f"{option} {name!r} is none of {known}; pass one of them, or module:function.")
         return getattr(module, name)
     found = _module_of_file(Path(source).resolve(), source) if source.endswith(".py") else _module_of_name(source)
     if not hasattr(found, attribute):
@@ -109,7 +109,7 @@ def _named(name: str, module: ModuleType, option: str, others: Sequence[str] = (
 
 
 def _is_usable(value: Any) -> bool:
-    """Whether it measures images: a class that is made without arguments, a function of images, or of images and prompts."""
+    """Whether a name can be used as it is: a class without required arguments, or a function of images, or images and prompts."""
     if isinstance(value, type):
         return _takes_nothing(value)
     return list(inspect.signature(value).parameters)[:2] in (["images"], ["images", "prompts"])
@@ -120,24 +120,24 @@ def _module_of_name(name: str) -> ModuleType:
     try:
         return importlib.import_module(name)
     except ModuleNotFoundError as error:
-        if not f"{name}.".startswith(f"{error.name}."):  # the module is there, but something that it imports is not
+        if not f"{name}.".startswith(f"{error.name}."):  # the module exists, but one that it imports does not
             raise
         raise ValueError(f"there is no module {name!r}; pass module:function or path/to/file.py:function.") from None
 
 
 def _make_importable(folder: Path) -> None:
-    """As `python` does with the folder of a script; a console script looks beside itself only."""
+    """Add a folder to `sys.path`, as `python` does with a script's folder; a console script does not have it."""
     if (name := str(folder.resolve())) not in sys.path:
         sys.path.insert(0, name)
 
 
 @cache
 def _module_of_file(file: Path, written: str) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(str(file), file)  # a name that no other module has
+    spec = importlib.util.spec_from_file_location(str(file), file)  # the full path as a name, which no other module has
     if not file.is_file() or spec is None or spec.loader is None:
         raise ValueError(f"there is no file {written!r}; pass module:function or path/to/file.py:function.")
     _make_importable(file.parent)
     module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # where data classes look their annotations up
+    sys.modules[spec.name] = module  # dataclasses look their annotations up there
     spec.loader.exec_module(module)
     return module

@@ -1,4 +1,4 @@
-"""TRL's parser of options, without abbreviations, and with help in sections."""
+"""TRL's option parser, without abbreviations and with the help in sections."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from .errors import one_line
 
 __all__ = ["HOST", "NOT_FOR_PIPELINES", "OptionParser", "name_of"]
 
-HOST = "options of transformers.TrainingArguments"  # the section that `--help-all` alone shows
-# trl.ModelConfig, trl.ScriptArguments and TrainingArguments are made for language models: these options would change nothing
-# here, or a LoRA could not have them.
+HOST = "options of transformers.TrainingArguments"  # this section is shown by `--help-all` only
+# Options of trl.ModelConfig, trl.ScriptArguments and TrainingArguments that are for language models: here they have no effect, or
+# do not work with a pipeline's LoRA.
 NOT_FOR_PIPELINES = {"attn_implementation", "load_in_8bit", "load_in_4bit", "bnb_4bit_quant_type", "use_bnb_nested_quant"}
 NOT_FOR_PIPELINES |= {"bnb_4bit_quant_storage", "lora_dropout", "lora_modules_to_save", "lora_target_parameters"}
 NOT_FOR_PIPELINES |= {"lora_task_type", "ignore_bias_buffers", "average_tokens_across_devices", "use_cache"}
@@ -27,22 +27,22 @@ NOT_FOR_PIPELINES |= {"include_num_input_tokens_seen", "label_names", "label_smo
 NOT_FOR_PIPELINES |= {"liger_kernel_config", "use_liger_kernel", "neftune_noise_alpha", "batch_eval_metrics"}
 NOT_FOR_PIPELINES |= {"eval_accumulation_steps", "eval_do_concat_batches", "eval_use_gather_object", "include_for_metrics"}
 NOT_FOR_PIPELINES |= {"prediction_loss_only"}
-KINDS = {"dict": "JSON", "bool": "BOOL", "int": "INT", "float": "FLOAT"}  # of values; any other is a text
+KINDS = {"dict": "JSON", "bool": "BOOL", "int": "INT", "float": "FLOAT"}  # shown for an option's value; TEXT for any other type
 
 
 def name_of(word: str) -> str:
-    """An option's name in `--max-steps=3`."""
+    """The option's name in a word such as `--max-steps=3`: "max_steps"."""
     return word.removeprefix("--").partition("=")[0].replace("-", "_")
 
 
 class OptionParser(TrlParser):
-    """Reads the fields of dataclasses as options.
+    """Parses the fields of dataclasses as options.
 
     Args:
-        types: dataclasses.
+        types: the dataclasses.
         prog: the program's name in help and errors.
         sections: title → names of options, in the order of the help.
-        texts: name → help, in place of a host's.
+        texts: option → help text, to replace the one of TRL or transformers.
     """
 
     def __init__(
@@ -58,12 +58,12 @@ class OptionParser(TrlParser):
         hints = {name: hint for each in types for name, hint in get_type_hints(each).items()}
         for action in self._actions:
             action.help = (texts or {}).get(action.dest, action.help)
-            if action.choices is None or action.dest == "dtype":  # TRL offers one that diffusers has not
+            if action.choices is None or action.dest == "dtype":  # TRL's choices contain "auto", which diffusers lacks
                 action.metavar = action.metavar or _value_of(action.dest, hints.get(action.dest))
 
     @staticmethod
     def _parse_dataclass_field(parser: Any, field: Any) -> None:
-        """The host's: adds an option; for those that are not for pipelines, their value alone."""
+        """Add a field as an option, as in TRL; for a field that is not for pipelines, set its default only."""
         if field.name not in NOT_FOR_PIPELINES:
             TrlParser._parse_dataclass_field(parser, field)
         else:
@@ -72,20 +72,19 @@ class OptionParser(TrlParser):
 
     @contextmanager
     def one_line_errors(self) -> Iterator[None]:
-        """Within this context an error is about the arguments: one line, and exit status 2."""
+        """Within this context every error prints one line and exits with status 2."""
         try:
             yield
         except Exception as error:  # whatever argparse, the YAML reader or a dataclass raises
             self.error(one_line(error))
 
     def read(self, argv: Sequence[str]) -> tuple[list[Any], dict[str, str], list[str]]:
-        """Options and the `--config` file; an option wins over the file.
+        """Parse options and the `--config` file; an option overrides the file.
 
         Returns:
-            An instance of each dataclass, the file's keys that are none of theirs with their values, and the words of `argv`
-            that are none of their options.
+            An instance of each dataclass; the unknown keys of the file with their values; and the unknown words of `argv`.
         """
-        # TrlParser takes "--config FILE" only, and its own reading of a lone "--config" is an IndexError.
+        # TrlParser does not accept "--config=FILE", and fails with an IndexError on "--config" alone.
         first = argparse.ArgumentParser(prog=self.prog, usage=self.usage, add_help=False, allow_abbrev=False)
         first.add_argument("--config")
         known, rest = first.parse_known_args(argv)
@@ -95,7 +94,7 @@ class OptionParser(TrlParser):
         return parsed, {name_of(key): value for key, value in zip(in_file[::2], in_file[1::2], strict=True)}, in_argv
 
     def require_known(self, in_file: Mapping[str, str], in_argv: Sequence[str]) -> None:
-        """Raises ValueError for what `read` found to be no option."""
+        """Raise ValueError for unknown keys and words that `read` has returned."""
         words = [*(word for key, value in in_file.items() for word in (f"--{key}", value)), *in_argv]
         if refused := [name for name in map(name_of, words) if name in NOT_FOR_PIPELINES]:
             raise ValueError(f"{refused[0]} is no option for a pipeline; leave it out.")
@@ -104,10 +103,10 @@ class OptionParser(TrlParser):
             raise ValueError(f"unknown options {' '.join(words)}; {self.prog} {help_option} lists all of them.")
 
     def format_help(self) -> str:
-        """As of argparse, in the sections' order; the host's section is shown by `--help-all` alone."""
+        """The help, with the sections in their order; the section of TrainingArguments is shown by `--help-all` only."""
         formatter = self._get_formatter()
         formatter.add_usage(self.usage, self._actions, self._mutually_exclusive_groups)
-        actions = {action.dest: action for action in reversed(self._actions)}  # the first of a name: the second is --no_NAME
+        actions = {action.dest: action for action in reversed(self._actions)}  # keeps --NAME, which comes before its --no_NAME
         sections = {"options": ["help", "help_all", "config"], **self.sections}
         for title, names in sections.items():
             if title != HOST or self.shows_all:
@@ -118,7 +117,7 @@ class OptionParser(TrlParser):
 
 
 def _value_of(name: str, hint: Any) -> str:
-    """What stands for an option's value."""
+    """The placeholder for an option's value in the help."""
     kind = re.search(rf"\b({'|'.join(KINDS)})\b", str(hint))
     return f"{{{','.join(DTYPES)}}}" if name == "dtype" else KINDS[kind[0]] if kind else "TEXT"
 
@@ -131,7 +130,7 @@ class _HelpAll(argparse.Action):
 
 
 class _Formatter(argparse.HelpFormatter):
-    """One spelling of each option, the type of its value, and its default where there is one."""
+    """Shows one spelling of each option, the type of its value, and its default if it has one."""
 
     def _format_action_invocation(self, action: argparse.Action) -> str:
         shown = copy.copy(action)

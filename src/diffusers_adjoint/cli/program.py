@@ -1,4 +1,4 @@
-"""The program `diffusers-adjoint`: which command is meant. `--help` and `--version` answer at once, without torch."""
+"""The program `diffusers-adjoint`: runs the command that is named. `--help` and `--version` do not import torch."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from .errors import PROGRAM, is_ours, one_line
 __all__ = ["SUMMARIES", "main"]
 
 SUMMARIES = {
-    "train": "Fine-tune a pipeline on a reward; all options: train --help.",
-    "evaluate": "Compare a fine-tuned model with its base: rewards, diversity, image statistics; all options: evaluate --help.",
-    "demo": "Fine-tune a small pipeline that draws digits and compare it with the exact target; needs a checkout.",
+    "train": "Fine-tune a pipeline on a reward; train --help lists the options.",
+    "evaluate": "Compare a fine-tuned model with its base: rewards, diversity, images; evaluate --help lists the options.",
+    "demo": "Fine-tune a small pipeline that draws digits, and compare it with the exact target; needs a checkout.",
 }
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command; returns the exit status. Our own errors, being one sentence, are printed without a traceback."""
+    """Run a command and return the exit status. Errors that this package raises are printed in one line without a traceback."""
     argv = sys.argv[1:] if argv is None else argv
     name = _parser().parse_args(argv[:1]).command
     from .commands import COMMANDS
@@ -29,7 +29,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return COMMANDS[name](argv[1:])
     except (ImportError, TypeError, ValueError) as error:
         if not is_ours(error):
-            raise  # not a message of ours: the traceback is needed
+            raise  # raised by another library or the user's code: the traceback is needed
         print(f"{PROGRAM}: error: {one_line(error)}", file=sys.stderr)
         return 1
 

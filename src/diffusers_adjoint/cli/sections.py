@@ -1,4 +1,4 @@
-"""The help of `train` and `evaluate`: which options stand together, and what those of TRL mean for a pipeline."""
+"""The help of `train` and `evaluate`: its sections, and help texts for TRL's options that fit a pipeline."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from .options import HOST
 
 __all__ = ["EVALUATION", "TEXTS", "training_sections"]
 
-# Of AdjointMatchingConfig and its host; the rest of our own settings is about the method.
+# Fields of AdjointMatchingConfig and TrainingArguments by section; all other fields of our own are in "adjoint matching".
 OF_MODEL = ["model_init_kwargs", "pipeline_kwargs", "trained_component", "offload_text_encoders"]
 OF_DATA = ["reward_weights", "images_as", "reward_workers", "remove_unused_columns"]
 OF_LOG = ["output_dir", "logging_steps", "save_steps", "save_on_interrupt", "resume_from_checkpoint", "report_to"]
@@ -22,26 +22,26 @@ OF_LOG += ["num_images_to_log", "num_generations_eval", "per_device_eval_batch_s
 TEXTS = {
     "model_name_or_path": "Name or folder of the pipeline.",
     "model_revision": "Branch, tag or commit of the pipeline on the Hub.",
-    "dtype": "Of the pipeline's weights.",
-    "use_peft": "Train a LoRA, as the lora options say; without it all weights of the network are trained.",
+    "dtype": "Dtype of the pipeline's weights.",
+    "use_peft": "Train a LoRA with the lora options; without it all weights of the network are trained.",
     "lora_r": "Rank of the LoRA.",
-    "lora_alpha": "Strength: the LoRA acts times lora_alpha / lora_r.",
+    "lora_alpha": "Strength of the LoRA, whose output is scaled by lora_alpha / lora_r.",
     "lora_target_modules": "Layers that get a LoRA, or a pattern of their names; the attention projections when not given.",
-    "use_rslora": "Rank-stabilised LoRA: it acts times lora_alpha / √lora_r.",
-    "use_dora": "DoRA: direction and magnitude of the weights are trained apart.",
+    "use_rslora": "Rank-stabilised LoRA: its output is scaled by lora_alpha / √lora_r.",
+    "use_dora": "DoRA: direction and magnitude of the weights are trained separately.",
     "dataset_name": "File (.txt, .json, .jsonl, .csv, .parquet), folder or Hub dataset with a 'prompt' column.",
     "dataset_config": "Configuration of the dataset.",
     "dataset_train_split": "Split to train on; a single file is 'train'.",
     "dataset_test_split": "Split to evaluate on, with eval_strategy.",
-    "dataset_streaming": "Read rows as they are needed.",
-    "output_dir": "Where checkpoints, samples and the trained weights are written; trainer_output when not given.",
-    "max_steps": "Updates of the weights; num_train_epochs counts when it is not positive.",
-    "resume_from_checkpoint": "Folder of a checkpoint to go on from; true for the newest in output_dir.",
+    "dataset_streaming": "Read the dataset's rows only when they are needed.",
+    "output_dir": "Folder for checkpoints, samples and the trained weights; trainer_output when not given.",
+    "max_steps": "Updates of the weights; if it is not positive, num_train_epochs counts.",
+    "resume_from_checkpoint": "Folder of a checkpoint to resume from; true for the newest in output_dir.",
 }
 
 
 def training_sections(script_type: type) -> dict[str, list[str]]:
-    """title → options of `train`, or of a script with options of its own."""
+    """The sections of the help of `train`, or of a script with its own options: title → names of options."""
     host = {field.name for field in fields(TrainingArguments)}
     declared = list(AdjointMatchingConfig.__annotations__)
     ours = [name for name in declared if name not in host] + [name for name in declared if name in host]
