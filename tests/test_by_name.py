@@ -95,10 +95,10 @@ def test_without_any_features_there_are_the_pixels():
 @pytest.mark.parametrize(
     "name, message",
     [
-        ("PickScore", r"reward 'PickScore' cannot be loaded \(.*\); pass one that can.$"),
-        ("ImageReward", r"reward 'ImageReward' cannot be loaded \(.*\); pass one that can.$"),
-        ("mine.py:Refusing", r"reward 'mine.py:Refusing' cannot be loaded \(no way\); pass one that can.$"),
-        ("absent.py:reward", r"reward 'absent.py:reward' cannot be loaded \(.*\); pass one that can.$"),
+        ("PickScore", r"reward 'PickScore' cannot be loaded \(.*\); fix this, or pass another one.$"),
+        ("ImageReward", r"reward 'ImageReward' cannot be loaded \(.*\); fix this, or pass another one.$"),
+        ("mine.py:Refusing", r"reward 'mine.py:Refusing' cannot be loaded \(no way\); fix this, or pass another one.$"),
+        ("absent.py:reward", r"reward 'absent.py:reward' cannot be loaded \(.*\); fix this, or pass another one.$"),
         ("mine.py:Options.x", "mine.py has no 'Options.x'"),
         ("ClassLogProbability", "reward 'ClassLogProbability' is none of "),
     ],
@@ -117,7 +117,9 @@ def test_features_that_cannot_be_loaded_are_one_sentence(monkeypatch, name):
     for module in (rewards, features):
         if hasattr(module, name):
             monkeypatch.setattr(getattr(module, name), "__init__", unreachable)
-    with pytest.raises(ValueError, match=rf"^diversity '{name}' cannot be loaded \(no network\); pass one that can.$"):
+    with pytest.raises(
+        ValueError, match=rf"^diversity '{name}' cannot be loaded \(no network\); fix this, or pass another one.$"
+    ):
         load_features([name], [], [], CPU)
 
 

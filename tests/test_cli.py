@@ -402,7 +402,7 @@ def test_an_interrupted_start_of_a_run_that_goes_on_says_so(recipe, tmp_path, ca
     assert main(["train", "--config", recipe, *RUN, "--save_strategy", "steps", "--save_steps", "1"]) == 0
     monkeypatch.setattr("diffusers_adjoint.cli.commands.trainer_of", lambda arguments: signal.raise_signal(signal.SIGINT))
     assert main(["train", "--config", recipe, *RUN, "--resume_from_checkpoint", "true"]) == 130
-    said = "diffusers-adjoint: interrupted before the first update of this start; the same command goes on."
+    said = "diffusers-adjoint: interrupted before the first update of this start; the same command resumes it."
     assert capsys.readouterr().err.strip().splitlines()[-1] == said
 
 
@@ -553,7 +553,7 @@ def test_files_of_every_kind(tmp_path, streaming):
         (["--dataset_name", "header.csv"], "corresponds to no data"),
         (["--dataset_name", "header.csv", "--dataset_streaming"], "split 'train' of dataset_name='header.csv' has no row"),
         (["--dataset_name", "broken.json"], "JSON parse error"),
-        (["--dataset_name", "recipe.yaml"], "is a file of unknown kind"),
+        (["--dataset_name", "recipe.yaml"], "is a file of unknown type"),
         (["--dataset_name", "nobody/nothing"], "cannot be read"),
         (["--dataset_name", "captions.csv"], "the rows of the train_dataset have columns ['caption']; add a 'prompt' column"),
         (["--eval_strategy", "steps", "--eval_steps", "1"], "split 'test' of dataset_name='prompts.txt' cannot be read"),

@@ -345,7 +345,7 @@ def without_metadata_of_rewards(images, prompts, metadata):
     ("reward", "error", "message"),
     [
         (quantised, ValueError, "reward 'quantised' is not differentiable in the images"),
-        (with_numpy, ValueError, "reward 'with_numpy' cannot work on images that carry a gradient"),
+        (with_numpy, ValueError, "reward 'with_numpy' fails on images that require a gradient"),
         (of_numpy, TypeError, "reward 'of_numpy' returned rewards of type ndarray"),
         (without_metadata_of_rewards, TypeError, "reward 'without_metadata_of_rewards' returned rewards of type tuple"),
     ],
@@ -504,7 +504,7 @@ def test_what_the_hook_logs_is_in_the_history_and_images_need_a_tracker(tmp_path
     trainer = make_trainer(small(tmp_path), hook=hook)
     trainer.train()
     assert [line["step"] for line in trainer.state.log_history if "brightest" in line] == [1, 2]
-    assert "which no tracker takes" in caplog.text
+    assert "but no tracker accepts images" in caplog.text
 
 
 def test_a_grey_picture_of_the_hook_reaches_the_tracker(tmp_path):
@@ -533,7 +533,7 @@ def test_epochs_are_updates_in_all(tmp_path):
     trainer.train(1)
     assert trainer.state.global_step == 1
     for bad in (0, "checkpoint-1", True):
-        with pytest.raises(ValueError, match=f"epochs={bad!r} is no number of epochs"):
+        with pytest.raises(ValueError, match=f"epochs={bad!r} is not a number of epochs"):
             trainer.train(bad)
 
 

@@ -98,7 +98,7 @@ def test_a_name_is_no_pattern(tmp_path):
 
 def test_rows_of_several_lines_in_a_csv_are_counted_by_their_last_line(tmp_path):
     file = write(tmp_path, "p.csv", 'prompt,label\n"two\nlines",1\n\nshort\n')
-    with pytest.raises(ValueError, match="^line 5 of p.csv has 1 fields under 2 columns; put text"):
+    with pytest.raises(ValueError, match="^line 5 of p.csv has 1 fields for 2 columns; put text"):
         load_prompts(file, "train")
 
 
@@ -117,23 +117,23 @@ GOOD = json.dumps(ROWS[0])
 @pytest.mark.parametrize(
     "name, content, message",
     [
-        ("p.jsonl", f"{GOOD}\n\n{{'prompt': 1}}\n", "line 3 of p.jsonl is no JSON "),
+        ("p.jsonl", f"{GOOD}\n\n{{'prompt': 1}}\n", "line 3 of p.jsonl is not JSON "),
         ("p.jsonl", f'{GOOD}\n["a cat"]\n', "line 2 of p.jsonl is of type list; write an object"),
         ("p.jsonl", f'{GOOD}\n{{"prompt": 7}}\n', "line 2 of p.jsonl has a prompt of type int; write a string"),
         ("p.jsonl", f'{GOOD}\n{{"label": 7}}\n', "line 2 of p.jsonl has no prompt; write one there"),
         ("p.jsonl", f'{GOOD}\n{{"prompt": null}}\n', "line 2 of p.jsonl has no prompt; write one there"),
         ("p.jsonl", f'{{"label": 7}}\n{GOOD}\n', "line 2 of p.jsonl has a prompt, but the first row has none"),
-        ("p.csv", "prompt,label\na cat, asleep,3\n", "line 2 of p.csv has 3 fields under 2 columns; put text with commas"),
+        ("p.csv", "prompt,label\na cat, asleep,3\n", "line 2 of p.csv has 3 fields for 2 columns; put text with commas"),
         ("p.csv", "prompt,label\na cat,3\n,4\n", "line 3 of p.csv has no prompt; write one there"),
         ("p.csv", "prompt,label\n,4\n", "line 2 of p.csv has no prompt; write one there"),
         ("p.csv", "prompt,prompt\na,b\n", "line 1 of p.csv names the column 'prompt' twice; name"),
         ("p.csv", "prompt,label\n", "split 'train' of dataset_name='.*p.csv' cannot be read "),
         ("p.json", "[1, 2]", "row 1 of p.json is of type int; write an object"),
         ("p.json", f'[{GOOD}, {{"prompt": 7}}]', "row 2 of p.json has a prompt of type int; write a string"),
-        ("p.csv", 'prompt,label\n"a cat,3\n', "line 2 of p.csv is no CSV "),
+        ("p.csv", 'prompt,label\n"a cat,3\n', "line 2 of p.csv is not valid CSV "),
         ("p.txt", b"a cat\n\xff\xfe\n", "line 2 of p.txt is not UTF-8 "),
         ("p.txt", "  \n", "dataset_name='.*p.txt' is empty; write"),
-        ("p.doc", "a cat", "dataset_name='.*p.doc' is a file of unknown kind; pass"),
+        ("p.doc", "a cat", "dataset_name='.*p.doc' is a file of unknown type; pass"),
         ("p.json", "{x", "split 'train' of dataset_name='.*p.json' cannot be read .*JSON"),
         ("p.parquet", "x", "split 'train' of dataset_name='.*p.parquet' cannot be read "),
     ],

@@ -1,1 +1,1 @@
-"""Rows of prompts: where they come from, and what a batch of them is."""
+"""Datasets of prompts: loading, checking and batching their rows."""

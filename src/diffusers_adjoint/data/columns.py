@@ -1,4 +1,4 @@
-"""Rows of a dataset as columns: what a batch is made of."""
+"""Batches: rows of a dataset as columns, name → list of values."""
 
 from __future__ import annotations
 
@@ -11,11 +11,16 @@ __all__ = ["first_row", "parts_of", "collate_columns", "rows_of", "one_row", "pr
 
 
 def first_row(dataset: Any, name: str, needs_prompt: bool) -> dict[str, Any]:
-    """The first row of the dataset called `name`.
+    """The first row of a dataset, checked.
+
+    Args:
+        dataset: the dataset, or `None`.
+        name: name of the argument, for messages.
+        needs_prompt: whether the row needs a "prompt" (or "prompt_embeds") column.
 
     Raises:
-        TypeError: if it is no dict.
-        ValueError: if there is none, it lacks a prompt, or it has a reserved column.
+        TypeError: if the row is not a dict.
+        ValueError: if there is no row, it lacks a prompt, or it has a column "images" or "prompts".
     """
     if dataset is None:
         raise ValueError(f"{name} is missing; pass a dataset with a row for each prompt.")
@@ -38,7 +43,7 @@ def first_row(dataset: Any, name: str, needs_prompt: bool) -> dict[str, Any]:
 
 
 def parts_of(dataset: Any) -> list[Any]:
-    """The datasets of a dict of them, or the one, or none."""
+    """The datasets as a list: those of a dict, or a single one, or none for `None`."""
     return list(dataset.values()) if isinstance(dataset, dict) else [] if dataset is None else [dataset]
 
 
@@ -46,22 +51,22 @@ def collate_columns(rows: list[dict[str, Any]]) -> dict[str, list[Any]]:
     """Collate rows to columns of plain lists; nothing is padded or turned into tensors.
 
     Raises:
-        TypeError: if one is no dict.
-        ValueError: if one has other columns than the first, or a prompt that is no string.
+        TypeError: if a row is not a dict.
+        ValueError: if a row has other columns than the first, or a prompt that is not a string.
     """
-    for row in rows:  # a stream, or a dataset that makes its rows, is not looked through before training
+    for row in rows:  # rows of a stream or of a generated dataset were not checked before training
         require_row(row)
         require_columns(row, rows[0])
     return {name: [_plain(row[name]) for row in rows] for name in rows[0]}
 
 
 def _plain(value: Any) -> Any:
-    """A string of a class of its own, as NumPy's are, becomes a plain one: YAML and `repr` would write a call."""
+    """Turn a subclass of `str`, such as NumPy's, into a plain string: YAML and `repr` would show the subclass."""
     return str.__str__(value) if isinstance(value, str) else value
 
 
 def rows_of(columns: dict[str, list[Any]]) -> int:
-    """B, the rows of a batch."""
+    """B, the number of rows in a batch."""
     return len(next(iter(columns.values())))
 
 
@@ -71,15 +76,15 @@ def one_row(columns: dict[str, list[Any]]) -> dict[str, Any]:
 
 
 def prompts_of(columns: dict[str, list[Any]]) -> list[str]:
-    """The prompts as the rewards see them; empty where the pipeline is not conditioned on text."""
+    """The prompts for the rewards, (B,); empty strings if the pipeline takes no prompts."""
     return columns.get("prompt") or [""] * rows_of(columns)
 
 
 def repeat_rows(columns: dict[str, list[Any]], times: int) -> dict[str, list[Any]]:
-    """Each row `times` in a row: several images of one prompt."""
+    """Repeat each row `times` times, next to each other, for several images of one prompt."""
     return {name: [value for value in values for _ in range(times)] for name, values in columns.items()}
 
 
 def without_prompt(columns: dict[str, list[Any]]) -> dict[str, list[Any]]:
-    """The columns that only the rewards see."""
+    """All columns but "prompt"."""
     return {name: values for name, values in columns.items() if name != "prompt"}

@@ -1,4 +1,4 @@
-"""Which things that a user may hand over are datasets of prompts, and what is said of the others."""
+"""Which objects are accepted as datasets of prompts, and errors for the others."""
 
 from __future__ import annotations
 
@@ -15,21 +15,25 @@ from .prompts import require_prompt_strings
 
 __all__ = ["PROMPTS", "dataset_of", "eval_datasets_of", "first_items", "num_prompts", "require_columns", "require_row"]
 
-PROMPTS = {"prompt", "prompt_embeds"}  # one of them is needed
+PROMPTS = {"prompt", "prompt_embeds"}  # a row needs one of these columns
 
 
 def num_prompts(dataset: Any) -> int | None:
-    """How many different prompts a `Dataset` has; `None` without prompts, and of other datasets, which would have to be read."""
+    """Number of different prompts in a `Dataset`; `None` if it has no prompts or would have to be read first."""
     known = isinstance(dataset, Dataset) and dataset.features.get("prompt") in (Value("string"), Value("large_string"))
     return len(dataset.unique("prompt")) if known else None
 
 
 def dataset_of(given: Any, name: str) -> Any:
-    """The dataset that the argument called `name` stands for: itself, or that of a list of prompts.
+    """Return a dataset as it is, or make one from a list of prompts.
+
+    Args:
+        given: the argument of a trainer.
+        name: name of the argument, for messages.
 
     Raises:
-        TypeError: for what has no rows.
-        ValueError: for several splits, or rows in a list that do not fit each other.
+        TypeError: if it is not a dataset.
+        ValueError: if it has several splits, or is a list whose rows have different columns.
     """
     if isinstance(given, Dataset | IterableDataset | TorchDataset):
         return given
@@ -37,7 +41,7 @@ def dataset_of(given: Any, name: str) -> Any:
         splits = " or ".join(f"{name}[{split!r}]" for split in given)
         raise ValueError(f"{name} is a {type(given).__name__} of several splits; pass one of them, {splits}.")
     if isinstance(given, Sequence) and not isinstance(given, str | bytes):
-        if not given or isinstance(given[0], str):  # without an item it is a dataset without a row, which has its own sentence
+        if not given or isinstance(given[0], str):  # an empty list becomes an empty dataset, which has an error of its own
             _require_items(given, name, str)
             return Dataset.from_dict({"prompt": list(given)})
         if isinstance(given, list | tuple):
@@ -45,7 +49,7 @@ def dataset_of(given: Any, name: str) -> Any:
             return given
     indexed = isinstance(given, Sized) and hasattr(type(given), "__getitem__")
     if indexed and any(isinstance(row, Mapping) for row in first_items(given, 1)):
-        return given  # of a class of the user's own, as torch takes it
+        return given  # a user's own class with a length and rows, which torch accepts as a dataset
     raise TypeError(
         f"{name} is of type {type(given).__name__}; pass a datasets.Dataset (its from_dict, from_pandas, from_generator or "
         f"load_dataset make one), a torch Dataset of dicts, or a list of prompts."
@@ -53,7 +57,7 @@ def dataset_of(given: Any, name: str) -> Any:
 
 
 def eval_datasets_of(given: Any) -> Any:
-    """As `dataset_of`, for `eval_dataset`, which may also be a dict of several."""
+    """As `dataset_of`, for `eval_dataset`, which may also be a dict of several datasets."""
     if not isinstance(given, dict):
         return dataset_of(given, "eval_dataset")
     if columns := [name for name in PROMPTS & given.keys() if isinstance(given[name], Sequence)]:
@@ -62,11 +66,11 @@ def eval_datasets_of(given: Any) -> Any:
 
 
 def require_row(row: Any) -> None:
-    """Check a row when it is met; its number is unknown then, as rows are shuffled, so the row itself is shown.
+    """Check a row when training reads it. Rows are shuffled, so the message shows the row instead of its number.
 
     Raises:
-        TypeError: if it is no dict.
-        ValueError: if its prompt is no string.
+        TypeError: if it is not a dict.
+        ValueError: if its prompt is not a string.
     """
     if not isinstance(row, Mapping):
         raise TypeError(f"the row {_shown(row)} is of type {type(row).__name__}; pass rows that are dicts, as the first one is.")
@@ -77,7 +81,7 @@ def require_row(row: Any) -> None:
 
 
 def require_columns(row: Mapping[str, Any], names: Collection[str]) -> None:
-    """Raise ValueError, with its prompt, for a row that has other columns than those before it, as a stream may have."""
+    """Raise ValueError, naming the prompt, if a row has other columns than the first, as in a streamed dataset."""
     if row.keys() != set(names):
         which = f"with the prompt {row['prompt']!r}" if "prompt" in row else _shown(dict(row))
         raise ValueError(
@@ -87,14 +91,14 @@ def require_columns(row: Mapping[str, Any], names: Collection[str]) -> None:
 
 
 def _shown(value: Any) -> str:
-    """A few words of it, in one line."""
+    """A short `repr` of the value, in one line."""
     return " ".join(reprlib.repr(value).split())
 
 
 def first_items(dataset: Any, most: int) -> list[Any]:
-    """The first rows, at most so many; a stream begins anew afterwards.
+    """The first rows, at most `most`; a streamed dataset starts from its first row again afterwards.
 
-    None is asked for past the end: a class with a length need not raise the IndexError by which `iter` would find it.
+    No row past the end is read: `iter` finds the end by an IndexError, which a class with a length need not raise.
     """
     return list(itertools.islice(iter(dataset), min(most, len(dataset)) if has_length(dataset) else most))
 

@@ -1,4 +1,4 @@
-"""Prompts from a file, a folder or the Hub; a bad row is refused with its line."""
+"""Load prompts from a file, a folder or the Hub; an error in a text file names the line."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ from datasets.io.text import TextDatasetReader
 __all__ = ["load_prompts", "require_prompt_strings"]
 
 OPTIONS: dict[str, dict[str, Any]] = {
-    # Some editors begin a file with a mark, which would become part of the first prompt.
+    # Some editors begin a file with a byte order mark, which would become part of the first prompt.
     ".txt": {"encoding": "utf-8-sig"},
-    # A prompt "7" or "null" is a text, too: bytes are made neither a number nor nothing.
+    # As bytes, a prompt such as "7" or "null" is not turned into a number or a missing value.
     ".csv": {"converters": {"prompt": str.encode}},
 }
 READERS = {
@@ -34,16 +34,17 @@ READERS = {
 
 
 def load_prompts(name: str | None, split: str, *, config: str | None = None, streaming: bool = False) -> Any:
-    """One split of a dataset: a file (.txt with a prompt a line, .json, .jsonl, .csv, .parquet), a folder, or the Hub's.
+    """Load one split of a dataset: a file (.txt with one prompt a line, .json, .jsonl, .csv, .parquet), a folder, or a Hub
+    dataset.
 
     Args:
         name: file, folder or Hub id.
-        split: of a folder or the Hub's dataset; a single file is the split "train".
+        split: split of a folder or Hub dataset; a single file is the split "train".
         config: name of the dataset's configuration.
-        streaming: read rows as they are needed.
+        streaming: read rows only when they are needed.
 
     Raises:
-        ValueError: if it is missing, cannot be read, has no row, or a line of a text file is no row.
+        ValueError: if the dataset is missing, cannot be read or has no row, or if a line of a text file is not a valid row.
     """
     if not name:
         raise ValueError("dataset_name is missing; pass a file of prompts, a folder, or the name of a dataset on the Hub.")
@@ -64,36 +65,38 @@ def load_prompts(name: str | None, split: str, *, config: str | None = None, str
             dataset = _decoded(dataset, streaming)
     except (OSError, ValueError, DatasetsError) as error:
         reason = " ".join(str(error.__cause__ or error).split()) or type(error).__name__
-        raise ValueError(f"split {split!r} of dataset_name={name!r} cannot be read ({reason}); pass one that can.") from error
+        raise ValueError(
+            f"split {split!r} of dataset_name={name!r} cannot be read ({reason}); fix this, or pass another split or dataset."
+        ) from error
     if first is None:
         raise ValueError(f"split {split!r} of dataset_name={name!r} has no row; pass at least one prompt.")
     return dataset
 
 
 def _read_file(file: Path, split: str, streaming: bool) -> Any:
-    """The rows of one file. `load_dataset` would report a use of its "csv" or "text" reader to a counter on the network."""
-    files = {"train": glob.escape(str(file))}  # a bracket in the name would be a pattern
+    """The rows of one file, by its reader: `load_dataset` with "csv" or "text" would report its use over the network."""
+    files = {"train": glob.escape(str(file))}  # else a bracket in the name would be a glob pattern
     return READERS[file.suffix](files, split=split, streaming=streaming, **OPTIONS.get(file.suffix, {})).read()
 
 
 def require_prompt_strings(prompts: Iterable[Any]) -> None:
-    """Raise ValueError, with its number, for a row whose prompt is no text; for what has rows but no lines."""
+    """Raise ValueError, naming the row, if a prompt is not a string. (Files are checked line by line in `_check_file`.)"""
     for number, prompt in enumerate(prompts):
         if not isinstance(prompt, str):
             raise ValueError(f"prompt {number} is of type {type(prompt).__name__}; pass a string in each row.")
 
 
 def _decoded(dataset: Any, streaming: bool) -> Any:
-    """With prompts of text in place of bytes."""
-    if streaming:  # of unknown columns, in which none can be cast
+    """The dataset with its prompts decoded from bytes to text."""
+    if streaming:  # the columns are unknown, so none can be cast
         return dataset.map(lambda row: {"prompt": row["prompt"].decode()})
     return dataset.cast_column("prompt", Value("string"))
 
 
 def _check_file(file: Path) -> None:
-    """Read a text file line by line, only to name the line that the dataset's reader would fail on, or misread."""
+    """Check a text file line by line, to name the line on which the dataset's reader would fail or which it would misread."""
     if file.suffix not in READERS:
-        raise ValueError(f"dataset_name={str(file)!r} is a file of unknown kind; pass one ending in {', '.join(READERS)}.")
+        raise ValueError(f"dataset_name={str(file)!r} is a file of unknown type; pass one ending in {', '.join(READERS)}.")
     has_prompt = None
     for place, row in LINES[file.suffix](file) if file.suffix in LINES else ():
         has_prompt = "prompt" in row if has_prompt is None else has_prompt
@@ -113,7 +116,7 @@ def _check_row(place: str, row: Any, has_prompt: bool) -> None:
 
 
 def _text_lines(file: Path) -> Iterator[tuple[int, str]]:
-    """(number, line) of the lines that are not blank; numbers count from 1, as editors do."""
+    """(number, line) of the lines that are not blank; numbers count from 1, as in editors."""
     with file.open("rb") as lines:
         for number, line in enumerate(lines, 1):
             try:
@@ -134,15 +137,15 @@ def _json_lines(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
         try:
             row = json.loads(line)
         except json.JSONDecodeError as error:
-            raise ValueError(f"line {number} of {file.name} is no JSON ({error.msg}); write one object a line.") from None
+            raise ValueError(f"line {number} of {file.name} is not JSON ({error.msg}); write one object per line.") from None
         yield f"line {number}", _object(f"line {number} of {file.name}", row)
 
 
 def _json_rows(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Of an array; what else a .json file may hold is left to the dataset's reader."""
+    """The rows of a JSON array; the dataset's reader checks any other content of a .json file."""
     try:
         rows = json.loads(file.read_bytes())
-    except ValueError:  # perhaps an object a line
+    except ValueError:  # the file may have one object per line
         rows = []
     for number, row in enumerate(rows if isinstance(rows, list) else [], 1):
         yield f"row {number}", _object(f"row {number} of {file.name}", row)
@@ -155,24 +158,24 @@ def _object(place: str, row: Any) -> dict[str, Any]:
 
 
 def _csv_rows(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    for _ in _text_lines(file):  # all of it is UTF-8; the lines of a CSV itself may break within quotes
+    for _ in _text_lines(file):  # checks that the file is UTF-8; rows are read below, since a quoted value may span lines
         continue
     with file.open(encoding="utf-8-sig", newline="") as text:
         reader = csv.reader(text, strict=True)
-        rows = filter(None, reader)  # blank lines are no rows
+        rows = filter(None, reader)  # skips blank lines
         try:
             header = next(rows, [])
             if twice := [name for name in header if header.count(name) > 1]:
-                raise ValueError(f"line {reader.line_num} of {file.name} names the column {twice[0]!r} twice; name each once.")
+                raise ValueError(f"line {reader.line_num} of {file.name} names the column {twice[0]!r} twice; name it once.")
             for values in rows:
                 if len(values) != len(header):
                     raise ValueError(
-                        f"line {reader.line_num} of {file.name} has {len(values)} fields under {len(header)} columns; put text "
+                        f"line {reader.line_num} of {file.name} has {len(values)} fields for {len(header)} columns; put text "
                         f'with commas into "quotes".'
                     )
                 yield f"line {reader.line_num}", {name: value or None for name, value in zip(header, values, strict=True)}
         except csv.Error as error:
-            raise ValueError(f"line {reader.line_num} of {file.name} is no CSV ({error}); mend it.") from None
+            raise ValueError(f"line {reader.line_num} of {file.name} is not valid CSV ({error}); fix this line.") from None
 
 
 LINES = {".txt": _plain_rows, ".json": _json_rows, ".jsonl": _json_lines, ".csv": _csv_rows}

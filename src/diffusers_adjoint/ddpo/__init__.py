@@ -1,4 +1,4 @@
-"""TRL's removed DDPOTrainer and AlignPropTrainer on Adjoint Matching; see docs/migrating_from_ddpo.md."""
+"""TRL's former DDPOTrainer and AlignPropTrainer, on Adjoint Matching; see docs/migrating_from_ddpo.md."""
 
 from .config import AlignPropConfig, DDPOConfig, config_from_ddpo
 from .holder import DefaultDDPOStableDiffusionPipeline

@@ -1,4 +1,4 @@
-"""The configs of TRL's DDPOTrainer and AlignPropTrainer, and what becomes of their fields."""
+"""The configs of TRL's DDPOTrainer and AlignPropTrainer, and their conversion to `AdjointMatchingConfig`."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ class _SharedConfig:
 
     @property
     def output_dir(self) -> str:
-        """Where the trainer writes: `project_kwargs["project_dir"]`, or `logdir`. To set it sets the former."""
+        """The folder that the trainer writes to: `project_kwargs["project_dir"]`, which setting this changes, or `logdir`."""
         return str(_output_dir(vars(self)))
 
     @output_dir.setter
@@ -66,7 +66,7 @@ class _SharedConfig:
 
 @dataclass
 class DDPOConfig(_SharedConfig):
-    """The fields and defaults of TRL's `DDPOConfig`, and `hub_model_id`; `config_from_ddpo` says what becomes of each."""
+    """The fields and defaults of TRL's `DDPOConfig`, and `hub_model_id`; `config_from_ddpo` converts them."""
 
     negative_prompts: str | None = ""
     sample_batch_size: int = 1
@@ -85,7 +85,7 @@ class DDPOConfig(_SharedConfig):
 
 @dataclass
 class AlignPropConfig(_SharedConfig):
-    """The fields and defaults of TRL's `AlignPropConfig`, and `hub_model_id`; `config_from_ddpo` says what becomes of each."""
+    """The fields and defaults of TRL's `AlignPropConfig`, and `hub_model_id`; `config_from_ddpo` converts them."""
 
     train_learning_rate: float = 1e-3
     log_image_freq: int = 1
@@ -94,10 +94,10 @@ class AlignPropConfig(_SharedConfig):
     truncated_rand_backprop_minmax: tuple[int, int] = (0, 50)
 
 
-DEFAULTS = vars(AlignPropConfig()) | vars(DDPOConfig())  # for what has no counterpart, where the two agree
+DEFAULTS = vars(AlignPropConfig()) | vars(DDPOConfig())  # read for fields without a counterpart, on which the two agree
 MODERN = {f.name for f in dataclasses.fields(AdjointMatchingConfig) if f.init}
 
-# An old epoch is one round of sampling; here it is one update.
+# An epoch of the old configs is one round of sampling; here it is one update.
 RENAMED = {
     "seed": "seed",
     "tracker_project_name": "project",
@@ -123,15 +123,15 @@ ALIGNPROP_BATCH = {
     "train_gradient_accumulation_steps": "gradient_accumulation_steps",
 }
 NO_ADVANTAGES = "Adjoint Matching uses the reward's gradient, and no advantages or likelihood ratios"
-NO_WORKERS = "the reward's gradient is needed before anything else can go on"
+NO_WORKERS = "training needs the reward's gradient before it can continue"
 NO_BACKPROP = "nothing is back-propagated through the sampler"
 WITHOUT_COUNTERPART = {
     "tracker_kwargs": "the trackers are started by transformers; set their environment variables",
     "accelerator_kwargs": "the accelerator is made by transformers; pass accelerator_config=",
-    "sample_eta": "the memoryless sampler fixes the noise, and 1 is its case",
+    "sample_eta": "the memoryless sampler fixes the noise, which corresponds to 1",
     "train_batch_size": "sample_batch_size images are sampled and differentiated at a time",
     "train_gradient_accumulation_steps": "an epoch is one update from all its images",
-    "train_num_inner_epochs": "a rollout serves one update of the model that it was drawn from, or num_iterations= of them",
+    "train_num_inner_epochs": "a rollout is used for one update; pass num_iterations= for several",
     "train_adv_clip_max": NO_ADVANTAGES,
     "train_clip_range": NO_ADVANTAGES,
     "per_prompt_stat_tracking": NO_ADVANTAGES,
@@ -146,17 +146,17 @@ WITHOUT_COUNTERPART = {
 
 
 def config_from_ddpo(config: Any, **changes: Any) -> AdjointMatchingConfig:
-    """The arguments of Adjoint Matching for an old config: one update an epoch, with as many images.
+    """Convert an old config to an `AdjointMatchingConfig`: one update per epoch, from the same number of images.
 
     Args:
-        config: a `DDPOConfig` or `AlignPropConfig`, or an object or dict with some of their fields. What it lacks takes our
-            defaults; fields of `AdjointMatchingConfig` in it are passed on; what has no counterpart is told once, with the
-            reason, if it differs from the old default.
+        config: a `DDPOConfig` or `AlignPropConfig`, or an object or dict with some of their fields. Missing fields get the
+            defaults of `AdjointMatchingConfig`, and fields of that class are passed on. A field without a counterpart causes a
+            warning with the reason, if it differs from the old default.
         **changes: fields of `AdjointMatchingConfig` that take precedence, such as `reward_scale`.
 
     Raises:
-        TypeError: if the config has no fields, or a change is none.
-        ValueError: for a tracker or precision that does not exist, and for what `AdjointMatchingConfig` refuses.
+        TypeError: if the config has no fields, or a change is not a field of `AdjointMatchingConfig`.
+        ValueError: for a tracker or precision that does not exist, and for values that `AdjointMatchingConfig` refuses.
     """
     old = old_fields(config)
     renamed = RENAMED | (ALIGNPROP_BATCH if follows_alignprop(old) else DDPO_BATCH)
@@ -185,17 +185,17 @@ def old_fields(config: Any) -> dict[str, Any]:
 
 
 def follows_alignprop(old: Mapping[str, Any]) -> bool:
-    """Whether these are fields of an AlignPropConfig: it names its batch otherwise, and its hook takes other arguments."""
+    """Whether these are fields of an AlignPropConfig, which has other names for the batch, and another hook."""
     return bool({"log_image_freq", "truncated_backprop_rand", "truncated_backprop_timestep"} & old.keys())
 
 
 def _warn_of_losses(old: dict[str, Any], renamed: dict[str, str]) -> None:
     for name, reason in WITHOUT_COUNTERPART.items():
         if name not in renamed and old.get(name, DEFAULTS[name]) != DEFAULTS[name]:
-            value = "" if isinstance(old[name], dict) else f"={old[name]!r}"  # of a tracker, it may hold keys
+            value = "" if isinstance(old[name], dict) else f"={old[name]!r}"  # a tracker's dict may hold secret keys
             logger.warning(f"{name}{value} is ignored: {reason}.")
     for name in sorted(old.keys() - DEFAULTS.keys() - MODERN):
-        logger.warning(f"{name!r} is ignored: neither the old configs nor AdjointMatchingConfig have such a field.")
+        logger.warning(f"{name!r} is ignored: neither the old configs nor AdjointMatchingConfig have this field.")
     for name in sorted(old.get("project_kwargs", {}).keys() - {"project_dir", "total_limit", "automatic_checkpoint_naming"}):
         logger.warning(f"project_kwargs[{name!r}] is ignored: logs and numbered checkpoints go to output_dir.")
 
@@ -210,7 +210,7 @@ def _converted(old: dict[str, Any]) -> dict[str, Any]:
     if "total_limit" in project:
         fields["save_total_limit"] = project["total_limit"]
     if not old.get("allow_tf32", True):
-        fields["tf32"] = False  # True would be refused where there is none
+        fields["tf32"] = False  # the default; True would be an error on hardware without TF32
     if old.get("resume_from"):
         fields["resume_from_checkpoint"] = _checkpoint(old["resume_from"])
     if old.get("train_use_8bit_adam"):
@@ -224,7 +224,7 @@ def _converted(old: dict[str, Any]) -> dict[str, Any]:
 
 
 def _output_dir(old: Mapping[str, Any]) -> Any:
-    """A user's own output_dir, else the folder of the old accelerator's project, else that of the logs."""
+    """`output_dir` if the config has it, else the project folder of accelerate, else `logdir`."""
     return old.get("output_dir") or old.get("project_kwargs", {}).get("project_dir") or old.get("logdir")
 
 
@@ -234,7 +234,7 @@ def _report_to(old: dict[str, Any]) -> str:
         raise ValueError(f"log_with={tracker!r} is unknown; pass one of {', '.join(sorted(INTEGRATION_TO_CALLBACK))}, or None.")
     project = old.get("tracker_project_name")
     if tracker == "wandb" and project and "WANDB_PROJECT" not in os.environ:
-        logger.warning(f"tracker_project_name={project!r} does not reach wandb: set the environment variable WANDB_PROJECT.")
+        logger.warning(f"tracker_project_name={project!r} has no effect on wandb; set the environment variable WANDB_PROJECT.")
     return tracker
 
 
@@ -244,10 +244,10 @@ def _precision(mixed_precision: str | None, *, on_cpu: bool) -> dict[str, bool]:
     if mixed_precision in (None, "no") or on_cpu or not is_torch_bf16_gpu_available():
         return {}
     if mixed_precision == "fp16":
-        logger.warning("mixed_precision='fp16' becomes bf16: the adjoint leaves the range of fp16.")
+        logger.warning("mixed_precision='fp16' becomes bf16, because the adjoint exceeds the range of fp16.")
     return {"bf16": True}
 
 
 def _checkpoint(path: str) -> str:
-    """The checkpoint of that name, or the newest in that folder."""
+    """The newest checkpoint in the folder `path`, or `path` itself."""
     return (get_last_checkpoint(path) if Path(path).is_dir() else None) or path

@@ -1,4 +1,4 @@
-"""The holder of a Stable Diffusion 1.x pipeline that TRL's DDPOTrainer and AlignPropTrainer took."""
+"""The wrapper of a Stable Diffusion 1.x pipeline that TRL's DDPOTrainer and AlignPropTrainer took."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ __all__ = ["DefaultDDPOStableDiffusionPipeline", "warn_of_own_methods"]
 
 logger = logging.get_logger(__name__)
 
-# What the old trainers asked of a holder, and what does it now.
+# Methods of TRL's wrapper that do not exist here, and what to use instead.
 NOT_HERE = {
     "autocast": "the trainer chooses the precision; pass mixed_precision to the config",
     "load_checkpoint": "the trainer reads its checkpoints itself; pass resume_from to the config",
@@ -29,14 +29,14 @@ NOT_HERE = {
 
 
 class DefaultDDPOStableDiffusionPipeline:
-    """The old holder of a Stable Diffusion 1.x pipeline, without safety checker; the trainer adds the LoRA.
+    """TRL's wrapper of a Stable Diffusion 1.x pipeline, without safety checker; the trainer adds the LoRA.
 
-    A LoRA that lies beside the pipeline, as `save_pretrained` puts it there, is loaded with it. It belongs to the base then.
+    If there is a LoRA beside the pipeline, where `save_pretrained` writes it, it is loaded as a part of the base.
 
     Args:
         pretrained_model_name: Hub id or local folder.
         pretrained_model_revision: branch, tag or commit on the Hub.
-        use_lora: LoRA of rank 4 on the attention projections; False trains all weights of the UNet.
+        use_lora: train a LoRA of rank 4 on the attention projections; `False` trains all weights of the UNet.
     """
 
     def __init__(self, pretrained_model_name: str, pretrained_model_revision: str = "main", use_lora: bool = True) -> None:
@@ -51,12 +51,12 @@ class DefaultDDPOStableDiffusionPipeline:
             self.use_lora = True
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """The pipeline's own result, with `images`; the old one's `latents` and `log_probs` are not recorded."""
+        """Call the pipeline. The result has `images`, but not the `latents` and `log_probs` of TRL's wrapper."""
         return self.sd_pipeline(*args, **kwargs)
 
     @property
     def unet(self) -> Any:
-        """The network in training."""
+        """The network that is trained."""
         return self.sd_pipeline.unet
 
     @property
@@ -66,36 +66,36 @@ class DefaultDDPOStableDiffusionPipeline:
 
     @property
     def text_encoder(self) -> Any:
-        """The prompts' encoder."""
+        """The text encoder."""
         return self.sd_pipeline.text_encoder
 
     @property
     def tokenizer(self) -> Any:
-        """The prompts' tokenizer."""
+        """The tokenizer."""
         return self.sd_pipeline.tokenizer
 
     @property
     def scheduler(self) -> Any:
-        """The pipeline's own, which the holder samples with."""
+        """The pipeline's own scheduler, which calling this object uses."""
         return self.sd_pipeline.scheduler
 
     @property
     def safety_checker(self) -> Any:
-        """None: it would turn images black, and no reward would see them."""
+        """`None`: a safety checker would replace images by black ones before the rewards see them."""
         return self.sd_pipeline.safety_checker
 
     def get_trainable_layers(self) -> Any:
-        """The UNet, of which the parameters that require a gradient are trained. Its LoRA is there once the trainer is made."""
+        """The UNet. Its parameters that require a gradient are trained; the trainer adds its LoRA."""
         return self.sd_pipeline.unet
 
     def set_progress_bar_config(self, **kwargs: Any) -> None:
-        """The pipeline's."""
+        """As `DiffusionPipeline.set_progress_bar_config`."""
         self.sd_pipeline.set_progress_bar_config(**kwargs)
 
     def save_pretrained(self, output_dir: str) -> None:
-        """Write the whole pipeline, and beside it the trained LoRA, if there is one; the constructor reads both.
+        """Write the pipeline, and beside it the trained LoRA if there is one. The constructor reads both.
 
-        Adapters that the pipeline came with are added to the UNet's weights.
+        Adapters that the pipeline was loaded with are fused into the UNet's weights.
         """
         unet = self.unet
         adapters = list(unet.peft_config) if unet._hf_peft_config_loaded else []
@@ -107,10 +107,10 @@ class DefaultDDPOStableDiffusionPipeline:
             save_lora(self.sd_pipeline, "unet", output_dir)
 
     def __getattr__(self, name: str) -> Any:
-        """Called for what is not there.
+        """Called for attributes that do not exist.
 
         Raises:
-            AttributeError: always; for what the old holder had, with what does it now.
+            AttributeError: always. For a method of TRL's wrapper, the message says what to use instead.
         """
         if name in NOT_HERE:
             raise AttributeError(f"{type(self).__name__} has no {name}: {NOT_HERE[name]}.")
@@ -118,30 +118,30 @@ class DefaultDDPOStableDiffusionPipeline:
 
 
 def warn_of_own_methods(holder: Any) -> None:
-    """Name the methods of somebody's own holder that the old trainers called, and that nobody calls here."""
+    """Warn of methods in a user's own wrapper class that the old trainers called and this one does not."""
     ours = DefaultDDPOStableDiffusionPipeline.__mro__
     defined = {name for kind in type(holder).__mro__ if kind not in ours for name in vars(kind)}
     if found := sorted({"__call__", "get_trainable_layers", *NOT_HERE} & defined):
         names = f"{', '.join(found[:-1])} and {found[-1]} are" if len(found) > 1 else f"{found[0]} is"
         logger.warning(
-            f"{type(holder).__name__}: {names} not called: the trainer samples with the __call__ of sd_pipeline and trains the "
-            f"LoRA of peft_config; pass peft_config=LoraConfig(…) for another LoRA, and another pipeline for other samples."
+            f"{type(holder).__name__}: {names} not called, as the trainer samples with the __call__ of sd_pipeline and trains "
+            f"the LoRA of peft_config; pass peft_config=LoraConfig(…) for another LoRA, or another pipeline for other samples."
         )
 
 
 def _lora_beside(model: str, revision: str) -> Path | None:
-    """The file of a LoRA in a pipeline's folder or repository."""
+    """The LoRA file in a pipeline's folder or repository; `None` if there is none."""
     if Path(model).is_dir():
         file = Path(model) / WEIGHTS_NAME
         return file if file.is_file() else None
     try:
         return Path(hf_hub_download(model, WEIGHTS_NAME, revision=revision))
-    except EntryNotFoundError:  # also raised where the Hub is out of reach and the cache lacks it
+    except EntryNotFoundError:  # also raised if the Hub cannot be reached and the file is not in the cache
         return None
 
 
 def _without_adapters(unet: Any, added: list[str]) -> Any:
-    """A copy of the network without adapters, some of them added to its weights."""
+    """A copy of the network without adapters; those in `added` are fused into its weights first."""
     plain = copy.deepcopy(unet)
     if added:
         plain.fuse_lora(adapter_names=added)

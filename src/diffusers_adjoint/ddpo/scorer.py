@@ -1,4 +1,4 @@
-"""TRL's aesthetic scorer by its old name: `trl.models.auxiliary_modules.aesthetic_scorer`, the reward of alignprop.py."""
+"""TRL's `trl.models.auxiliary_modules.aesthetic_scorer`, the reward of its script alignprop.py."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ __all__ = ["aesthetic_scorer"]
 
 
 class AestheticScorer(nn.Module):
-    """`AestheticScore` as a reward function of the old kind, on images that are resized bilinearly, as TRL's were."""
+    """`AestheticScore` with TRL's old signature, on images that are resized bilinearly, as in TRL."""
 
     def __init__(self, hub_model_id: str, model_filename: str) -> None:
         super().__init__()
@@ -24,20 +24,20 @@ class AestheticScorer(nn.Module):
         self.score.preprocess = partial(preprocess, mode="bilinear")
 
     def forward(self, images: Tensor, prompts: Any, metadata: Any) -> tuple[Tensor, dict[str, Any]]:
-        """Scores (B,) of (B, 3, H, W) in [0, 1], to which values outside are clipped; and no metadata."""
+        """Scores (B,) of images (B, 3, H, W), clipped to [0, 1], and an empty dict of metadata."""
         return self.score(images.clamp(0, 1)), {}
 
 
 def aesthetic_scorer(hub_model_id: str, model_filename: str) -> AestheticScorer:
     """TRL's aesthetic reward `f(images, prompts, metadata)`: the same score, differentiable in the images.
 
-    It stays on the CPU until the trainer moves it to its device.
+    It is on the CPU until the trainer moves it to its device.
 
     Args:
         hub_model_id: Hub id or local folder of the head's weights, such as "trl-lib/ddpo-aesthetic-predictor".
         model_filename: the head's file there, such as "aesthetic-model.pth".
 
     Raises:
-        ValueError: if a local folder lacks the file, or the file holds another head.
+        ValueError: if a local folder lacks the file, or the file contains another head.
     """
     return AestheticScorer(hub_model_id, model_filename)

@@ -1,4 +1,4 @@
-"""The trainer with the old arguments, prompts and hooks."""
+"""A trainer with the arguments, the prompt function and the hook of TRL's DDPOTrainer and AlignPropTrainer."""
 
 from __future__ import annotations
 
@@ -32,21 +32,21 @@ class DDPOTrainer(AdjointMatchingTrainer):
     """An `AdjointMatchingTrainer` with the arguments of TRL's DDPOTrainer and AlignPropTrainer.
 
     Args:
-        config: `DDPOConfig`, `AlignPropConfig`, or whatever `config_from_ddpo` takes.
-        reward_function: `f(images, prompts, metadata)` of (B, 3, H, W) in [0, 1] and two tuples of B; returns the rewards (B,),
-            differentiable in the images, alone or with metadata for the hook.
+        config: `DDPOConfig`, `AlignPropConfig`, or anything else that `config_from_ddpo` takes.
+        reward_function: `f(images, prompts, metadata)` of images (B, 3, H, W) in [0, 1] and two tuples of length B. It returns
+            the rewards (B,), differentiable in the images, or a tuple of the rewards and metadata for the hook.
         prompt_function: `f()` returns a prompt and its metadata. It is called with `random`, NumPy and torch seeded by
             (seed, number of the prompt), so that the prompts do not depend on processes or interruptions.
         sd_pipeline: a `DefaultDDPOStableDiffusionPipeline`, another object with `.sd_pipeline` and `.use_lora`, or any pipeline.
-        image_samples_hook: called by the main process after each update with (samples, global_step, tracker). DDPO's samples
-            are a list of [images, prompts, metadata, rewards, reward metadata], one for each micro-batch; AlignProp's, every
-            `log_image_freq` updates, a dict of images, prompts, prompt_metadata and rewards.
+        image_samples_hook: called on the main process with (samples, global_step, tracker). With a `DDPOConfig`, after each
+            update; samples is a list of [images, prompts, metadata, rewards, reward metadata], one for each micro-batch. With an
+            `AlignPropConfig`, every `log_image_freq` updates; samples is a dict of images, prompts, prompt_metadata and rewards.
         reward_scale: λ, nats per unit of reward; the default of `AdjointMatchingConfig` when not given.
-        peft_config: another LoRA than the holder's of rank 4.
+        peft_config: another LoRA instead of the one of rank 4 on the attention projections.
         **changes: further fields of `AdjointMatchingConfig`.
 
     Raises:
-        TypeError, ValueError: for bad input, in one sentence.
+        TypeError, ValueError: for bad input. The message says what was wrong and what to pass instead.
     """
 
     def __init__(
@@ -83,34 +83,36 @@ class DDPOTrainer(AdjointMatchingTrainer):
             every = old.get("log_image_freq", 1) if follows_alignprop(old) else None
             self.add_callback(_SamplesHook(image_samples_hook, reward, _Tracker(self), every))
 
-    def train(  # type: ignore[override]  # the old method's first argument comes first
+    def train(  # type: ignore[override]  # `epochs` is the first argument, as in TRL
         self, epochs: int | None = None, resume_from_checkpoint: str | bool | None = None, **kwargs: Any
     ) -> Any:
-        """Train for `epochs` updates in all (the config's `num_epochs` when not given), from `resume_from` if that was set.
+        """Train for `epochs` updates in all, or the config's `num_epochs`; resumes from `resume_from` if the config has it.
 
         Raises:
-            ValueError: if `epochs` is no positive number.
+            ValueError: if `epochs` is not a positive whole number.
         """
         if epochs is not None:
             if not isinstance(epochs, int) or isinstance(epochs, bool) or epochs < 1:
-                raise ValueError(f"epochs={epochs!r} is no number of epochs; pass at least 1, or resume_from_checkpoint by name.")
+                raise ValueError(
+                    f"epochs={epochs!r} is not a number of epochs; pass at least 1, and pass resume_from_checkpoint by its name."
+                )
             self.args.max_steps = epochs
         if resume_from_checkpoint is None:
             resume_from_checkpoint = self.args.resume_from_checkpoint
         return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
 
     def save_pretrained(self, save_directory: str) -> None:
-        """`save_model` by its old name."""
+        """As `save_model`."""
         self.save_model(save_directory)
 
     def push_to_hub(self, repo_id: str | None = None, **kwargs: Any) -> Any:  # type: ignore[override]  # as in train
-        """Upload to `repo_id`, the first argument of the old method; further ones as in `AdjointMatchingTrainer`."""
+        """Upload to `repo_id`; other arguments as in `AdjointMatchingTrainer.push_to_hub`."""
         if repo_id is not None and repo_id != self.args.hub_model_id:
             self.args.hub_model_id, self.hub_model_id = repo_id, None
         return super().push_to_hub(**kwargs)
 
 
-AlignPropTrainer = DDPOTrainer  # its arguments are the same, and the config tells which hook is meant
+AlignPropTrainer = DDPOTrainer  # the arguments are the same, and the config tells which kind of hook is meant
 
 
 def _lora() -> LoraConfig:
@@ -119,7 +121,7 @@ def _lora() -> LoraConfig:
 
 
 class _Prompts(IterableDataset[dict[str, Any]]):
-    """Endless rows of prompt and metadata, the same in every process, which takes its share of each batch."""
+    """Endless rows of prompt and metadata. Every process generates the same rows, and takes its share of each batch."""
 
     def __init__(self, prompt_function: Callable[[], tuple[str, Any]], seed: int) -> None:
         if not callable(prompt_function):
@@ -137,7 +139,7 @@ class _Prompts(IterableDataset[dict[str, Any]]):
 
 @contextmanager
 def _seeded(seed: str) -> Iterator[None]:
-    """Global random numbers that depend on `seed` alone, and go on as before afterwards."""
+    """Seed the global random numbers of Python, NumPy and torch within this context, and restore their state afterwards."""
     python, numpy, pytorch = random.getstate(), np.random.get_state(), torch.get_rng_state()
     random.seed(seed)
     np.random.seed(random.getrandbits(32))
@@ -151,9 +153,9 @@ def _seeded(seed: str) -> Iterator[None]:
 
 
 class _OldReward(nn.Module):
-    """A reward function of the old kind as one of ours; remembers what the hook is shown.
+    """Adapts a reward function with TRL's signature, and keeps the samples for the hook.
 
-    It is a module for the sake of functions that are: those are frozen and moved to the device with it.
+    It is a module so that a reward function which is a module is frozen and moved to the device, too.
     """
 
     def __init__(self, function: Callable[..., Any], keeps_samples: bool) -> None:
@@ -164,16 +166,16 @@ class _OldReward(nn.Module):
         self.__name__ = getattr(function, "__name__", type(function).__name__)  # for logs and messages
 
     def forward(self, images: Tensor, prompts: list[str], metadata: list[Any]) -> Any:
-        """The old function's rewards; its errors are told in terms of what is needed here."""
+        """The function's rewards (B,). An error about missing gradients is raised again with advice that fits this trainer."""
         try:
             result = self.function(images, tuple(prompts), tuple(metadata))
         except RuntimeError as error:
             if "requires grad" not in str(error):
                 raise
-            # torch's own advice, to detach, would take away the gradient that is needed.
+            # torch advises to detach the images, which would remove the gradient that training needs.
             raise ValueError(
-                f"reward {self.__name__!r} cannot work on images that carry a gradient ({error}); compute it with torch on the "
-                f"images as they are, without NumPy or PIL."
+                f"reward {self.__name__!r} fails on images that require a gradient ({error}); compute it with torch, without "
+                f"NumPy, PIL or detach."
             ) from error
         rewards, metadata_of_rewards = result if isinstance(result, tuple) and len(result) == 2 else (result, {})
         if not isinstance(rewards, Tensor):
@@ -181,7 +183,7 @@ class _OldReward(nn.Module):
                 f"reward {self.__name__!r} returned rewards of type {type(rewards).__name__}; return a tensor with one reward "
                 f"for each image, computed from the images by torch, alone or with a dict of metadata."
             )
-        # Without gradients it is called to evaluate, which the old hook never saw.
+        # A call without gradients is an evaluation; TRL's hook got samples of training only.
         if self.keeps_samples and torch.is_grad_enabled():
             kept = [images.detach().cpu(), tuple(prompts), tuple(metadata), rewards.detach().cpu(), metadata_of_rewards]
             self.samples.append(kept)
@@ -189,13 +191,13 @@ class _OldReward(nn.Module):
 
 
 class _SamplesHook(TrainerCallback):
-    """Calls the old hook with the samples of each update."""
+    """Calls the user's hook with the samples of an update."""
 
     def __init__(self, hook: Callable[..., Any], reward: _OldReward, tracker: _Tracker, alignprop_every: int | None) -> None:
         self.hook, self.reward, self.tracker, self.alignprop_every = hook, reward, tracker, alignprop_every
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.reward.samples.clear()  # of the last update, or of the check before training
+        self.reward.samples.clear()  # drops those of the last update, or of the check before training
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if not state.is_world_process_zero or state.global_step % (self.alignprop_every or 1):
@@ -205,7 +207,7 @@ class _SamplesHook(TrainerCallback):
 
 
 def _as_pairs(samples: list[list[Any]]) -> dict[str, Any]:
-    """AlignProp's dict, with the images of all micro-batches."""
+    """The dict of AlignProp's hook, with the images of all micro-batches."""
     images, prompts, metadata, rewards, _ = zip(*samples, strict=True)
     return {
         "images": torch.cat(images),
@@ -216,23 +218,23 @@ def _as_pairs(samples: list[list[Any]]) -> dict[str, Any]:
 
 
 class _Tracker:
-    """What the old hook knew as accelerate's tracker; goes to the trackers that `report_to` names."""
+    """Has the methods of accelerate's tracker that hooks call; logs to the trackers of `report_to`."""
 
     def __init__(self, trainer: AdjointMatchingTrainer) -> None:
         self.trainer = trainer
 
     def log(self, values: dict[str, float], step: int | None = None, **kwargs: Any) -> None:
-        """Numbers of the current update; `step` is the hook's global_step whatever is passed."""
+        """Log numbers for the current update; `step` is ignored."""
         control = self.trainer.control
-        logs = control.should_log  # the host takes every call for the log line that it is about to write
+        logs = control.should_log  # restored below: the host would take this call for its own log line, and skip that
         Trainer.log(self.trainer, dict(values))
         control.should_log = logs
 
     def log_images(self, values: dict[str, Any], step: int | None = None, **kwargs: Any) -> None:
-        """Images by name: (N, 3, H, W) in [0, 1], or a list of PIL images."""
+        """Log images by name: (N, 3, H, W) in [0, 1], or a list of PIL images."""
         if not {"tensorboard", "trackio", "wandb"} & set(self.trainer.args.report_to):
             logger.warning_once(
-                "image_samples_hook logs images, which no tracker takes; set log_with to 'tensorboard' or 'wandb'."
+                "image_samples_hook logs images, but no tracker accepts images; set log_with to 'tensorboard' or 'wandb'."
             )
         step = self.trainer.state.global_step if step is None else step
         for name, images in values.items():
