@@ -346,7 +346,7 @@ CASES = {
     "reward returns a list": Case("'python_float'", "tensor", trainer={"reward_funcs": python_float}, error=TypeError),
     "reward not callable": Case("0.5", "callables", trainer={"reward_funcs": [brightness, 0.5]}, error=TypeError),
     "a class of rewards": Case(
-        "the class PickScore", "an object of it, PickScore()", trainer={"reward_funcs": PickScore}, error=TypeError
+        "the class PickScore", "an instance, PickScore()", trainer={"reward_funcs": PickScore}, error=TypeError
     ),
     "no reward": Case("reward_funcs is empty", "at least one", trainer={"reward_funcs": []}),
     "weights do not match": Case("2 entries for 1", "one each", {"reward_weights": [1.0, 2.0]}),

@@ -94,7 +94,7 @@ def test_videos_are_lists_of_frames_and_sound_is_no_picture():
     (frames, _) = as_pil(torch.rand(2, 3, 3, 4, 6))
     assert [frame.size for frame in frames] == [(6, 4)] * 3
     with pytest.raises(
-        ValueError, match=r"reward 'says' failed: samples of shape \(2, 100\) are no pictures; leave images_as out"
+        ValueError, match=r"reward 'says' failed: samples of shape \(2, 100\) are not images; leave images_as out"
     ):
         WeightedReward(_named(lambda images, prompts: [0, 0]), images_as="pil")(torch.rand(2, 100), ["", ""])
 

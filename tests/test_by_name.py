@@ -147,7 +147,7 @@ def test_a_tokenizer_that_needs_a_package_says_what_to_install(here, monkeypatch
         raise ImportError("\nT requires the protobuf library. Check the instructions on the\npage of it.\n")
 
     monkeypatch.setattr(AutoTokenizer, "from_pretrained", missing)
-    expected = r"^the tokenizer of clip cannot be made \(T requires the protobuf library\); run pip install .*\[rewards\]\"\.$"
+    expected = r"^the tokenizer of clip cannot be loaded \(T requires the protobuf library\); run pip install .*\[rewards\]\"\.$"
     with pytest.raises(ImportError, match=expected):
         rewards.CLIPScore("clip")
 
@@ -156,5 +156,5 @@ def test_a_model_that_reads_no_text_is_refused(here):
     ViTModel(ViTConfig(hidden_size=8, num_hidden_layers=1, num_attention_heads=1, intermediate_size=8)).save_pretrained(
         here / "vit"
     )
-    with pytest.raises(ValueError, match="is a ViTModel; pass a CLIPModel, a SiglipModel or another of images and texts.$"):
+    with pytest.raises(ValueError, match="is a ViTModel; pass a CLIPModel, a SiglipModel or another image–text model.$"):
         rewards.CLIPScore(here / "vit")

@@ -74,8 +74,12 @@ def test_what_rewards_ask_for_is_what_they_would_see_of_all(tmp_path):
 @pytest.mark.parametrize(
     ("reward", "choice", "message"),
     [
-        (Seen(), "asked", r"^reward 'seen' does not say which frames it looks at, .*\.$"),
-        (MotionFloor(0.1), "first", r"reward 'MotionFloor' failed: the 1 frames of a video have no two neighbours, .*\.$"),
+        (Seen(), "asked", r"^reward 'seen' does not tell which frames it uses, .*\.$"),
+        (
+            MotionFloor(0.1),
+            "first",
+            r"reward 'MotionFloor' failed: the 1 frames of a video contain no two neighbouring ones, .*\.$",
+        ),
     ],
     ids=["asked of one that does not say", "the motion of one frame"],
 )

@@ -243,7 +243,7 @@ def test_bad_images(statistic):
 
 @pytest.mark.parametrize("quality", [0, 101, 75.5, "95", [95]])
 def test_bad_quality(quality):
-    with pytest.raises(ValueError, match=r"^jpeg_quality=.* is no quality of JPEG; pass an integer from 1 to 100\.$"):
+    with pytest.raises(ValueError, match=r"^jpeg_quality=.* is not a JPEG quality; pass an integer from 1 to 100\.$"):
         compressibility(torch.rand(1, 3, 8, 8), jpeg_quality=quality)
 
 

@@ -241,7 +241,7 @@ def test_another_tokenizer(folder, tmp_path):
     tokenizer = AutoTokenizer.from_pretrained(folder / "bert")
     tokenizer.add_tokens(["dog"])
     tokenizer.save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match=r"^tokenizer has 18 tokens .* for a text encoder of 17; pass .*\.$"):
+    with pytest.raises(ValueError, match=r"^tokenizer has 18 tokens .* but the text encoder has 17; pass .*\.$"):
         ImageReward(folder, tmp_path)
 
 

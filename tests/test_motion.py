@@ -31,7 +31,9 @@ def test_frames_with_a_gap_between_them_are_no_neighbours():
     numbers = [[4, 5, 11, 12]] * 2
     assert motion(videos(), frame_numbers=numbers).tolist() == pytest.approx(expected, rel=1e-12)
     assert gradcheck(lambda x: motion(x, frame_numbers=numbers), videos().requires_grad_())
-    with pytest.raises(ValueError, match=r"^the 4 frames of a video have no two neighbours, .*; pass longer videos, or another "):
+    with pytest.raises(
+        ValueError, match=r"^the 4 frames of a video contain no two neighbouring ones, .*; pass longer videos, or another "
+    ):
         motion(videos(), frame_numbers=[[0, 2, 4, 6]] * 2)
 
 
@@ -65,11 +67,11 @@ def test_a_video_that_stands_still_has_no_gradient_and_no_nan():
             ValueError,
             r"^images has shape \(2, 3, 4, 4\); pass videos \(B, F, 3, H, W\)\.$",
         ),
-        (lambda: motion(torch.rand(2, 1, 3, 4, 4)), ValueError, "^the 1 frames of a video have no two neighbours, "),
+        (lambda: motion(torch.rand(2, 1, 3, 4, 4)), ValueError, "^the 1 frames of a video contain no two neighbouring ones, "),
         (lambda: motion(2 * torch.ones(2, 2, 3, 4, 4)), ValueError, "^images reach from 2 to 2; pass "),
         (lambda: motion([1]), TypeError, "^images is a list; pass a tensor"),
-        (lambda: MotionFloor(0.0), ValueError, r"^floor=0.0 is no motion; pass a number > 0, .*\.$"),
-        (lambda: MotionFloor(float("nan")), ValueError, "^floor=nan is no motion; "),
+        (lambda: MotionFloor(0.0), ValueError, r"^floor=0.0 is not a motion; pass a number > 0, .*\.$"),
+        (lambda: MotionFloor(float("nan")), ValueError, "^floor=nan is not a motion; "),
         (lambda: MotionFloor("high"), TypeError, "^floor is 'high'; pass a number.$"),
     ],
 )
@@ -80,7 +82,5 @@ def test_bad_input(call, error, message):
 
 def test_it_asks_for_all_frames():
     assert WeightedReward(MotionFloor(0.1)).asked_frames(4) == {0, 1, 2, 3}
-    with pytest.raises(
-        ValueError, match=r"^reward 'brightness' does not say which frames it looks at, .*; put per_frame around it, "
-    ):
+    with pytest.raises(ValueError, match=r"^reward 'brightness' does not tell which frames it uses, .*; wrap it in per_frame, "):
         WeightedReward([MotionFloor(0.1), brightness]).asked_frames(4)

@@ -100,7 +100,7 @@ def test_a_quantised_reward(tmp_path, caplog, rounds_inputs, wrap):
     assert len(told) == (rounds_inputs is True)
     if told:
         assert told[0].startswith("reward ") and "holds weights of torch.int8" in told[0]
-        assert "; load it unquantised, or in a scheme with a gradient" in told[0]
+        assert "; load it unquantised, or with quantised weights only" in told[0]
 
 
 @pytest.mark.parametrize("shape", [(1, 3, 8, 8), (1, 2, 3, 8, 8), (1, 2, 64)])

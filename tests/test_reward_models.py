@@ -437,7 +437,7 @@ def test_bad_labels(models, label, message):
 @pytest.mark.parametrize(
     "label, message",
     [
-        (None, "there is no label; pass"),
+        (None, "label is missing; pass"),
         ("cat", "label is one string for 2 images; pass"),
         (["cat"], "label is a list of 1 for 2 images; pass"),
     ],
@@ -450,5 +450,5 @@ def test_bad_label_columns(models, label, message):
 @pytest.mark.parametrize("config", [{"problem_type": "multi_label_classification"}, {"id2label": {0: "quality"}}])
 def test_models_that_do_not_choose_a_class_are_refused(tmp_path, config):
     folder = tiny_classifier(tmp_path, **config)
-    with pytest.raises(ValueError, match=r"does not choose one of several classes; pass a classifier that does\.$"):
+    with pytest.raises(ValueError, match=r"does not choose one of several classes; pass a classifier with exclusive classes\.$"):
         ClassLogProbability(folder, 0)

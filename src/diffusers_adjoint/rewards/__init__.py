@@ -1,4 +1,4 @@
-"""Rewards: plain callables `f(images=, prompts=, **columns) -> Tensor (B,)`, differentiable in the images."""
+"""Reward functions: `f(images=, prompts=, **columns) -> Tensor (B,)`, differentiable in the images (B, 3, H, W) in [0, 1]."""
 
 from .aesthetic import AestheticScore
 from .around import clamped, gradient_clipped, normalised, per_frame, smoothed, weighted_sum

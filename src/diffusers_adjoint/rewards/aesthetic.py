@@ -1,4 +1,4 @@
-"""LAION's improved aesthetic predictor (sac+logos+ava1-l14-linearMSE): how people rate a picture, whatever its prompt."""
+"""LAION's improved aesthetic predictor (sac+logos+ava1-l14-linearMSE): how people rate an image, whatever its prompt."""
 
 from __future__ import annotations
 
@@ -17,21 +17,24 @@ from .weights import published_file, read_weights
 __all__ = ["AestheticScore"]
 
 FILES = ("model.safetensors", "aesthetic-model.pth", "sac+logos+ava1-l14-linearMSE.pth")
-LAYERS = [f"layers.{number}" for number in (0, 2, 4, 6, 7)]  # dropout has the numbers between
+LAYERS = [f"layers.{number}" for number in (0, 2, 4, 6, 7)]  # the numbers between are dropout layers
 
 
 class AestheticScore(nn.Module):
-    """r = w · f + b, f the CLIP ViT-L/14 image embedding of norm 1; differentiable in the images, frozen.
+    """r = w·f + b, where f is the CLIP ViT-L/14 image embedding of norm 1; differentiable in the images, frozen.
 
-    The published head is five linear layers without a nonlinearity between them (christophschuhmann/
-    improved-aesthetic-predictor), so it is this one, into which they are multiplied here. The reward therefore asks every image
-    to move along one and the same direction of CLIP's space.
+    The published head (christophschuhmann/improved-aesthetic-predictor) is five linear layers without a nonlinearity between
+    them. They are multiplied into the single layer (w, b) here. So the reward moves every image along the same direction w of
+    CLIP's space.
 
     Range: trained on ratings from 1 to 10; most images score 4–7.
 
     Args:
         predictor: Hub id, local folder or local file of the head's weights.
-        model: Hub id or local folder of the `CLIPModel`; its image tower alone is kept.
+        model: Hub id or local folder of the `CLIPModel`, of which only the image encoder is kept.
+
+    Raises:
+        ValueError: if the file holds no such head, or one for another CLIP model.
     """
 
     def __init__(
@@ -60,16 +63,16 @@ class AestheticScore(nn.Module):
         return F.linear(features, self.head.weight.to(features), self.head.bias.to(features)).squeeze(-1)
 
     def features(self, images: Tensor) -> Tensor:
-        """Image features of norm 1, (B, D): what diversity is measured in."""
+        """Image features of norm 1, (B, D), for measuring diversity."""
         pixels = self.preprocess(images)
         return unit_norm(self.model(pixel_values=pixels.to(self.model.dtype)).image_embeds)
 
 
 def _head(file: Path, width: int) -> nn.Linear:
-    """The product of the published layers, taken in float64.
+    """The published layers multiplied into one, in float64.
 
     Raises:
-        ValueError: if the file holds other tensors, or none that take `width` features to one number.
+        ValueError: if the file holds other tensors, or layers that do not map `width` features to one number.
     """
     weights = read_weights(file)
     if set(weights) != {f"{layer}.{kind}" for layer in LAYERS for kind in ("weight", "bias")}:
@@ -82,5 +85,5 @@ def _head(file: Path, width: int) -> nn.Linear:
             weight, bias = step @ weight, step @ bias + weights[f"{layer}.bias"].double()
         head.load_state_dict({"weight": weight, "bias": bias})
     except RuntimeError as error:
-        raise ValueError(f"{file} does not take {width} features to one number; pass the head of this CLIP model.") from error
+        raise ValueError(f"{file} does not map {width} features to one number; pass the head of this CLIP model.") from error
     return head

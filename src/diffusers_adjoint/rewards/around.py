@@ -1,7 +1,8 @@
-"""Functions around reward functions: rewards of different scale in one, of videos, smoothed, held in bounds.
+"""Functions that wrap reward functions: sum, normalise, clamp, smooth, average over frames, clip the gradient.
 
-What they give is again a reward, and a module: the modules in it are frozen, put in evaluation mode and moved with it. A function
-gets the columns that it has arguments for, as in the trainer. Around one reward its name is kept, for the logs.
+The result is a reward again, and a module: modules inside it are frozen, put in evaluation mode and moved with it. Each reward
+function gets the dataset columns that it has arguments for, as in the trainer. A wrapper of one reward keeps its name in the
+logs.
 """
 
 from __future__ import annotations
@@ -29,13 +30,13 @@ Score = Callable[[Tensor, list[str], Columns], Tensor]
 
 
 class _Around(nn.Module):
-    """A reward of the score Σ_i w_i f_i.
+    """A reward computed from the score Σ_i w_i f_i.
 
     Args:
         functions: f_i.
         weights: w_i; `None` for all 1.
-        around: f(score, images, prompts, columns) → (B,).
-        frames: number of frames of a video → those that are looked at; `None` for those that the functions look at.
+        around: f(score, images, prompts, columns) → the reward, (B,); `score` is a function of the other three.
+        frames: f(number of frames in a video) → the frames that are used; `None` for those that the functions use.
     """
 
     def __init__(
@@ -65,25 +66,26 @@ class _Around(nn.Module):
 
     def _score(self, images: Tensor, prompts: list[str], columns: Columns) -> Tensor:
         values = self.inner(images, prompts, **columns)
-        if torch.is_grad_enabled() and images.requires_grad:  # in a sum nobody else would see that one has no gradient
+        if torch.is_grad_enabled() and images.requires_grad:  # the sum would hide that one of its rewards has no gradient
             shown = [part for part in (images, columns.get(AUDIO)) if isinstance(part, Tensor) and part.requires_grad]
             values |= {name: with_graph(name, values[name], *shown) for name in self.inner.aimed_at}
         return self.inner.total(values)
 
 
 def weighted_sum(rewards: Sequence[RewardFunction], weights: Sequence[float]) -> nn.Module:
-    """Σ_i w_i r_i as one reward, named "a_and_b".
+    """The sum Σ_i w_i r_i as one reward, named "a_and_b".
 
-    For an image the sum runs over the rewards that have a value for it, and is NaN if none has (as of rewards for several tasks).
-    A weight of 0 leaves the reward out. To log the r_i, pass them to the trainer with `reward_weights` instead.
+    A reward may have no value (NaN) for some images, such as those of another task. The sum is over the rewards that have one,
+    and NaN if none has. A weight of 0 leaves a reward out. To log each r_i, pass the rewards to the trainer with `reward_weights`
+    instead.
 
     Args:
         rewards: r_i.
         weights: w_i, finite, one for each reward; the result's unit per unit of r_i.
 
     Raises:
-        ValueError: if there is no reward, or the weights are not finite or of another number.
-        TypeError: if a reward is not callable, a weight no number, or one of the two no list.
+        ValueError: if there is no reward, a weight is not finite, or the numbers of rewards and weights differ.
+        TypeError: if a reward is not callable, a weight is not a number, or either argument is not a list.
     """
     if not isinstance(rewards, list | tuple):
         raise TypeError(f"rewards is a {type(rewards).__name__}; pass a list of reward functions.")
@@ -100,34 +102,34 @@ def weighted_sum(rewards: Sequence[RewardFunction], weights: Sequence[float]) ->
 
 
 def normalised(reward: RewardFunction, mean: float, std: float) -> nn.Module:
-    """(r − mean)/std, so that rewards of different scale can be added.
+    """(r − mean)/std, so that rewards of different scales can be added.
 
     Args:
         reward: r.
-        mean, std: of r over images of the base model, in units of r; std > 0.
+        mean, std: mean and standard deviation of r over images of the base model, in units of r; std > 0.
 
     Raises:
-        ValueError: if one is not finite or std ≤ 0.
-        TypeError: if the reward is not callable, or mean or std no number.
+        ValueError: if one of them is not finite, or std ≤ 0.
+        TypeError: if the reward is not callable, or mean or std is not a number.
     """
     _require_numbers(mean=mean, std=std)
     if not (math.isfinite(mean) and 0 < std < math.inf):
         raise ValueError(
-            f"mean={mean}, std={std} give no scale; pass the finite mean and the standard deviation > 0 of the reward."
+            f"mean={mean}, std={std} cannot normalise a reward; pass its finite mean and its standard deviation > 0."
         )
     return _Around([reward], None, lambda score, *shown: (score(*shown) - mean) / std)
 
 
 def clamped(reward: RewardFunction, low: float | None = None, high: float | None = None) -> nn.Module:
-    """r held in [low, high]: a goal that is good enough, beyond which nothing pulls, as outside the gradient is 0.
+    """r clamped to [low, high]. Outside the gradient is 0, so that a value of `high` is good enough and is not pushed further.
 
     Args:
         reward: r.
-        low, high: in units of r; `None` for no bound.
+        low, high: bounds in units of r; `None` for no bound.
 
     Raises:
         ValueError: if low is not below high.
-        TypeError: if the reward is not callable, or a bound no number.
+        TypeError: if the reward is not callable, or a bound is not a number.
     """
     bottom, top = -math.inf if low is None else low, math.inf if high is None else high
     _require_numbers(low=bottom, high=top)
@@ -137,26 +139,26 @@ def clamped(reward: RewardFunction, low: float | None = None, high: float | None
 
 
 def per_frame(reward: RewardFunction, num_frames: int = 4) -> nn.Module:
-    """Mean of an image reward over frames of a video.
+    """Mean of an image reward over evenly spaced frames of a video.
 
-    The frames are evenly spaced (to the nearest frame) from the first to the last, which are among them; one alone is the middle
-    one, and of a shorter video it is all. They are scored in one batch of B × num_frames images. With `decode_frames="asked"` the
-    trainer decodes what these frames need and no more.
+    The frames include the first and the last; a single frame is the middle one; a shorter video has all its frames scored. They
+    are scored in one batch of B × num_frames images. With `decode_frames="asked"` the trainer decodes only what these frames
+    need.
 
     Args:
-        reward: of images (B, 3, H, W); the prompts and columns of a video are repeated for its frames.
-        num_frames: at least 1.
+        reward: a reward of images (B, 3, H, W). It gets the prompt and the columns of the video for each frame.
+        num_frames: number of frames, at least 1.
 
     Returns:
-        A reward of videos (B, F, 3, H, W), which raises ValueError for images.
+        A reward of videos (B, F, 3, H, W) in [0, 1], which raises ValueError for images.
 
     Raises:
         ValueError: if num_frames < 1.
-        TypeError: if the reward is not callable, or num_frames no whole number.
+        TypeError: if the reward is not callable, or num_frames is not a whole number.
     """
     _require_counts(num_frames=num_frames)
     if num_frames < 1:
-        raise ValueError(f"num_frames={num_frames} leaves nothing to score; pass 1 or more.")
+        raise ValueError(f"num_frames={num_frames} leaves no frame to score; pass 1 or more.")
 
     def around(score: Score, videos: Tensor, prompts: list[str], columns: Columns) -> Tensor:
         if videos.ndim != 5:
@@ -187,37 +189,37 @@ def _repeated(values: Any, times: int) -> Any:
 
 
 def smoothed(reward: RewardFunction, std: float = 0.02, num_copies: int = 20, seed: int = 0) -> nn.Module:
-    """Mean of r over noisy copies, (1/n) Σ_i r(clip(x + std ε_i, 0, 1)): detail that only a reward sees averages out.
+    """Mean of r over noisy copies, (1/n) Σ_i r(clip(x + std·ε_i, 0, 1)). It averages out details that only the reward sees.
 
-    The noise ε_i is drawn once and for all, the same for every image, batch and call. So this is a function like any other, and
-    the exact target is p_base e^{λ·smoothed r}. What is clipped in a copy has no gradient there.
+    The noise ε_i is the same for every image, batch and call, so this is a fixed function, and the exact target is
+    p_base·exp(λ·smoothed r). Where a copy is clipped to [0, 1], its gradient is 0.
 
-    The copies go through the reward one after the other, and for the gradient once more (checkpointing): that takes the memory of
-    one, and the time of num_copies rewards with two forward passes and one back each.
+    The copies are scored one after the other with gradient checkpointing. This takes the memory of one reward, and the time of
+    num_copies rewards with two forward passes and one backward pass each.
 
     Args:
-        reward: r; of videos too.
-        std: of the noise, in units of the [0, 1] range, > 0.
+        reward: r, of images or videos.
+        std: standard deviation of the noise, in units of the [0, 1] range, > 0.
         num_copies: n ≥ 1.
-        seed: of the noise, drawn on the CPU so that every device sees the same.
+        seed: of the noise, which is drawn on the CPU and therefore the same on every device.
 
     Raises:
         ValueError: if std is not positive and finite, or num_copies < 1.
-        TypeError: if the reward is not callable, std no number, or num_copies or seed no whole number.
+        TypeError: if the reward is not callable, std is not a number, or num_copies or seed is not a whole number.
     """
     _require_numbers(std=std)
     _require_counts(num_copies=num_copies, seed=seed)
     if not 0 < std < math.inf:
-        raise ValueError(f"std={std} is no spread of noise; pass a number > 0, such as 0.02.")
+        raise ValueError(f"std={std} is not a standard deviation; pass a number > 0, such as 0.02.")
     if num_copies < 1:
-        raise ValueError(f"num_copies={num_copies} leaves nothing to average; pass 1 or more.")
+        raise ValueError(f"num_copies={num_copies} leaves no copy to score; pass 1 or more.")
 
     def around(score: Score, images: Tensor, prompts: list[str], columns: Columns) -> Tensor:
         frames = images.flatten(0, 1) if images.ndim == 5 else images
-        # The reward would see copies that are cut to the range, whatever they were.
+        # Checked here, because the reward sees clipped copies, which are always in range.
         check_images(frames.detach().nan_to_num(0.5, 0.5, 0.5))
-        x = images.where(images.isfinite(), torch.nan)  # such an image has no reward; an infinite value would be cut to 1
-        x = x.to(torch.promote_types(x.dtype, torch.float32))  # 16 bits would round the noise
+        x = images.where(images.isfinite(), torch.nan)  # such an image has no reward; the clip would turn infinity into 1
+        x = x.to(torch.promote_types(x.dtype, torch.float32))  # in 16 bits the noise would be rounded
         generator = torch.Generator().manual_seed(seed)
         values = []
         for _ in range(num_copies):
@@ -229,22 +231,23 @@ def smoothed(reward: RewardFunction, std: float = 0.02, num_copies: int = 20, se
 
 
 def gradient_clipped(reward: RewardFunction, max_norm: float) -> nn.Module:
-    """r itself, but its gradient in the pixels of one image is shortened to `max_norm` where it is longer.
+    """r with its gradient clipped: ∂r/∂pixels of each image has at most the norm `max_norm`. The value is not changed.
 
-    A guard against rare images with huge gradients. Where it acts the gradient is that of no reward, and the target no longer
-    exactly the tilt p_base e^{λr}; to keep the target exact use `smoothed` or `clamped`.
+    It protects against rare images with huge gradients. A clipped gradient is not the gradient of any reward, so the target is no
+    longer exactly p_base·exp(λr); `smoothed` and `clamped` keep it exact.
 
     Args:
         reward: r.
-        max_norm: of ∂r/∂pixels, before any weight, in units of r per unit of the [0, 1] range, > 0.
+        max_norm: largest norm of ∂r/∂pixels of one image, before any weight, in units of r per unit of the [0, 1] range, > 0.
 
     Raises:
         ValueError: if max_norm is not positive and finite.
-        TypeError: if the reward is not callable, or max_norm no number.
+        TypeError: if the reward is not callable, or max_norm is not a number.
+        RuntimeError: from autograd, if the reward is differentiated twice.
     """
     _require_numbers(max_norm=max_norm)
     if not 0 < max_norm < math.inf:
-        raise ValueError(f"max_norm={max_norm} is no length; pass a number > 0.")
+        raise ValueError(f"max_norm={max_norm} is not a norm; pass a finite number > 0.")
 
     def around(score: Score, images: Tensor, prompts: list[str], columns: Columns) -> Tensor:
         if not (torch.is_grad_enabled() and images.requires_grad):
@@ -259,7 +262,7 @@ def gradient_clipped(reward: RewardFunction, max_norm: float) -> nn.Module:
                 "gradient_clipped shortens the gradient in the pixels, and this reward has one in the sound too; put it around "
                 "one of the images alone."
             )
-        if gradient is None:  # a value with a gradient, but in something else than the images
+        if gradient is None:  # the value requires a gradient, but does not depend on the images
             return value
         with_gradient: Callable[..., Tensor] = _WithGradient.apply
         return with_gradient(images, value.detach(), _shortened(gradient, max_norm))
@@ -268,7 +271,7 @@ def gradient_clipped(reward: RewardFunction, max_norm: float) -> nn.Module:
 
 
 class _WithGradient(torch.autograd.Function):
-    """A value (B,) whose gradient in the images is the one that comes with it. It has no second derivative."""
+    """Returns `value`, (B,), with `gradient`, (B, …), as its derivative in the images; cannot be differentiated twice."""
 
     @staticmethod
     def forward(ctx: Any, images: Tensor, value: Tensor, gradient: Tensor) -> Tensor:
@@ -283,13 +286,13 @@ class _WithGradient(torch.autograd.Function):
 
 
 def _shortened(gradient: Tensor, length: float) -> Tensor:
-    """(B, …), each of the B at most as long as it should be."""
+    """Gradients (B, …), each scaled down to norm `length` if it is longer."""
     norms = torch.linalg.vector_norm(gradient.flatten(1), dim=1)
     return _times(gradient, length / norms.clamp_min(length))
 
 
 def _times(gradient: Tensor, factors: Tensor) -> Tensor:
-    """Each of the B in (B, …) times its own factor."""
+    """Gradients (B, …) times factors (B,)."""
     return gradient * factors.to(gradient.dtype).view(-1, *[1] * (gradient.ndim - 1))
 
 

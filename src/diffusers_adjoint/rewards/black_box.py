@@ -1,4 +1,4 @@
-"""Rewards that nothing is differentiated through: shown PIL images, asked in several threads, answering with plain numbers."""
+"""Rewards without gradients: called with PIL images, in several threads, and returning plain numbers."""
 
 from __future__ import annotations
 
@@ -20,24 +20,24 @@ IMAGES_AS = ("tensor", "pil")
 
 
 def as_pil(images: Tensor) -> list[Image.Image] | list[list[Image.Image]]:
-    """One picture in RGB of each image, or a list of them, its frames, of each video.
+    """A PIL image in RGB for each image (B, C, H, W), or a list of its frames for each video (B, F, C, H, W).
 
     Raises:
-        ValueError: for what is no picture.
+        ValueError: if the samples are neither images nor videos.
     """
     if not drawable(images):
-        raise ValueError(f"samples of shape {tuple(images.shape)} are no pictures; leave images_as out.")
+        raise ValueError(f"samples of shape {tuple(images.shape)} are not images; leave images_as out.")
     return as_pictures(images) if images.ndim == 4 else [as_pictures(frames) for frames in images]
 
 
 def asked_in_threads(
     ask: Callable[..., Tensor], images: Tensor, prompts: list[str], columns: dict[str, list[Any]], workers: int
 ) -> Tensor:
-    """`ask(images, prompts, columns)` of consecutive parts of a batch, each in a thread of its own; the values in order, (B,)."""
+    """Call `ask(images, prompts, columns)` on consecutive parts of a batch, each in its own thread; all values in order, (B,)."""
     ends = np.linspace(0, len(images), min(workers, len(images)) + 1).round().astype(int).tolist()
 
     def of_part(first: int, end: int) -> Tensor:
-        with torch.no_grad():  # a thread does not have it from the one that it was started by
+        with torch.no_grad():  # a new thread does not inherit this mode
             part = {name: values[first:end] for name, values in columns.items()}
             return ask(images[first:end], prompts[first:end], part)
 
@@ -46,9 +46,9 @@ def asked_in_threads(
 
 
 def numbers(value: Any, device: torch.device) -> Any:
-    """A tensor of what is a tensor or an array, or a list of plain numbers; anything else comes back unchanged.
+    """Convert a tensor, a NumPy array or a list of numbers to a tensor; return anything else unchanged.
 
-    A list may also have `None`, for no value, and scalar tensors.
+    A list may also contain scalar tensors, and `None` for an image without a value, which becomes NaN.
     """
     if isinstance(value, Tensor) or (isinstance(value, np.ndarray) and value.dtype.kind in "biuf"):
         return torch.as_tensor(value, device=device)

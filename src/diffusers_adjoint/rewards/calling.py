@@ -1,4 +1,4 @@
-"""One call of one reward function: on copies of its own, and with its name on whatever goes wrong."""
+"""Call one reward function: on copies of its arguments, and with its name in every error."""
 
 from __future__ import annotations
 
@@ -34,19 +34,30 @@ def call_reward(
     *,
     images_as: Literal["tensor", "pil"] = "tensor",
 ) -> Tensor:
-    """What `function` returns, float32 or better, (B,); NaN for an image that it has no value for.
+    """Call a reward function and check its result.
 
-    Images, prompts and columns are copies: a function may write into them, and nobody else sees it. The gradient of an image
-    that the function has no value for is 0, where the function's own may be NaN; so is that of its sound, which is a column.
-    Where nothing is differentiated an array or a list of numbers is as good as a tensor.
+    Images, prompts and columns are copied, so the function may write into them.
+
+    Args:
+        name: name of the reward, for messages.
+        function: the reward function.
+        images: (B, …).
+        prompts: B prompts.
+        columns: further arguments, name → B values; under `audio` the sound of videos, a tensor.
+        images_as: "tensor", or "pil" for PIL images.
+
+    Returns:
+        The values, (B,), float32 or better; NaN for an image without a value, for which the gradient is set to 0 in the image and
+        in its sound (autograd may give NaN there). If nothing is differentiated, the function may also return an array or a list
+        of numbers.
 
     Raises:
-        TypeError: if it does not return a tensor, or what is as good.
-        ValueError: if it does not return one value for each image, on their device.
-        Exception: of the type that the function raises; its text then begins with the name, see `naming`.
+        TypeError: if the function does not return a tensor (or an array or list, see above).
+        ValueError: if it does not return one value for each image, on the images' device.
+        Exception: an error of the function, of the same type; its message then begins with the reward's name, see `naming`.
     """
     own = images.clone()
-    node = own.grad_fn  # None where nothing is differentiated
+    node = own.grad_fn  # None if nothing is differentiated
     own_columns = _copied(columns)
     nodes = [part.grad_fn for part in (own, own_columns.get(AUDIO)) if isinstance(part, Tensor) and part.grad_fn is not None]
     with naming(name):
@@ -56,20 +67,21 @@ def call_reward(
             _warn_of_writing_past_autograd(name, own, node, images)
     missing = value.detach().isnan()
     for copied_at in nodes if missing.any() else ():
-        # At the copy's node, below whatever the function did in place: 0 · NaN of a root of −1, say, would be NaN.
+        # Masking the value is not enough: autograd multiplies 0 by the NaN derivative of √−1, for example, and gets NaN. The hook
+        # is on the copy's own node, so that it also sees what in-place operations of the function have done.
         copied_at.register_prehook(lambda gradients: _silenced(gradients[0], missing))
     return value
 
 
 class naming:
-    """A context: an error in it says that it is of the reward `name`.
+    """A context that puts the reward's name in front of the message of an error raised in it.
 
-    It keeps its type and its traceback. A RuntimeError is raised from it only where the type does not show a text as it is, as
-    KeyError, or where Python takes the type for the end of an iteration: contexts and generators further out would lose the text.
-    Left as they are: what names a reward already; a lack of memory, for which the trainer has smaller batches; and exceptions of
-    a private class, by which a library talks to itself, as torch does within a checkpointed function.
+    The error keeps its type and traceback. A RuntimeError replaces it if its type does not print the message unchanged
+    (KeyError), or if Python would take it for the end of an iteration (StopIteration). Three kinds of errors are not changed:
+    those that name a reward already; out-of-memory errors, after which the trainer may try smaller batches; and private exception
+    classes, which a library raises for itself, as torch does in a checkpointed function.
 
-    No generator, because in one a StopIteration cannot be told from its own end.
+    This is a class and not a generator, because a generator cannot tell a StopIteration in its body from its own end.
     """
 
     def __init__(self, name: str) -> None:
@@ -79,7 +91,7 @@ class naming:
         pass
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        if not isinstance(error, Exception):  # none, or one that ends the program
+        if not isinstance(error, Exception):  # no error, or one that ends the program
             return
         said = " ".join(str(error).split())
         of_memory = isinstance(error, torch.OutOfMemoryError) or should_reduce_batch_size(error)
@@ -91,9 +103,9 @@ class naming:
 
 
 def _copied(value: Any) -> Any:
-    """A copy of what can be written into; text, numbers and objects of other classes are handed on."""
+    """A copy of containers, tensors, arrays and images; other objects, text and numbers are returned as they are."""
     if isinstance(value, dict | list):
-        own = copy.copy(value)  # of its own class
+        own = copy.copy(value)  # keeps a subclass
         for key, item in value.items() if isinstance(value, dict) else enumerate(value):
             own[key] = _copied(item)
         return own
@@ -109,7 +121,7 @@ def _checked(value: Any, name: str, images: Tensor) -> Tensor:
     if value is None:
         logger.warning_once(
             f"reward {name!r} returned None, which means that it has no value for any image of the batch; if that is not meant, "
-            f"a `return` is missing."
+            f"add the missing `return`."
         )
         value = [None] * batch
     if not images.requires_grad:
@@ -126,9 +138,10 @@ def _checked(value: Any, name: str, images: Tensor) -> Tensor:
 
 
 def _stacked(values: Sequence[Any], images: Tensor) -> Any:
-    """A tensor out of one scalar tensor for each image; others come back unchanged.
+    """Stack a list of one scalar tensor for each image to (B,); return any other list unchanged.
 
-    NaN stands where there is no value for this image: `None`, or the NaN of Python or NumPy. Other numbers have no gradient.
+    `None` and a NaN of Python or NumPy mean that an image has no value, and become NaN. A list with other plain numbers is
+    returned unchanged, because these have no gradient.
     """
     known = [None if isinstance(value, Real) and math.isnan(value) else value for value in values]
     if any(value is not None and not (isinstance(value, Tensor) and value.ndim == 0) for value in known):
@@ -138,16 +151,16 @@ def _stacked(values: Sequence[Any], images: Tensor) -> Any:
 
 
 def _warn_of_writing_past_autograd(name: str, own: Tensor, node: Any, images: Tensor) -> None:
-    """An in-place operation that autograd sees gives the tensor another node; one that it does not see leaves the old one."""
+    """Warn if the function has changed its images without autograd noticing: the values differ, but `grad_fn` is the same."""
     if own.grad_fn is node and not torch.equal(own.detach(), images.detach()):
         logger.warning_once(
-            f"reward {name!r} writes into its images where autograd does not see it (.data, torch.no_grad()), so its gradient is "
-            f"not that of its value; compute new images instead, such as images = 255 * images."
+            f"reward {name!r} writes into its images where autograd does not see it (.data, torch.no_grad()), so its gradient "
+            f"does not belong to its value; compute new images instead, such as images = 255 * images."
         )
 
 
 def _silenced(gradient: Tensor | None, missing: Tensor) -> tuple[Tensor] | None:
-    """Without what is not finite of the images that have no value; `None`, as an autograd function may give, stays as it is."""
+    """The gradient with 0 for images without a value whose gradient is not finite; `None`, if an autograd function gave it."""
     if gradient is None:
         return None
     sound = gradient.flatten(1).isfinite().all(1) | ~missing

@@ -1,4 +1,4 @@
-"""Any image classifier as a reward: the log probability that it gives to a class."""
+"""An image classifier as a reward: the log probability of a class."""
 
 from __future__ import annotations
 
@@ -21,11 +21,12 @@ class ClassLogProbability(nn.Module):
     With weight 1 the target p_base(x) · p(class | x) is, up to its normaliser, the base's distribution given the class.
 
     Args:
-        model: Hub id or local folder of an image classification model whose classes exclude each other, with its image processor.
-        label: index or name (`config.id2label`) of the class; `None` for the dataset column `label`, with either for each image.
+        model: Hub id or local folder of an image classifier with mutually exclusive classes, and of its image processor.
+        label: index or name (`config.id2label`) of the class. `None` reads the dataset column `label`, with an index or a name
+            for each image.
 
     Raises:
-        ValueError: if the model has no such class, or is no classifier of exclusive classes.
+        ValueError: if the model has no such class, or does not have mutually exclusive classes.
     """
 
     def __init__(self, model: str | Path, label: int | str | None = None) -> None:
@@ -34,7 +35,7 @@ class ClassLogProbability(nn.Module):
         self.preprocess = preprocessing_of(model)
         config = self.model.config
         if config.num_labels < 2 or config.problem_type in ("regression", "multi_label_classification"):
-            raise ValueError(f"{model} does not choose one of several classes; pass a classifier that does.")
+            raise ValueError(f"{model} does not choose one of several classes; pass a classifier with exclusive classes.")
         self.label = None if label is None else _index(label, config.id2label)
         self.requires_grad_(False).eval()
 
@@ -45,7 +46,7 @@ class ClassLogProbability(nn.Module):
 
         Args:
             images: (B, 3, H, W) in [0, 1], floating, on the model's device.
-            label: index or name of a class for each image, read where the reward was made without one.
+            label: index or name of a class for each image, used if the constructor got none.
             prompts, columns: ignored.
 
         Raises:
@@ -62,7 +63,7 @@ class ClassLogProbability(nn.Module):
         if self.label is not None:
             return [self.label] * count
         if label is None:
-            raise ValueError("there is no label; pass ClassLogProbability(model, label=…) or a dataset column 'label'.")
+            raise ValueError("label is missing; pass ClassLogProbability(model, label=…) or a dataset column 'label'.")
         if isinstance(label, str) or len(label) != count:
             got = "one string" if isinstance(label, str) else f"a list of {len(label)}"
             raise ValueError(f"label is {got} for {count} images; pass a list with one class for each image.")
@@ -74,7 +75,7 @@ def _index(label: int | str, names: dict[int, str]) -> int:
     found = [index for index, name in names.items() if label in (index, name)]
     if len(found) == 1:
         return found[0]
-    if found:  # as ImageNet's two classes "crane"
+    if found:  # ImageNet has two classes "crane", for example
         raise ValueError(f"label {label!r} names the classes {found}; pass one of these numbers.")
     examples = ", ".join(f"{index} ({name!r})" for index, name in list(names.items())[:5])
     raise ValueError(f"label {label!r} is none of the model's {len(names)} classes; pass one of {examples}, ….")

@@ -16,8 +16,7 @@ class CLIPScore(nn.Module):
     """r = 100 · cos(image, prompt), differentiable in the images; frozen, in float32 unless moved by `.to(dtype)`.
 
     Range: [−100, 100]; images that show their prompt score about 20–35. The scale is that of torchmetrics and of the tables of
-    arXiv 2409.08861; Hessel et al. write 2.5 · max(cos, 0) instead. There is no maximum here: below 0 it would have no
-    gradient, and images of their prompt score far above.
+    arXiv 2409.08861. Hessel et al. define 2.5·max(cos, 0). The maximum is left out here, because its gradient is 0 below 0.
 
     Args:
         model: Hub id or local folder of a `CLIPModel`, with its tokenizer and image processor.
@@ -33,7 +32,7 @@ class CLIPScore(nn.Module):
 
         Args:
             images: (B, 3, H, W) in [0, 1], floating, on the model's device.
-            prompts: one for each image; what does not fit the text encoder (77 tokens) is cut off.
+            prompts: one for each image; a prompt longer than the text encoder's 77 tokens is cut.
             columns: ignored.
 
         Raises:
@@ -43,5 +42,5 @@ class CLIPScore(nn.Module):
         return 100 * self.encoder.cosine(images, prompts)
 
     def features(self, images: Tensor) -> Tensor:
-        """Image features of norm 1, (B, D): what diversity is measured in."""
+        """Image features of norm 1, (B, D), for measuring diversity."""
         return self.encoder.images(images)

@@ -1,4 +1,4 @@
-"""One reward out of several, its checks, and its gradient with respect to the latent state."""
+"""The weighted sum of reward functions, its checks, and its gradient with respect to the latent state."""
 
 from __future__ import annotations
 
@@ -28,19 +28,18 @@ Of videos with a sound `audio=(B, …)`, the waveform, is among the columns, and
 
 
 class WeightedReward:
-    """r = Σ_i w_i f_i, for each image over the functions that have a value for it.
+    """The reward r = Σ_i w_i f_i, summed over the functions that have a value for an image.
 
     Args:
-        reward_funcs: one callable or module, or several. Modules are frozen and put in evaluation mode.
+        reward_funcs: f_i: one function or module, or a list of them. Modules are frozen and put in evaluation mode.
         weights: w_i, one for each function; `None` for all 1.
-        images_as: "tensor", or "pil": the functions get a list of PIL images (of lists of frames, for videos), and cannot be
+        images_as: "tensor"; or "pil", and the functions get a list of PIL images (of lists of frames, for videos) and cannot be
             differentiated.
-        workers: threads in which a function is called, on a part of the batch each; 1 for one call. Where a function is
-            differentiated it is called once.
+        workers: threads that call a function, each on a part of the batch. A function that is differentiated is called once.
 
     Raises:
         TypeError: if one of them is not callable, or is a class.
-        ValueError: if there is none, or the number of weights differs.
+        ValueError: if there is no function, or the numbers of weights and functions differ.
     """
 
     def __init__(
@@ -57,7 +56,7 @@ class WeightedReward:
         for function in functions:
             if isinstance(function, type):
                 name = function.__name__
-                raise TypeError(f"reward_funcs contains the class {name}; pass an object of it, {name}().")
+                raise TypeError(f"reward_funcs contains the class {name}; pass an instance, {name}().")
             if not callable(function):
                 raise TypeError(f"reward_funcs contains {function!r}; pass callables f(images=, prompts=, **columns).")
         weights = [1.0] * len(functions) if weights is None else list(weights)
@@ -66,7 +65,7 @@ class WeightedReward:
         self.functions, self.weights, self.images_as, self.workers = functions, weights, images_as, workers
         self.names = _unique_names(functions)
         for module in (f for f in functions if isinstance(f, nn.Module)):
-            module.requires_grad_(False).eval()  # frozen, but not under no_grad: the gradient goes through to the images
+            module.requires_grad_(False).eval()  # not torch.no_grad(): the gradient must pass through to the images
 
     def to(self, device: torch.device) -> WeightedReward:
         for module in (f for f in self.functions if isinstance(f, nn.Module)):
@@ -74,7 +73,7 @@ class WeightedReward:
         return self
 
     def require_arguments(self, columns: dict[str, list[Any]], *, with_audio: bool = False) -> set[str]:
-        """The columns that a function asks for by name.
+        """The dataset columns that the functions take by name.
 
         Args:
             with_audio: whether the images are videos that come with their sound, which is then the column of that name.
@@ -101,23 +100,23 @@ class WeightedReward:
             except TypeError as error:
                 raise ValueError(
                     f"reward {name!r} cannot be called as f(images=, prompts=, **columns) with the columns {sorted(columns)} "
-                    f"({error}); give it these arguments, or the dataset the missing columns."
+                    f"({error}); give the function these arguments, or add the missing columns to the dataset."
                 ) from None
             asked |= signature.parameters.keys()
         return asked
 
     def asked_frames(self, num_frames: int) -> set[int]:
-        """Numbers of the frames that a function looks at, of a video of `num_frames`.
+        """The numbers of the frames that the functions use, in a video of `num_frames`.
 
         Raises:
-            ValueError: if a function does not say, or names others.
+            ValueError: if a function does not tell, or names frames that do not exist.
         """
         asked: set[int] = set()
         for name, function in zip(self.names, self.functions, strict=True):
             if not hasattr(function, "asked_frames"):
                 raise ValueError(
-                    f"reward {name!r} does not say which frames it looks at, which decode_frames='asked' wants to know; put "
-                    f"per_frame around it, or pass decode_frames='all'."
+                    f"reward {name!r} does not tell which frames it uses, which decode_frames='asked' needs; wrap it in "
+                    f"per_frame, or pass decode_frames='all'."
                 )
             frames = set(function.asked_frames(num_frames))
             if not (frames and frames <= set(range(num_frames))):
@@ -127,16 +126,21 @@ class WeightedReward:
         return asked
 
     def __call__(self, images: Tensor, prompts: list[str], **columns: list[Any]) -> dict[str, Tensor]:
-        """Each function's value, name → (B,) float32 or better. A function gets the columns that it has arguments for.
+        """The value of each function, name → (B,), float32 or better; NaN for an image without a value.
 
-        What it gets is its own: it may write into images, prompts and columns, and no other function sees it. NaN means that it
-        has no value for an image. It never sees NaN or infinite pixels or sounds, as an overflowing 16-bit decoder makes them:
-        such an image has the value NaN in all functions.
+        A function gets the columns that it has arguments for, and copies of its arguments, so it may write into them. An image
+        with NaN or infinite pixels, or with such a sound, as an overflowing 16-bit decoder makes them, is not shown to the
+        functions: its values are NaN.
+
+        Args:
+            images: (B, 3, H, W) or (B, F, 3, H, W) in [0, 1], or waveforms (B, …).
+            prompts: B prompts.
+            columns: further columns of the dataset, name → B values; under `audio` the sound of videos, a tensor.
 
         Raises:
             TypeError: if a function does not return a tensor.
             ValueError: if it does not return one value for each image, on their device.
-            Exception: of the type that a function raises; its text then begins with the function's name.
+            Exception: an error of a function, of the same type; its message then begins with the function's name.
         """
         sound: Any = columns.get(AUDIO)
         heard = [sound] if isinstance(sound, Tensor) else []
@@ -161,7 +165,7 @@ class WeightedReward:
 
     @property
     def aimed_at(self) -> dict[str, float]:
-        """Name → weight of the functions whose weight is not 0; the others are only looked at. All, if there is none."""
+        """Name → weight of the functions whose weight is not 0; the others are only logged. If all weights are 0, all."""
         weights = dict(zip(self.names, self.weights, strict=True))
         return {name: w for name, w in weights.items() if w} or weights
 
@@ -171,7 +175,7 @@ class WeightedReward:
 
 
 def _where(rows: Tensor, values: Any, other: float) -> Any:
-    """(B, …) as it is in these rows, (B,), and `other` in the rest."""
+    """`values`, (B, …), where `rows`, (B,), is true, and `other` elsewhere."""
     return torch.where(rows.view(-1, *[1] * (values.ndim - 1)), values, other)
 
 
@@ -182,10 +186,10 @@ def needs_audio(function: RewardFunction) -> bool:
 
 
 def total_reward(values: Mapping[str, Tensor], weights: Mapping[str, float]) -> Tensor:
-    """Σ_i w_i f_i over the functions that have a value, NaN where none has.
+    """Σ_i w_i f_i over the functions that have a value; NaN where none has.
 
     Args:
-        values: name → f_i, of one shape; NaN where the function has no value, as of rewards for other tasks.
+        values: name → f_i, all of one shape; NaN where the function has no value.
         weights: name → w_i of the functions in the sum, at least one.
     """
     missing = torch.stack([values[name].isnan() for name in weights])
@@ -195,13 +199,13 @@ def total_reward(values: Mapping[str, Tensor], weights: Mapping[str, float]) -> 
 
 @dataclass(frozen=True)
 class RewardGradient:
-    """The reward at the end points, and its gradient there.
+    """The reward at the end points x, and its gradient; all tensors are detached.
 
     Args:
-        rewards: r, shape (B,), detached.
-        values: name → f_i, shape (B,), detached.
-        gradient: ∇ₓ r, shape (B, …) of the end points, reward units per state unit.
-        images: the decoded end points, detached.
+        rewards: r, (B,).
+        values: name → f_i, (B,).
+        gradient: ∇ₓ r, (B, …) as the end points, in units of r per unit of the state.
+        images: the decoded end points.
     """
 
     rewards: Tensor
@@ -217,14 +221,17 @@ def reward_gradient(
     prompts: list[str],
     columns: dict[str, list[Any]],
 ) -> RewardGradient:
-    """Decode the end points, score the images, and differentiate: one decoder pass forward and one back.
+    """Decode the end points, score the images, and differentiate: one forward and one backward pass through the decoder.
 
     Args:
-        decode: end points → images, or images and their sound, which rewards get as `audio`.
+        end_point: x, (B, …).
+        decode: latent states → images, or images and their sound, which rewards get as `audio`.
+        reward: the weighted reward functions.
+        prompts: B prompts.
+        columns: further columns of the dataset, name → B values.
 
     Raises:
-        ValueError: if a reward with a weight is not differentiable in the images or the sound, or the decoder is not in the end
-            points.
+        ValueError: if a reward with a weight is not differentiable in the images or the sound, or these are not in the end points.
     """
     x = end_point.detach().requires_grad_()
     with torch.enable_grad():
@@ -232,7 +239,7 @@ def reward_gradient(
         decoded = [made] if isinstance(made, Tensor) else [part for part in made if part is not None]
         if not decoded[0].requires_grad:
             raise ValueError(_NO_GRADIENT_IN_THE_DECODER)
-        # Fresh leaves in float32: gradients in the pixels are small, a 16-bit decoder's output would round them away.
+        # New leaves in float32: gradients in the pixels are small, and 16 bits would round them to 0.
         shown = [part.detach().to(torch.promote_types(part.dtype, torch.float32)).requires_grad_() for part in decoded]
         audio: dict[str, Any] = dict(zip([AUDIO], shown[1:], strict=False))
         values = reward(shown[0], prompts, **columns | audio)
@@ -245,7 +252,7 @@ def reward_gradient(
 
 
 _NO_GRADIENT_IN_THE_DECODER = (
-    "the decoded images have no gradient in the end points; remove torch.no_grad(), .detach() and numpy arrays from the decoder."
+    "the decoded images have no gradient in the end points; remove torch.no_grad(), .detach() and NumPy arrays from the decoder."
 )
 
 
@@ -268,36 +275,36 @@ def _pulled_back(decoded: list[Tensor], x: Tensor, slopes: list[Tensor | None]) 
 
 
 def _in_what_is_shown(values: dict[str, Tensor], weights: dict[str, float], shown: list[Tensor]) -> list[Tensor | None]:
-    """Σ_i w_i ∂f_i/∂images, and in the sound; one by one, so that an error has the name of its reward.
+    """Σ_i w_i ∂f_i/∂images, and the same for the sound; `None` for what no reward depends on.
 
-    `None` for what no reward depends on.
+    They are computed one by one so that an error names its reward.
     """
     slopes: list[Tensor | None] = [None] * len(shown)
     last = next(reversed(weights))
     for name, w in weights.items():
         term = total_reward(values, {name: w}).sum()
-        with naming(name):  # functions may share what they compute: the graph stays until the last one
+        with naming(name):  # functions may share a part of their graphs, which must stay until the last one
             found = torch.autograd.grad(term, shown, retain_graph=name != last, allow_unused=True)
-        if all(gradient is None for gradient in found):  # an autograd function of the reward's own may give None
+        if all(gradient is None for gradient in found):  # a custom autograd function of the reward may return None
             raise _of_something_else(name)
         slopes = [a if b is None else b if a is None else a + b for a, b in zip(slopes, found, strict=True)]
     return slopes
 
 
 def with_graph(name: str, value: Tensor, *shown: Tensor) -> Tensor:
-    """A reward's value, checked for a path of autograd to the images, or to their sound.
+    """The value of a reward, after checking that autograd connects it to the images or their sound.
 
     Raises:
-        ValueError: if there is none, and a value for at least one image.
+        ValueError: if it is not connected, although at least one image has a value.
     """
-    if not value.isfinite().any():  # no reward for any of these images, and so nothing to differentiate
+    if not value.isfinite().any():  # no image has a reward, so there is nothing to differentiate
         return value + 0.0 * shown[0].flatten(1).sum(1)
     if not value.requires_grad:
         raise ValueError(
             f"reward {name!r} is not differentiable in the images; remove torch.no_grad(), .detach(), .item(), PIL or uint8 "
-            "conversion from it, Adjoint Matching needs ∂reward/∂pixels."
+            "conversion from it, because Adjoint Matching needs ∂reward/∂pixels."
         )
-    # Or to what the images come from: functions may share what they compute, each of its own copy of the same images.
+    # A function may use what another one has computed and cached, so its graph may lead to another copy of the same images.
     sources = {node for part in shown for node in _graph(part)}
     if not any(node in sources for node in _graph(value)):
         raise _of_something_else(name)
@@ -311,19 +318,19 @@ def _of_something_else(name: str) -> ValueError:
 
 
 def _graph(tensor: Tensor) -> Iterator[Node]:
-    """The nodes of autograd behind a tensor, each once. Nothing is computed: 1 ms for 1500 nodes."""
+    """The autograd nodes that a tensor depends on, each once; takes 1 ms for 1500 nodes."""
     seen: set[Node] = set()
     waiting: list[Node | None] = [get_gradient_edge(tensor).node]
     while waiting:
         node = waiting.pop()
-        if node is not None and node not in seen:  # None in place of what needs no gradient
+        if node is not None and node not in seen:  # None stands for an input that needs no gradient
             seen.add(node)
             yield node
             waiting += [behind for behind, _ in node.next_functions]
 
 
 def _taken(function: RewardFunction, columns: dict[str, list[Any]]) -> dict[str, list[Any]]:
-    """The columns that `function` has arguments for: all of them if it ends in **columns."""
+    """The columns that `function` has arguments for; all if it has `**columns`."""
     parameters = _signature(function).parameters.values()
     if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
         return columns
@@ -332,7 +339,7 @@ def _taken(function: RewardFunction, columns: dict[str, list[Any]]) -> dict[str,
 
 
 def _signature(function: RewardFunction) -> inspect.Signature:
-    """Of a module, that of its `forward`: `__call__` takes anything and hands it on."""
+    """The signature of a function, or of a module's `forward`, since its `__call__` accepts any arguments."""
     return inspect.signature(function.forward if isinstance(function, nn.Module) else function)
 
 

@@ -1,4 +1,4 @@
-"""The two towers of a CLIP or SigLIP model, from pixels and prompts to features on the unit sphere."""
+"""The image and text encoders of a CLIP or SigLIP model: from pixels and prompts to features of norm 1."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ __all__ = ["ImageTextEncoder", "unit_norm"]
 
 
 class ImageTextEncoder(nn.Module):
-    """A frozen image–text model; differentiable in the images.
+    """A frozen image–text model, differentiable in the images.
 
     Args:
         model: Hub id or local folder of a `CLIPModel`, `SiglipModel` or another with `get_image_features`.
         processor: Hub id or local folder of its tokenizer and image processor; `None` for `model`.
-        name: the reward's, for warnings.
+        name: name of the reward, for warnings.
 
     Attributes:
         scale: exp(logit_scale), the inverse temperature of the model's training.
 
     Raises:
-        ValueError: if it is no model of images and texts, or its image processor does more than resize, crop and normalise.
+        ValueError: if it is not an image–text model, or its image processor does more than resize, crop and normalise.
         ImportError: if its tokenizer needs packages that are not installed.
     """
 
@@ -38,23 +38,23 @@ class ImageTextEncoder(nn.Module):
         self.model = AutoModel.from_pretrained(model, dtype=torch.float32)
         if not hasattr(self.model, "get_text_features"):
             found = type(self.model).__name__
-            raise ValueError(f"{model} is a {found}; pass a CLIPModel, a SiglipModel or another of images and texts.")
+            raise ValueError(f"{model} is a {found}; pass a CLIPModel, a SiglipModel or another image–text model.")
         self.preprocess = preprocessing_of(processor)
         text = self.model.config.text_config
         tokenizer, padding = _tokenizer(processor), "longest"
-        if self.model.config.model_type.startswith("siglip"):  # trained on texts padded to its length, without a mask
+        if self.model.config.model_type.startswith("siglip"):  # trained on texts padded to full length, without a mask
             tokenizer.model_input_names, padding = ["input_ids"], "max_length"
         self.tokenize = PromptTokenizer(tokenizer, text.max_position_embeddings, name, padding)
-        self.scale = self.model.logit_scale.exp().item()  # a number, so that .to(bfloat16) does not round it
+        self.scale = self.model.logit_scale.exp().item()  # a Python number: .to(bfloat16) would round a parameter
         self.requires_grad_(False).eval()
 
     def images(self, images: Tensor) -> Tensor:
-        """Features of (B, 3, H, W) in [0, 1], shape (B, D), of norm 1, float32 or better."""
+        """Features of images (B, 3, H, W) in [0, 1]: (B, D), of norm 1, float32 or better."""
         pixels = self.preprocess(images)
         return unit_norm(self.model.get_image_features(pixel_values=pixels.to(self.model.dtype)).pooler_output)
 
     def texts(self, prompts: list[str]) -> Tensor:
-        """Features of B texts, shape (B, D), of norm 1, float32 or better; no gradient."""
+        """Features of B texts: (B, D), of norm 1, float32 or better, without gradient."""
         return encoded_once(prompts, self._texts)
 
     def _texts(self, prompts: list[str]) -> Tensor:
@@ -76,11 +76,11 @@ def _tokenizer(processor: str | Path) -> Any:
         return AutoTokenizer.from_pretrained(processor)
     except ImportError as error:  # SigLIP's needs sentencepiece and protobuf
         raise ImportError(
-            f"the tokenizer of {processor} cannot be made ({str(error).strip().split('. ')[0]}); run pip install "
+            f"the tokenizer of {processor} cannot be loaded ({str(error).strip().split('. ')[0]}); run pip install "
             f'"diffusers-adjoint[rewards]".'
         ) from error
 
 
 def unit_norm(features: Tensor) -> Tensor:
-    """Features divided by their norm, in float32 or better: 16 bits would round a cosine to steps of 0.002."""
+    """Features divided by their norm, in float32 or better; in 16 bits a cosine has steps of 0.002."""
     return F.normalize(features.to(torch.promote_types(features.dtype, torch.float32)), dim=-1)

@@ -1,4 +1,4 @@
-"""HPS v2.1 (arXiv 2306.09341): a CLIP fine-tuned on which of several images of one prompt people prefer."""
+"""HPS v2.1 (arXiv 2306.09341): a CLIP model fine-tuned on which images of a prompt people prefer."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ ARCHITECTURE = "ViT-H-14"
 class HPSv2(nn.Module):
     """r = cos(image, prompt), differentiable in the images; frozen, in float32 unless moved by `.to(dtype)`.
 
-    Range: generated images score about 0.2–0.35; the paper prints 100 times that. The logits of its training are exp(logit_scale)
-    ≈ 100 times the cosine, so a weight of 100 makes differences nats: of two images for one prompt, the model says that the
-    first is preferred with probability sigmoid(100 (r₁ − r₂)).
+    Range: generated images score about 0.2–0.35; the paper reports 100 times that. It was trained with the logits
+    exp(logit_scale)·r ≈ 100 r. So with a weight of 100 the unit is nats: of two images for one prompt, the model prefers the
+    first with probability sigmoid(100 (r₁ − r₂)).
 
     Args:
         model: Hub id, local folder or local file of the weights.
@@ -53,7 +53,7 @@ class HPSv2(nn.Module):
 
         Args:
             images: (B, 3, H, W) in [0, 1], floating, on the model's device.
-            prompts: one for each image; what does not fit the text encoder (77 tokens) is cut off.
+            prompts: one for each image; a prompt longer than the text encoder's 77 tokens is cut.
             columns: ignored.
 
         Raises:
@@ -64,12 +64,12 @@ class HPSv2(nn.Module):
         return (self.features(images) * encoded_once(prompts, self._texts)).sum(-1)
 
     def features(self, images: Tensor) -> Tensor:
-        """Image features of norm 1, (B, D): what diversity is measured in."""
+        """Image features of norm 1, (B, D), for measuring diversity."""
         pixels = _with_borders(images, self.model.visual.image_size[0], self.mean, self.std)
         return unit_norm(self.model.encode_image(pixels.to(self.model.logit_scale.dtype)))
 
     def _texts(self, prompts: list[str]) -> Tensor:
-        self._warn_of_cut(len(self.tokenizer.encode(prompt)) + 2 for prompt in prompts)  # start and end
+        self._warn_of_cut(len(self.tokenizer.encode(prompt)) + 2 for prompt in prompts)  # + 2 for the start and end tokens
         return unit_norm(self.model.encode_text(self.tokenizer(prompts).to(self.model.logit_scale.device)))
 
 
@@ -83,7 +83,7 @@ def _open_clip() -> Any:
 
 
 def _with_borders(images: Tensor, size: int, mean: tuple[float, ...], std: tuple[float, ...]) -> Tensor:
-    """The whole picture within size × size pixels, black around it where it is not square, as in HPS's own evaluation."""
+    """The whole image scaled into size × size pixels, with black borders if it is not square, as in HPS's own evaluation."""
     check_images(images)
     scale = size / max(images.shape[-2:])
     height, width = (round(side * scale) for side in images.shape[-2:])

@@ -1,4 +1,4 @@
-"""Statistics of the pixels as rewards: differentiable, without weights, to test a set-up with and to tell hacking by."""
+"""Pixel statistics as rewards: differentiable and without weights, for testing a set-up and for detecting reward hacking."""
 
 from __future__ import annotations
 
@@ -33,13 +33,13 @@ CHROMA_STEPS = (
     (47, 66, 99, 99, 99, 99, 99, 99),
     *((99,) * 8,) * 4,
 )
-# Codes of "same mean as the block before" and "nothing else in this block" (ITU-T T.81, tables K.3 to K.6).
+# Bits of the codes for "same mean as the block before" and "end of block" (ITU-T T.81, tables K.3 to K.6).
 LUMA_BLOCK_BITS, CHROMA_BLOCK_BITS = 2 + 4, 2 + 2
-BITS = 1.08  # fitted once to the entropy-coded bits of libjpeg, over noise, digits, gradients and 1/f pictures
+BITS = 1.08  # fitted to the entropy-coded bits of libjpeg, over noise, digits, gradients and 1/f images
 
 
 def brightness(images: Tensor, prompts: list[str] | None = None) -> Tensor:
-    """Mean of all values, in [0, 1], shape (B,), float32 or better.
+    """Mean of all pixel values, in [0, 1], shape (B,), float32 or better.
 
     Args:
         images: (B, 3, H, W) in [0, 1], any floating dtype.
@@ -59,7 +59,7 @@ def contrast(images: Tensor, prompts: list[str] | None = None) -> Tensor:
         prompts: ignored.
 
     Returns:
-        Shape (B,), in [0, 0.5], units of the [0, 1] range, float32 or better. Where it is 0 so is its gradient.
+        Shape (B,), in [0, 0.5], units of the [0, 1] range, float32 or better. Where it is 0, its gradient is 0.
 
     Raises:
         ValueError: if the images have the wrong shape or range; TypeError if they are not floating.
@@ -70,14 +70,14 @@ def contrast(images: Tensor, prompts: list[str] | None = None) -> Tensor:
 def saturation(images: Tensor, prompts: list[str] | None = None) -> Tensor:
     """Mean over the pixels of the S of HSV, (max − min)/max of the three colours (Smith 1978).
 
-    Below one level of 255 a pixel is black and the divisor is that level, so that no gradient exceeds 255 a pixel.
+    A pixel whose max is below 1/255 counts as black and is divided by 1/255, so that no gradient exceeds 255 per pixel.
 
     Args:
         images: (B, 3, H, W) in [0, 1], any floating dtype.
         prompts: ignored.
 
     Returns:
-        Shape (B,), in [0, 1], no unit, float32 or better.
+        Shape (B,), in [0, 1], without unit, float32 or better.
 
     Raises:
         ValueError: if the images have the wrong shape or range; TypeError if they are not floating.
@@ -95,8 +95,8 @@ def colourfulness(images: Tensor, prompts: list[str] | None = None) -> Tensor:
         prompts: ignored.
 
     Returns:
-        Shape (B,), ≥ 0, units of the [0, 1] range, float32 or better: the paper's number over 255, so that its "slightly
-        colourful" is 0.06, its "quite" 0.23 and its "extremely" 0.43. On grey images it and its gradient are 0.
+        Shape (B,), ≥ 0, units of the [0, 1] range, float32 or better: the paper's number divided by 255. Its "slightly colourful"
+        is 0.06, its "quite colourful" 0.23 and its "extremely colourful" 0.43. On grey images the value and its gradient are 0.
 
     Raises:
         ValueError: if the images have the wrong shape or range; TypeError if they are not floating.
@@ -110,17 +110,17 @@ def colourfulness(images: Tensor, prompts: list[str] | None = None) -> Tensor:
 def sharpness(images: Tensor, prompts: list[str] | None = None) -> Tensor:
     """Variance of the Laplacian of the luma, four neighbours minus four times the pixel (Pech-Pacheco et al. 2000).
 
-    It sees single pixels: comparable at one resolution only, and highest for noise.
+    It depends on single pixels, so compare it at one resolution only; noise has the highest values.
 
     Args:
-        images: (B, 3, H, W) in [0, 1], any floating dtype, H and W at least 3; pixels at the border are neighbours only.
+        images: (B, 3, H, W) in [0, 1], any floating dtype, H and W at least 3; pixels at the border only serve as neighbours.
         prompts: ignored.
 
     Returns:
         Shape (B,), in [0, 16], squared units of the [0, 1] range, float32 or better.
 
     Raises:
-        ValueError: if the images have the wrong shape or range or are smaller; TypeError if they are not floating.
+        ValueError: if the images have the wrong shape or range, or are smaller; TypeError if they are not floating.
     """
     y = _luma(_exact(images))
     if min(y.shape[1:]) < 3:
@@ -131,26 +131,26 @@ def sharpness(images: Tensor, prompts: list[str] | None = None) -> Tensor:
 
 
 def compressibility(images: Tensor, prompts: list[str] | None = None, *, jpeg_quality: int = 95) -> Tensor:
-    """Minus the size as a JPEG, estimated: smooth, where the size itself has no gradient; negate it for incompressibility.
+    """Minus the estimated size as a JPEG. The estimate is differentiable, which the size is not; negate it for incompressibility.
 
-    JPEG's own steps up to rounding (ITU-T T.81): YCbCr with half the chroma resolution, 8 × 8 DCT, mean of a block less that of
-    the block before, division by the steps q. Then a coefficient c costs 1.08 log₂(1 + (2c/q)²) bits, beside 6 or 4 bits for
-    each block of luma or chroma. Over noise, edges, gradients and 1/f pictures at qualities 30 to 95 it ranks as libjpeg's
-    sizes do (Spearman 0.97 or more); most estimates are within 20 % of them, the worst within 50 %.
+    It takes JPEG's steps (ITU-T T.81) without the rounding: YCbCr with half the chroma resolution, 8 × 8 DCT, difference of the
+    means of successive blocks, division by the quantisation steps q. A coefficient c then costs 1.08 log₂(1 + (2c/q)²) bits, and
+    each block of luma or chroma another 6 or 4 bits. Over noise, edges, gradients and 1/f images at qualities 30 to 95 the
+    estimates rank as libjpeg's sizes do (Spearman 0.97 or more). Most are within 20 % of these sizes, the worst within 50 %.
 
     Args:
-        images: (B, 3, H, W) in [0, 1], any floating dtype and size; edges are repeated up to whole blocks.
+        images: (B, 3, H, W) in [0, 1], any floating dtype and size; the edge is repeated to fill whole blocks.
         prompts: ignored.
-        jpeg_quality: libjpeg's, 1 to 100.
+        jpeg_quality: libjpeg's quality, 1 to 100.
 
     Returns:
-        Shape (B,), bits a pixel without the file's header, at most −0.125 for whole blocks, float32 or better.
+        Shape (B,), minus the bits per pixel without the file's header, at most −0.125 for whole blocks, float32 or better.
 
     Raises:
         ValueError: if the images have the wrong shape or range, or the quality; TypeError if they are not floating.
     """
     if jpeg_quality not in range(1, 101):
-        raise ValueError(f"jpeg_quality={jpeg_quality} is no quality of JPEG; pass an integer from 1 to 100.")
+        raise ValueError(f"jpeg_quality={jpeg_quality} is not a JPEG quality; pass an integer from 1 to 100.")
     x = _exact(images)
     height, width = x.shape[2:]
     x = F.pad(x, (0, -width % 16, 0, -height % 16), mode="replicate")
@@ -168,23 +168,23 @@ def _exact(images: Tensor) -> Tensor:
 
 
 def _luma(x: Tensor) -> Tensor:
-    """(B, 3, H, W) → (B, H, W)."""
+    """Luma of images: (B, 3, H, W) → (B, H, W)."""
     return (x * x.new_tensor(LUMA).view(3, 1, 1)).sum(1)
 
 
 def _std(x: Tensor) -> Tensor:
-    """Standard deviation over the last axis. Its gradient at 0 is 0: that of a norm, and not that of a root."""
+    """Standard deviation over the last axis, as a norm: its gradient at 0 is 0, where that of a square root is NaN."""
     return torch.linalg.vector_norm(x - x.mean(-1, keepdim=True), dim=-1) / math.sqrt(x.shape[-1])
 
 
 def _steps(table: tuple[tuple[int, ...], ...], quality: int) -> Tensor:
-    """libjpeg's steps at a quality, (8, 8)."""
+    """libjpeg's quantisation steps at a quality, (8, 8)."""
     scale = 5000 // quality if quality < 50 else 200 - 2 * quality
     return ((torch.tensor(table) * scale + 50) // 100).clamp(1, 255)
 
 
 def _bits(planes: Tensor, steps: Tensor, block_bits: int) -> Tensor:
-    """Soft count of the bits of (B, C, H, W) in levels of 255, shape (B,)."""
+    """Estimated bits of planes (B, C, H, W) with values in levels of 255, shape (B,)."""
     blocks = planes.unfold(2, 8, 8).unfold(3, 8, 8).flatten(2, 3)  # (B, C, N, 8, 8), in raster order
     dct = _dct(planes)
     coefficients = dct @ blocks @ dct.T / steps.to(planes.device)

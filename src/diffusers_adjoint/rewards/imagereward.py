@@ -1,4 +1,4 @@
-"""ImageReward (arXiv 2304.05977): a BLIP fine-tuned on how people ranked the images of one prompt."""
+"""ImageReward (arXiv 2304.05977): a BLIP model fine-tuned on how people ranked the images of a prompt."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ __all__ = ["ImageReward"]
 
 MEAN, DEVIATION = 0.16717362830052426, 1.0333394966054072  # of the head's output on the authors' test set, from their package
 LENGTH = 35  # tokens of a prompt, as in training
-VISION_HEAD_WIDTH = 64  # channels an attention head, as in every ViT of BLIP; the weights do not tell
-HEAD_LAYERS = ("0", "2", "4", "6", "7")  # the others are dropout
+VISION_HEAD_WIDTH = 64  # channels per attention head in every ViT of BLIP; it cannot be read from the weights
+HEAD_LAYERS = ("0", "2", "4", "6", "7")  # the numbers between are dropout layers
 TEXT_SIZES = (
     "vocab_size",
     "hidden_size",
@@ -33,9 +33,9 @@ TEXT_SIZES = (
     "num_attention_heads",
     "max_position_embeddings",
 )
-# Of BLIP's contrastive loss, and a buffer.
+# Weights of BLIP's contrastive loss, and a buffer.
 UNUSED = ("blip.vision_proj.", "blip.text_proj.", "blip.text_encoder.embeddings.position_ids")
-PUBLISHED_NAMES = {  # parts of our names → the authors', replaced in this order
+PUBLISHED_NAMES = {  # parts of transformers' names → the authors' names, replaced in this order
     "vision.embeddings.class_embedding": "blip.visual_encoder.cls_token",
     "vision.embeddings.position_embedding": "blip.visual_encoder.pos_embed",
     "vision.embeddings.patch_embedding": "blip.visual_encoder.patch_embed.proj",
@@ -52,20 +52,20 @@ PUBLISHED_NAMES = {  # parts of our names → the authors', replaced in this ord
 class ImageReward(nn.Module):
     """r = (head(BLIP(prompt | image)) − 0.167)/1.033, differentiable in the images; frozen, float32 unless moved by `.to(dtype)`.
 
-    The text encoder reads the prompt and attends to the image; its state at the first token goes through five linear layers
-    without activation. Runs the published weights on transformers' BLIP classes.
+    The text encoder reads the prompt and attends to the image. Its state at the first token goes through five linear layers
+    without activation. The published weights run on transformers' BLIP classes.
 
-    Range: standardised by the authors to mean 0 and deviation 1 on their test set; of images by Stable Diffusion 1.4, 98 % score
-    in [−2, 2]. In nats a difference is 1.033 times as large: of two images for one prompt, the model says that the first is
-    preferred with probability sigmoid(1.033 (r₁ − r₂)), which is what it was trained for.
+    Range: the authors standardised it to mean 0 and deviation 1 on their test set; 98 % of images by Stable Diffusion 1.4 score
+    in [−2, 2]. It was trained to predict preferences: of two images for one prompt, it prefers the first with probability
+    sigmoid(1.033 (r₁ − r₂)). So with a weight of 1.033 the unit is nats.
 
     Args:
-        model: Hub id or local folder with ImageReward.pt, or the same as .safetensors, and med_config.json; or the path of such
+        model: Hub id or local folder with ImageReward.pt or ImageReward.safetensors, and med_config.json; or the path of such
             weights next to a med_config.json.
         tokenizer: Hub id or local folder of the tokenizer of BERT base, uncased.
 
     Raises:
-        ValueError: if the files do not have the published layout, or the tokenizer another vocabulary.
+        ValueError: if the files do not have the published layout, or the tokenizer has another vocabulary.
     """
 
     def __init__(
@@ -103,9 +103,9 @@ class ImageReward(nn.Module):
         """Scores, shape (B,), float32 or better.
 
         Args:
-            images: (B, 3, H, W) in [0, 1], floating, on the model's device; the shorter side becomes 224 pixels, the centre is
-                cut out.
-            prompts: one for each image; what goes beyond 35 tokens is cut off.
+            images: (B, 3, H, W) in [0, 1], floating, on the model's device; resized to 224 pixels on the shorter side, and
+                cropped at the centre.
+            prompts: one for each image; a prompt longer than 35 tokens is cut.
             columns: ignored.
 
         Raises:
@@ -114,13 +114,13 @@ class ImageReward(nn.Module):
         """
         check_prompts(prompts, images)
         seen = self.vision(pixel_values=self.preprocess(images)).last_hidden_state
-        # The authors pad to 35 tokens. Masked ones have weight zero, so that padding to the longest gives the same.
+        # The authors pad to 35 tokens. Padding to the longest prompt gives the same result, because padding is masked.
         tokens = self.tokenize(prompts).to(seen.device)
         read = self.text(tokens.input_ids, attention_mask=tokens.attention_mask, encoder_hidden_states=seen).last_hidden_state
         return (self._scalar(read[:, 0]) - MEAN) / DEVIATION
 
     def _scalar(self, features: Tensor) -> Tensor:
-        """The head's output, shape (B,), in float32 or better also where the model is not."""
+        """The head's output, shape (B,), computed in float32 or better even if the model is in 16 bits."""
         dtype = torch.promote_types(features.dtype, torch.float32)
         parameters = {name: value.to(dtype) for name, value in self.head.named_parameters()}
         return functional_call(self.head, parameters, features.to(dtype)).squeeze(1)
@@ -134,14 +134,14 @@ def _vision_config(weights: dict[str, Tensor]) -> BlipVisionConfig:
         intermediate_size=len(weights[f"{tower}blocks.0.mlp.fc1.weight"]),
         num_hidden_layers=sum(name.startswith(f"{tower}blocks.") and name.endswith(".norm1.weight") for name in weights),
         num_attention_heads=width // VISION_HEAD_WIDTH,
-        image_size=patch * math.isqrt(weights[f"{tower}pos_embed"].shape[1] - 1),  # one position is the class token's
+        image_size=patch * math.isqrt(weights[f"{tower}pos_embed"].shape[1] - 1),  # − 1 for the class token
         patch_size=patch,
-        layer_norm_eps=1e-6,  # timm's, not transformers' default
+        layer_norm_eps=1e-6,  # timm's default, which transformers does not share
     )
 
 
 def _text_config(settings: dict[str, Any], vision_width: int) -> BlipTextConfig:
-    """Sizes of med_config.json, but for its encoder_width, as in the authors' package; `is_decoder` makes the cross attention."""
+    """The sizes in med_config.json except its encoder_width, as in the authors' package; `is_decoder` adds cross-attention."""
     return BlipTextConfig(**{name: settings[name] for name in TEXT_SIZES}, encoder_hidden_size=vision_width, is_decoder=True)
 
 
@@ -151,21 +151,21 @@ def _head(weights: dict[str, Tensor]) -> nn.Sequential:
 
 
 def _blip_tokenizer(tokenizer: str | Path, vocabulary: int) -> Any:
-    """BERT's with the two tokens that BLIP adds; a prompt gets neither, unless it spells one out.
+    """BERT's tokenizer with the two tokens that BLIP adds, which prompts do not normally contain.
 
     Raises:
-        ValueError: if it has not as many tokens as the text encoder.
+        ValueError: if its vocabulary is not that of the text encoder.
     """
     loaded = AutoTokenizer.from_pretrained(tokenizer)
     loaded.add_tokens(["[DEC]", "[ENC]"], special_tokens=True)
     if len(loaded) != vocabulary:
         raise ValueError(
-            f"tokenizer has {len(loaded)} tokens with BLIP's two for a text encoder of {vocabulary}; pass the one of "
+            f"tokenizer has {len(loaded)} tokens with BLIP's two, but the text encoder has {vocabulary}; pass the one of "
             "google-bert/bert-base-uncased."
         )
     return loaded
 
 
 def _published_name(name: str) -> str:
-    """The authors' name for one of our parameters; those of the text encoder differ by their prefix only."""
+    """The authors' name for a parameter of this module."""
     return reduce(lambda renamed, pair: renamed.replace(*pair), PUBLISHED_NAMES.items(), name)

@@ -1,4 +1,4 @@
-"""PickScore (arXiv 2305.01569): a CLIP fine-tuned on which of two images people picked for a prompt."""
+"""PickScore (arXiv 2305.01569): a CLIP model fine-tuned on which of two images people picked for a prompt."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ from .encoder import ImageTextEncoder
 __all__ = ["PickScore"]
 
 PROCESSOR = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"
-SETTINGS = ["preprocessor_config.json", "processor_config.json"]  # as image processors and whole processors are saved
+SETTINGS = ["preprocessor_config.json", "processor_config.json"]  # files of an image processor, and of a whole processor
 
 
 class PickScore(nn.Module):
     """r = exp(logit_scale) · cos(image, prompt), differentiable in the images; frozen, in float32 unless moved by `.to(dtype)`.
 
-    Range: the published weights have exp(logit_scale) ≈ 100, so generated images score about 18–24. Differences are nats: of
-    two images for one prompt, the model says that the first is preferred with probability sigmoid(r₁ − r₂).
+    Range: the published weights have exp(logit_scale) ≈ 100, so generated images score about 18–24. The unit is nats: of two
+    images for one prompt, the model prefers the first with probability sigmoid(r₁ − r₂).
 
     Args:
         model: Hub id or local folder of a `CLIPModel`.
-        processor: Hub id or local folder of its tokenizer and image processor; `None` for the model's local folder, if it holds
-            them, or else for those that the published model was trained with.
+        processor: Hub id or local folder of its tokenizer and image processor. `None` takes them from the model's local folder,
+            if it has them, else those that the published model was trained with.
     """
 
     def __init__(
@@ -43,7 +43,7 @@ class PickScore(nn.Module):
 
         Args:
             images: (B, 3, H, W) in [0, 1], floating, on the model's device.
-            prompts: one for each image; what does not fit the text encoder (77 tokens) is cut off.
+            prompts: one for each image; a prompt longer than the text encoder's 77 tokens is cut.
             columns: ignored.
 
         Raises:
@@ -53,5 +53,5 @@ class PickScore(nn.Module):
         return self.encoder.scale * self.encoder.cosine(images, prompts)
 
     def features(self, images: Tensor) -> Tensor:
-        """Image features of norm 1, (B, D): what diversity is measured in."""
+        """Image features of norm 1, (B, D), for measuring diversity."""
         return self.encoder.images(images)

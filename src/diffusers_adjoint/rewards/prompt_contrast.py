@@ -1,4 +1,4 @@
-"""One text against another, by any CLIP or SigLIP model: "a sunny day" rather than "a rainy day"."""
+"""One text against another by a CLIP or SigLIP model, such as "a sunny day" rather than "a rainy day"."""
 
 from __future__ import annotations
 
@@ -16,16 +16,15 @@ __all__ = ["PromptContrast"]
 class PromptContrast(nn.Module):
     """r = exp(logit_scale) · (cos(image, positive) − cos(image, negative)), in nats, differentiable in the images; frozen.
 
-    These are the log odds of the model's own zero-shot classifier. For CLIP (arXiv 2103.00020, §3.1.2):
-    P(positive)/P(negative) = e^r where it chooses between the two texts. For SigLIP (arXiv 2303.15343, §3.2), which judges each
-    text alone: the log odds of the positive text less those of the negative one, in which its bias cancels. With such a reward
-    of weight 1, training multiplies the base's density by that ratio.
+    These are the log odds of the model's own zero-shot classifier. CLIP chooses between the two texts (arXiv 2103.00020, §3.1.2),
+    and P(positive)/P(negative) = e^r. SigLIP judges each text alone (arXiv 2303.15343, §3.2), and r is the log odds of the
+    positive text minus those of the negative one; its bias cancels. With weight 1, training multiplies the base's density by e^r.
 
     Range: |r| ≤ 2 exp(logit_scale), about 200; typically within ±15.
 
     Args:
-        positive: the text to approach; `None` for each image's own prompt.
-        negative: the text to leave. The default, the empty text, stands for any image.
+        positive: the text that images should fit; `None` for each image's own prompt.
+        negative: the text that they should not fit. The default, the empty text, fits any image.
         model: Hub id or local folder of a `CLIPModel` or `SiglipModel`, with its tokenizer and image processor.
     """
 
@@ -42,7 +41,7 @@ class PromptContrast(nn.Module):
 
         Args:
             images: (B, 3, H, W) in [0, 1], floating, on the model's device.
-            prompts: one for each image, read where `positive` is `None`; what does not fit the text encoder is cut off.
+            prompts: one for each image, used if `positive` is `None`; a prompt too long for the text encoder is cut.
             columns: ignored.
 
         Raises:
@@ -55,5 +54,5 @@ class PromptContrast(nn.Module):
         return self.encoder.scale * (self.encoder.images(images) * (texts[:-1] - texts[-1])).sum(-1)
 
     def features(self, images: Tensor) -> Tensor:
-        """Image features of norm 1, (B, D): what diversity is measured in."""
+        """Image features of norm 1, (B, D), for measuring diversity."""
         return self.encoder.images(images)

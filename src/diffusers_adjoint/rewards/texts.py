@@ -1,4 +1,4 @@
-"""Prompts as a reward's text encoder reads them."""
+"""Tokenise and encode prompts for a reward's text encoder."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ logger = logging.get_logger(__name__)
 
 
 class CutWarning:
-    """Says once that prompts are cut.
+    """Warns once that long prompts are cut.
 
     Args:
-        name: the reward's.
-        length: tokens that its text encoder reads, special ones included.
+        name: name of the reward.
+        length: number of tokens that its text encoder reads, including special tokens.
     """
 
     def __init__(self, name: str, length: int) -> None:
@@ -30,20 +30,20 @@ class CutWarning:
         self._given = False
 
     def __call__(self, lengths: Iterable[int]) -> None:
-        """Look at the numbers of tokens of some prompts."""
+        """Warn, the first time, if one of these numbers of tokens is above the encoder's."""
         if not self._given and any(length > self.length for length in lengths):
             logger.warning(f"{self.name} reads the first {self.length} tokens of a prompt; longer prompts are cut.")
             self._given = True
 
 
 class PromptTokenizer:
-    """Cuts prompts to the encoder's length, and says so once.
+    """Tokenises prompts, cuts them to the encoder's length, and warns once if one is cut.
 
     Args:
-        tokenizer: of the text encoder.
-        length: tokens that it reads, special ones included.
-        name: the reward's, for the warning.
-        padding: "longest", or "max_length" for encoders that were trained that way.
+        tokenizer: the text encoder's tokenizer.
+        length: number of tokens that the encoder reads, including special tokens.
+        name: name of the reward, for the warning.
+        padding: "longest", or "max_length" for encoders that were trained with it.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, length: int, name: str, padding: str = "longest") -> None:
@@ -57,14 +57,14 @@ class PromptTokenizer:
 
 
 def encoded_once(prompts: list[str], encode: Callable[[list[str]], Tensor]) -> Tensor:
-    """`encode` of B texts, (B, D), without a gradient; several images of one prompt need it once."""
+    """`encode` applied to B texts, (B, D), without gradient; a text that occurs several times is encoded once."""
     distinct = list(dict.fromkeys(prompts))
     with torch.no_grad():
         return encode(distinct)[[distinct.index(prompt) for prompt in prompts]]
 
 
 def check_prompts(prompts: list[str], images: Tensor) -> None:
-    """Raises ValueError or TypeError unless there is one text for each image."""
+    """Raise ValueError or TypeError unless `prompts` is a list with one string for each image."""
     check_tensor(images)
     if isinstance(prompts, str) or (isinstance(prompts, list | tuple) and len(prompts) != len(images)):
         got = "one string" if isinstance(prompts, str) else f"a list of {len(prompts)}"

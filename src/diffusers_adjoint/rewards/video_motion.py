@@ -1,4 +1,4 @@
-"""How much a video moves, and a floor for it: rewards of single images are highest for good pictures that stand still."""
+"""The motion of a video, and a reward that keeps it: with rewards of single frames alone, training tends towards still videos."""
 
 from __future__ import annotations
 
@@ -14,17 +14,16 @@ __all__ = ["MotionFloor", "motion"]
 
 
 def motion(images: Tensor, prompts: list[str] | None = None, frame_numbers: list[list[int]] | None = None) -> Tensor:
-    """Root of the frame-difference energy: √mean (x_{f+1} − x_f)² over the pixels and all neighbouring frames.
+    """Motion of a video: the root mean square of x_{f+1} − x_f over all pixels and pairs of neighbouring frames f, f + 1.
 
     Args:
         images: videos (B, F, 3, H, W) in [0, 1], any floating dtype, F ≥ 2.
         prompts: ignored.
-        frame_numbers: which frames of the whole video these are, for each of the B, where there are gaps between them: only two
-            with following numbers are neighbours. The trainer fills it in (`decode_frames`).
+        frame_numbers: for each video, the numbers of these frames in the whole video; only frames with consecutive numbers are
+            neighbours. The trainer passes it if it decodes only some frames (`decode_frames`). `None` for all frames.
 
     Returns:
-        Shape (B,), in [0, 1], units of the [0, 1] range, float32 or better. A video that stands still has the motion 0, and there
-        the gradient is 0, too: nothing says in which direction it should move.
+        Shape (B,), in [0, 1], units of the [0, 1] range, float32 or better. A still video has motion 0 and gradient 0.
 
     Raises:
         ValueError: if the shape or the range is wrong, or no two frames are neighbours; TypeError if they are not floating.
@@ -41,22 +40,23 @@ def motion(images: Tensor, prompts: list[str] | None = None, frame_numbers: list
     counts = neighbours.sum(1)
     if not counts.all():
         raise ValueError(
-            f"the {x.shape[1]} frames of a video have no two neighbours, which have a motion; pass longer videos, or another "
-            f"decode_frames."
+            f"the {x.shape[1]} frames of a video contain no two neighbouring ones, which motion compares; pass longer videos, or "
+            f"another decode_frames."
         )
     kept = steps * neighbours[:, :, None, None, None]
     return torch.linalg.vector_norm(kept.flatten(1), dim=1) / (counts * steps[0, 0].numel()).to(x.dtype).sqrt()
 
 
 class MotionFloor(nn.Module):
-    """min(motion/floor − 1, 0): the missing part of a motion that is enough, beyond which nothing pulls; −1 at a standstill.
+    """The reward min(motion/floor − 1, 0): 0 for videos with enough motion, where its gradient is 0, too, and −1 for a still
+    video.
 
     Args:
-        floor: motion to keep, as of `motion`, > 0: the mean over videos of the base, or a part of it.
+        floor: `motion` that is enough, > 0, such as its mean over videos of the base, or a fraction of that.
 
     Raises:
         ValueError: if the floor is not positive and finite.
-        TypeError: if it is no number.
+        TypeError: if it is not a number.
     """
 
     def __init__(self, floor: float) -> None:
@@ -64,12 +64,12 @@ class MotionFloor(nn.Module):
         if not isinstance(floor, Real):
             raise TypeError(f"floor is {floor!r}; pass a number.")
         if not 0 < floor < math.inf:
-            raise ValueError(f"floor={floor} is no motion; pass a number > 0, such as the mean of motion over the base's videos.")
+            raise ValueError(f"floor={floor} is not a motion; pass a number > 0, such as the mean motion of the base's videos.")
         self.floor: float = float(floor)
 
     def forward(self, images: Tensor, prompts: list[str] | None = None, frame_numbers: list[list[int]] | None = None) -> Tensor:
         return (motion(images, prompts, frame_numbers) / self.floor - 1).clamp(max=0)
 
     def asked_frames(self, num_frames: int) -> set[int]:
-        """All: neighbours are compared."""
+        """All frames, because neighbouring frames are compared."""
         return set(range(num_frames))

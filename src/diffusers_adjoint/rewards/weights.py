@@ -1,4 +1,4 @@
-"""Published weights that are no transformers model: one file, on the Hub or in a local folder."""
+"""Published weights that are not a transformers model: one file, on the Hub or in a local folder."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ __all__ = ["published_file", "read_weights"]
 
 
 def published_file(model: str | Path, *names: str) -> Path:
-    """The first of these files that a model has: in a local folder, or on the Hub (or its cache, offline).
+    """The path of the first of these files that exists in a local folder or on the Hub (or, offline, in its cache).
 
     Args:
-        model: local folder, local file (which is taken as it is), or Hub id.
+        model: local folder, local file (which is returned as it is), or Hub id.
         names: file names, the preferred one first.
 
     Raises:
@@ -39,22 +39,22 @@ def _from_hub(model: str, names: tuple[str, ...]) -> Path:
     for name in names[:-1]:
         try:
             return Path(hf_hub_download(model, name))
-        except EntryNotFoundError:  # also raised where the cache lacks it; the next name may be there
+        except EntryNotFoundError:  # also raised offline if the file is not in the cache; try the next name
             continue
     return Path(hf_hub_download(model, names[-1]))
 
 
 def read_weights(file: Path) -> dict[str, Tensor]:
-    """The tensors of a safetensors file, or of a .pt or .pth one, from which nothing but tensors is unpickled.
+    """The tensors in a safetensors file or in a .pt or .pth file, name → tensor; only tensors are unpickled.
 
     Raises:
-        ValueError: if it holds anything else, or is damaged.
+        ValueError: if the file holds anything else, or is damaged.
     """
     try:
         if file.suffix == ".safetensors":
             return load_file(file)
         weights = torch.load(file, map_location="cpu", weights_only=True)
-    except Exception as error:  # pickle's, zip's and safetensors' own errors, by what the file is
+    except Exception as error:  # pickle, zip and safetensors raise many kinds of errors
         raise ValueError(f"{file} holds more than tensors, or is damaged; pass the published file.") from error
     if isinstance(weights, dict):
         weights = weights.get("state_dict", weights)
