@@ -188,7 +188,7 @@ def test_a_dry_run_evaluates_and_writes_nothing(recipe, tmp_path, capsys):
 
 def test_a_recipe_that_trained_evaluates_what_it_trained(recipe, tmp_path, capsys):
     line = failure(capsys, "evaluate", "--config", recipe)
-    assert "reward_scale=10 is for a report on what was fine-tuned, and training has left nothing in output_dir='out'" in line
+    assert "reward_scale=10 is for a report on a fine-tuned model, but training has left none in output_dir='out'" in line
     assert main(["train", "--config", recipe, "--max_steps", "1"]) == 0
     capsys.readouterr()
     assert main(["evaluate", "--config", recipe, "--num_prompts", "2", "--num_generations_eval", "3"]) == 0
@@ -308,7 +308,7 @@ def test_the_top_command_answers_without_torch(option):
         (["train", "--config", "recipe.yaml", "--max_steps", "many"], "invalid int value: 'many'"),
         (["train", "--config", "recipe.yaml", "--reward_scale", "-1"], "reward_scale=-1.0 is not a scale"),
         (["train", "--config", "recipe.yaml", "--target_kl", "1"], "target_kl=1.0 and reward_scale=10.0 both set λ"),
-        (["train", "--config", "recipe.yaml", "--dtype", "auto"], "dtype='auto' is unknown to diffusers"),
+        (["train", "--config", "recipe.yaml", "--dtype", "auto"], "dtype='auto' is not one of diffusers"),
         (["train", "--config", "recipe.yaml", "--load_in_4bit"], "load_in_4bit is no option for a pipeline; leave it out."),
         (
             ["train", "--config", "recipe.yaml", "--attn_implementation", "sdpa"],

@@ -223,8 +223,8 @@ def test_a_damaged_result_is_named(here, capsys, name, damage):
     capsys.readouterr()
     evaluate(sheet_prompts=2, status=1)
     line = capsys.readouterr().err.strip().splitlines()[-1]
-    assert line.startswith(f"diffusers-adjoint: error: evaluation/{name} is not what this command wrote (")
-    assert line.endswith("; delete its folder to measure it again, or pass another output_dir.")
+    assert line.startswith(f"diffusers-adjoint: error: evaluation/{name} is damaged (")
+    assert line.endswith("; delete its folder to measure the prompt again, or pass another output_dir.")
     if name.startswith("prompts"):
         shutil.rmtree(Path("evaluation", name).parent)
         evaluate(sheet_prompts=2)
@@ -253,7 +253,7 @@ def test_a_result_that_cannot_be_written(here, capsys, name):
     evaluate(status=1)
     line = capsys.readouterr().err.strip().splitlines()[-1]
     assert line.startswith(f"diffusers-adjoint: error: evaluation/{name}")
-    assert line.endswith("make room for it, and the same command goes on, without overwrite_output_dir.")
+    assert line.endswith("free some space, and run the same command without overwrite_output_dir to continue.")
 
 
 @pytest.mark.parametrize("content", [b"", b"garbage" * 100, "half", "another"])
@@ -498,7 +498,7 @@ def test_results_of_unknown_options_are_neither_used_nor_overwritten(here, capsy
     for options in ({}, {"overwrite_output_dir": True}):
         evaluate(status=1, **options)
         assert (
-            "evaluation holds results, but no evaluation.json that says of what; pass another output_dir."
+            "evaluation holds results, but no evaluation.json with their options; pass another output_dir."
             in capsys.readouterr().err
         )
     Path("mine").mkdir()
@@ -513,7 +513,7 @@ def test_a_prompt_is_whole_or_absent(here, capsys, monkeypatch):
 
     monkeypatch.setattr(Image.Image, "save", fail)
     evaluate(status=1)
-    assert "error: evaluation cannot be written (no space left); make room for it" in capsys.readouterr().err
+    assert "error: evaluation cannot be written (no space left); free some space" in capsys.readouterr().err
     assert not list(Path("evaluation/prompts").glob("[0-9]*"))
     monkeypatch.undo()
     os.chdir(here)
@@ -746,14 +746,17 @@ def test_an_infinite_reward_is_no_missing_one():
         ({"adapter": "nowhere"}, "adapter='nowhere' cannot be loaded"),
         ({"adapter": "./no/where/at/all"}, "adapter='./no/where/at/all' cannot be loaded"),
         ({"model_name_or_path": "no/where/at/all"}, "model_name_or_path='no/where/at/all' cannot be loaded"),
-        ({"diversity": "my.py:brightness_of"}, "features 'my.py:brightness_of' returned shape (2,) for 2 images; return (B, D)"),
+        (
+            {"diversity": "my.py:brightness_of"},
+            "features 'my.py:brightness_of' returned shape (2,) for 2 images; return one row for each, (B, D)",
+        ),
         ({"adapter": ["out", "out"]}, "adapter names the same model twice"),
         ({"dataset_name": "none.txt"}, "dataset_name='none.txt' does not exist"),
         ({"reward_funcs": "my.py:none"}, "my.py has no 'none'"),
         ({"reward_funcs": "my.py:labelled"}, "reward 'labelled' cannot be called"),
         ({"diversity": "Fuzz"}, "diversity 'Fuzz' is none of "),
         ({"pipeline_kwargs": '{"prompt": "x"}'}, "pipeline_kwargs contains 'prompt'"),
-        ({"adapter": None, "reward_scale": 2}, "training has left nothing in output_dir='evaluation'; pass adapter."),
+        ({"adapter": None, "reward_scale": 2}, "training has left none in output_dir='evaluation'; pass adapter."),
         ({"reward_weights": [1, 2]}, "reward_weights has 2 entries for 1 reward functions"),
     ],
 )
@@ -767,15 +770,15 @@ def test_one_sentence_for_what_cannot_be_evaluated(here, capsys, options, messag
     "options, message",
     [
         (["--sampler", "magic"], "sampler='magic' is unknown; pass 'ode', 'sde' or both."),
-        (["--num_inference_steps", "0"], "count from 1"),
-        (["--guidance_scale", "1", "0"], "guidance_scale=0 is no scale of guidance; pass 1, for none, or more."),
+        (["--num_inference_steps", "0"], "must be at least 1"),
+        (["--guidance_scale", "1", "0"], "guidance_scale=0 is not a guidance scale; pass 1 for none, or more."),
         (["--num_generations_eval", "0"], "num_generations_eval=0 is too small; pass 1 or more."),
-        (["--guidance_scale", "nan"], "guidance_scale=nan is no scale of guidance"),
+        (["--guidance_scale", "nan"], "guidance_scale=nan is not a guidance scale"),
         (["--seed", "-1"], "seed=-1 is below 0; pass 0 or more."),
-        (["--reward_scale", "nan"], "reward_scale=nan makes no tilt report"),
+        (["--reward_scale", "nan"], "reward_scale=nan gives no tilt report"),
         (["--reward_weights", "inf"], "reward_weights=[inf] are not all finite"),
-        (["--dtype", "int8"], "dtype='int8' is unknown to diffusers"),
-        (["--pipeline_kwargs", "{x"], "pipeline_kwargs='{x' is no JSON"),
+        (["--dtype", "int8"], "dtype='int8' is not one of diffusers"),
+        (["--pipeline_kwargs", "{x"], "pipeline_kwargs='{x' is not JSON"),
         (["--pipeline_kwargs", "[1]"], "pipeline_kwargs='[1]' is a list; pass an object"),
         (["--model_name_or_path", ""], "model_name_or_path is missing; pass --model_name_or_path."),
         (["--stepps", "3"], "unknown options --stepps 3"),

@@ -1,4 +1,4 @@
-"""`diffusers-adjoint evaluate`: the base against what was fine-tuned from it, over prompts, steps, samplers and guidance."""
+"""`diffusers-adjoint evaluate`: compare fine-tuned models with their base over prompts, steps, samplers and guidance scales."""
 
 from .arguments import EvaluationArguments
 from .report import Report, Row

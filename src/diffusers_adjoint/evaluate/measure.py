@@ -1,4 +1,4 @@
-"""One prompt: sample it with every model and setting, from the same seeds, and measure the samples."""
+"""Sample one prompt with one model and setting, and measure the samples."""
 
 from __future__ import annotations
 
@@ -49,15 +49,15 @@ class Setting:
 
 @dataclass(frozen=True)
 class Plan:
-    """How many samples of each prompt, and what is measured on them; the same for all models.
+    """What is sampled and measured for each prompt, the same for all models.
 
     Args:
         samples: N, images of a prompt.
         batch_size: images in one call of the pipeline.
-        kl_paths: memoryless paths of a prompt along which the KL to the base is measured; 0 for none.
-        seed: of all random numbers.
-        reward: whose values are measured.
-        features: name → features.
+        kl_paths: memoryless paths of a prompt on which the KL to the base is measured; 0 for none.
+        seed: seed of all random numbers.
+        reward: the weighted reward functions.
+        features: name → features for diversity.
     """
 
     samples: int
@@ -70,12 +70,12 @@ class Plan:
 
 @dataclass(frozen=True)
 class Subject:
-    """A model, sampled in one way.
+    """A model with a setting.
 
     Args:
-        model: that is measured.
-        base: that its paths' KL is measured to; `model` itself where that is the base.
-        setting: how it is sampled.
+        model: the model that is measured.
+        base: the model to which the KL is measured; the same object for the base itself.
+        setting: how the model is sampled.
         replay: of the model's pipeline, for this setting.
     """
 
@@ -90,9 +90,9 @@ class Prompt:
     """A row of the dataset.
 
     Args:
-        number: of the row.
-        columns: of the dataset, with one value each.
-        shown: how many of its images are to be looked at.
+        number: number of the row.
+        columns: columns of the dataset with one value each.
+        shown: number of its images on the contact sheets.
     """
 
     number: int
@@ -102,13 +102,13 @@ class Prompt:
 
 @dataclass(frozen=True)
 class Measured:
-    """The samples of one prompt, model and setting, in numbers; NaN for what has no value.
+    """Measurements of one prompt, model and setting; NaN where a value is missing.
 
     Args:
         rewards: name → N values.
-        statistics: name → N values.
-        spread: name → (value, standard error) of the samples together.
-        kl: nats, one value a path; empty for the base and for the ODE, where it is infinite.
+        statistics: image statistics, name → N values.
+        spread: diversity measures, name → (value, standard error) of the N samples together.
+        kl: path KL in nats, one value a path; empty for the base, and for the ODE, whose path KL is infinite.
     """
 
     rewards: dict[str, list[float]]
@@ -117,7 +117,7 @@ class Measured:
     kl: list[float] = field(default_factory=list)
 
     def to_json(self) -> dict[str, Any]:
-        """Plain values; JSON has no NaN, which becomes `None`, and no infinity, which becomes its name."""
+        """The measurements as JSON values: NaN becomes `None`, and infinity the string "inf"."""
         return mapped(asdict(self), lambda value: value if math.isfinite(value) else None if math.isnan(value) else str(value))
 
     @classmethod
@@ -126,17 +126,17 @@ class Measured:
 
 
 def mapped(values: Any, function: Callable[[Any], Any]) -> Any:
-    """`function` of each value in nested dicts and lists."""
+    """Apply `function` to each value in nested dicts and lists."""
     if isinstance(values, dict):
         return {name: mapped(value, function) for name, value in values.items()}
     return [mapped(value, function) for value in values] if isinstance(values, list | tuple) else function(values)
 
 
 def measure(subject: Subject, prompt: Prompt, plan: Plan) -> tuple[Measured, Tensor]:
-    """Sample one prompt with one model. Seeds depend on the numbers of prompt and sample only.
+    """Sample one prompt with one model and measure the samples. Seeds depend on the numbers of prompt and sample only.
 
     Returns:
-        What was measured, and the first `prompt.shown` images, float32 on the CPU.
+        The measurements, and the first `prompt.shown` images on the CPU.
     """
     rewards: dict[str, list[float]] = {name: [] for name in plan.reward.names}
     statistics: dict[str, list[float]] = {}
@@ -170,18 +170,18 @@ def _batches(count: int, size: int) -> list[range]:
 def _sample(subject: Subject, columns: dict[str, list[Any]], seed: int, prompt: int, numbers: range) -> Media:
     """Images of one prompt, one for each of the samples with these numbers."""
     generators = seeded_generators(seed, prompt, numbers, Stream.EVALUATION)
-    # Their own stream: a start and a first noise from the same numbers would be the same picture.
+    # The step noise has a stream of its own: from the same seed, the start and the first noise would be equal.
     noise = seeded_generators(seed, prompt, numbers, Stream.EVALUATION_NOISE) if subject.setting.sampler == "sde" else None
     return subject.replay.sample_media(columns, generators, noise)
 
 
 def _features(name: str, function: Features, images: Tensor) -> Tensor:
-    """(B, D); of a video, the mean over its frames."""
+    """Features of images or videos, (B, D); of a video, the mean over its frames."""
     frames = images if images.ndim == 4 else images.flatten(0, 1)
-    features = function(frames.clone())  # it may write into its images
+    features = function(frames.clone())  # a copy, because the function may write into it
     if features.ndim != 2 or len(features) != len(frames):
         raise ValueError(
-            f"features {name!r} returned shape {tuple(features.shape)} for {len(frames)} images; return (B, D), a row each."
+            f"features {name!r} returned shape {tuple(features.shape)} for {len(frames)} images; return one row for each, (B, D)."
         )
     return features.unflatten(0, (len(images), -1)).mean(1)
 
@@ -191,13 +191,13 @@ def _spread(features: dict[str, list[Tensor]]) -> dict[str, tuple[float, float]]
     for name, parts in features.items():
         f = torch.cat(parts) if parts else torch.empty(0, 1)
         spread[f"diversity ({name})"] = astuple(prompt_diversity(pairwise_diversity, f))
-        # Pixels of a black image have no direction.
+        # The Vendi score compares directions, and the pixels of a black image have none.
         spread[f"Vendi ({name})"] = astuple(prompt_diversity(vendi_score, f[f.any(1)]))
     return spread
 
 
 def _path_kl(subject: Subject, prompt: Prompt, plan: Plan) -> list[float]:
-    """KL(paths of the model ‖ paths of the base), nats, one value a path, of the model as it is sampled: guided if it is."""
+    """KL(paths of the model ‖ paths of the base), nats, one value a path; both are guided if the setting is."""
     model, base, replay = subject.model, subject.base, subject.replay
     if model is base or subject.setting.sampler == "ode" or not plan.kl_paths:
         return []

@@ -1,4 +1,4 @@
-"""The base and what was fine-tuned from it, sharing every network that they have in common."""
+"""Load the base and the models fine-tuned from it; networks that they have in common are loaded once."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ class Model:
     """One of the models that are compared.
 
     Args:
-        name: in tables, file names and sheets.
-        pipeline: of which models that differ by an adapter share one.
+        name: its name in tables, file names and contact sheets.
+        pipeline: models that differ by a LoRA only share one pipeline.
         adapter: name of its LoRA in the pipeline; `None` for the base and for fully fine-tuned models.
     """
 
@@ -39,7 +39,7 @@ class Model:
 
     @contextmanager
     def active(self) -> Iterator[None]:
-        """Within this context the pipeline is this model: no other adapter acts."""
+        """Within this context the pipeline is this model: its adapter is active, and no other."""
         carrying = [] if self.adapter is None else _carrying(self.pipeline, self.adapter)
         for part in carrying:
             part.set_adapter(self.adapter)
@@ -52,7 +52,7 @@ class Model:
 
 
 def _carrying(pipeline: DiffusionPipeline, adapter: str) -> list[Any]:
-    """Its networks that have layers of this adapter; text encoders may be among them."""
+    """The pipeline's networks with layers of this adapter, which may include text encoders."""
     return [part for part in pipeline.components.values() if adapter in getattr(part, "peft_config", {})]
 
 
@@ -63,13 +63,13 @@ def load_models(
 
     Args:
         model: name or folder of the base pipeline.
-        adapters: folders or Hub ids of what training wrote: a LoRA, or a whole pipeline, of which the denoiser is loaded only.
-        init_kwargs: as `load_pipeline` takes them.
-        component: the denoiser that was trained; `None` for the first one.
-        device: where all networks go.
+        adapters: folders or Hub ids of fine-tuned models: a LoRA, or a whole pipeline, of which only the denoiser is loaded.
+        init_kwargs: arguments of `load_pipeline`.
+        component: name of the trained network; `None` for the first denoiser.
+        device: device of all networks.
 
     Raises:
-        ValueError: if one cannot be loaded, or a LoRA has no layer in the denoiser.
+        ValueError: if a model cannot be loaded, or a LoRA has no layer in the denoiser.
     """
     base = _loaded("model_name_or_path", model, lambda: load_pipeline(model, init_kwargs, component))
     component = component or denoiser_names(base)[0]
@@ -84,10 +84,10 @@ def load_models(
 
 
 def _loaded(option: str, name: str, load: Callable[[], Any]) -> Any:
-    """What `load` returns. Whatever the hosts raise for a name or a file that is not what it should be, is one sentence."""
+    """Call `load`, and turn the errors of diffusers and huggingface_hub for bad names and files into one sentence."""
     try:
         return load()
-    except (torch.OutOfMemoryError, ImportError):  # neither is the file's fault
+    except (torch.OutOfMemoryError, ImportError):  # not caused by the file
         raise
     except Exception as error:
         reason = " ".join(str(error).split()).rstrip(".") or type(error).__name__
@@ -95,12 +95,12 @@ def _loaded(option: str, name: str, load: Callable[[], Any]) -> Any:
 
 
 def holds_model(folder: str) -> bool:
-    """Whether training has left a LoRA or a whole pipeline there."""
+    """Whether a folder contains a LoRA or a whole pipeline from training."""
     return any(os.path.isfile(os.path.join(folder, name)) for name in (WEIGHTS_NAME, INDEX, MODULAR_INDEX))
 
 
 def _names(adapters: Sequence[str]) -> list[str]:
-    """Short ones: the folder's; with as much of its path as tells it from the others."""
+    """Short names of the models: the folder's name, with as much of its path as makes it unique."""
     paths = [Path(adapter).resolve().parts if Path(adapter).exists() else tuple(adapter.split("/")) for adapter in adapters]
     for length in range(1, max((len(path) for path in paths), default=0) + 1):
         names = ["-".join(path[-length:]) for path in paths]
@@ -112,7 +112,7 @@ def _names(adapters: Sequence[str]) -> list[str]:
 
 
 def _lora_file(source: str) -> Path:
-    """The LoRA in a folder or a repository of the Hub; in a folder also under another name, where there is only one."""
+    """The LoRA file in a folder or Hub repository; in a folder a single .safetensors file may have any name."""
     if not Path(source).exists():
         return Path(hf_hub_download(source, WEIGHTS_NAME))
     others = sorted(Path(source).glob("*.safetensors"))
@@ -122,13 +122,13 @@ def _lora_file(source: str) -> Path:
 def _tuned(
     base: DiffusionPipeline | ModularPipeline, source: str, name: str, adapter: str, component: str, init_kwargs: dict[str, Any]
 ) -> Model:
-    """The model of a LoRA, which the base's pipeline then carries, or of a whole pipeline."""
+    """Load a fine-tuned model: a LoRA into the base's pipeline, or a whole pipeline that shares the base's other networks."""
     if isinstance(base, ModularPipeline) and has_file(source, MODULAR_INDEX):
         return Model(name, modular_from_pretrained(source, {**init_kwargs, "revision": None}, like=base, component=component))
     if has_file(source, INDEX):
         denoisers = denoiser_names(base, component)
         shared = {part: network for part, network in base.components.items() if part not in denoisers}
-        which_files = {"revision": None, "variant": None}  # those given are of the base
+        which_files = {"revision": None, "variant": None}  # the given ones belong to the base
         return Model(name, type(base).from_pretrained(source, **{**init_kwargs, **which_files, **shared}))
     load_saved_lora(base, component, _lora_file(source), adapter)
     carrying = _carrying(base, adapter)

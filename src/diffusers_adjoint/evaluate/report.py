@@ -1,4 +1,4 @@
-"""From numbers to tables: base against fine-tuned, in the form of tables 2, 5 and 8 of 2409.08861, and what else moved."""
+"""The report: tables that compare base and fine-tuned models, in the form of tables 2, 5 and 8 of 2409.08861."""
 
 from __future__ import annotations
 
@@ -26,17 +26,17 @@ __all__ = ["Report", "Row", "Tilt", "make_report", "title_of"]
 KL = "KL spent (nats)"
 NAMES = ("guidance", "steps", "sampler")
 NOTE = "± is one standard error over prompts (over samples for one prompt); differences pair the same seeds."
-MARKED_FROM = 10  # prompts; the error from fewer is itself so uncertain that noise would often be marked
+MARKED_FROM = 10  # prompts; from fewer the standard error is so uncertain that noise would often be marked
 MARKED = "* is a difference of more than three of them."
 SAMPLERS = {"ode": "ODE", "sde": "memoryless"}
 
 
 @dataclass(frozen=True)
 class Samples:
-    """All prompts of one setting and model.
+    """Measurements of one setting and model for all prompts.
 
     Args:
-        rewards: name → (P, N); NaN where a function has no value, infinite where it failed.
+        rewards: name → (P, N); NaN where a function has no value, infinite where it returned infinity.
         statistics: name → (P, N).
         spread: name → values and standard errors, (P, 2).
         kl: (P, paths), nats.
@@ -59,11 +59,11 @@ class Samples:
 
     @property
     def known_rewards(self) -> dict[str, Tensor]:
-        """With NaN for infinite values too."""
+        """The rewards with NaN instead of infinite values."""
         return {name: _known(values) for name, values in self.rewards.items()}
 
     def estimates(self) -> dict[str, Estimate]:
-        """Rewards and diversity, one column of the table each."""
+        """Rewards, diversity and KL, one column of the table each."""
         spread = {name: _over_prompts(values) for name, values in self.spread.items()}
         kl = {KL: prompt_mean(self.kl)} if self.kl.numel() else {}
         return prompt_means(self.known_rewards) | spread | kl
@@ -72,7 +72,7 @@ class Samples:
         return Row(setting, model, self.estimates(), prompt_means(self.statistics))
 
     def difference(self, setting: Setting, model: str, base: Samples) -> Row:
-        """To the base, prompt by prompt and seed by seed."""
+        """The difference to the base, paired by prompt and seed."""
         rewards = prompt_differences(base.known_rewards, self.known_rewards)
         statistics = prompt_differences(base.statistics, self.statistics)
         spread = {name: _spread_difference(base.spread[name], values) for name, values in self.spread.items()}
@@ -80,12 +80,12 @@ class Samples:
 
 
 def _over_prompts(values: Tensor) -> Estimate:
-    """Of (P, 2) values and errors: over prompts; of a single prompt, its own."""
+    """The mean of (P, 2) values and errors over prompts; for a single prompt, its own value and error."""
     return prompt_mean(values[:, :1]) if len(values) > 1 else Estimate(*values[0].tolist())
 
 
 def _spread_difference(before: Tensor, after: Tensor) -> Estimate:
-    """Prompt by prompt; of a single prompt with both errors, an upper bound, as samples of the same seeds go together."""
+    """The difference, paired by prompt. For a single prompt the error is an upper bound: equal seeds are correlated."""
     if len(before) > 1:
         return prompt_difference(before[:, :1], after[:, :1])
     return Estimate((after - before)[0, 0].item(), math.hypot(before[0, 1], after[0, 1]))
@@ -101,11 +101,14 @@ def _known(values: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Row:
-    """A setting and a model, or a model's difference to the base.
+    """A row of the tables: a setting and a model, or the model's difference to the base.
 
     Args:
-        metrics: rewards, diversity and KL by name.
-        statistics: of the images, by name.
+        setting: how the model was sampled.
+        model: name of the model.
+        metrics: rewards, diversity and KL, by name.
+        statistics: image statistics, by name.
+        is_difference: whether the row is a difference.
     """
 
     setting: Setting
@@ -117,29 +120,29 @@ class Row:
 
 @dataclass(frozen=True)
 class Tilt:
-    """The tilt report of one setting and model; `None` where samples without a reward, or single ones, leave nothing to weigh."""
+    """The tilt report of one setting and model; `report` is `None` if a sample has no reward, or prompts have one sample."""
 
     setting: Setting
     model: str
     report: TiltReport | None
 
     def to_json(self) -> dict[str, Any]:
-        """The report's own fields by their names; those of a target also where it is "not estimable"."""
+        """The report's fields by name, including those of a target that is not estimable."""
         report = None if self.report is None else mapped(asdict(self.report), _or_none)
         return {**_setting(self.setting), "model": self.model, "report": report}
 
 
 @dataclass(frozen=True)
 class Report:
-    """Everything that an evaluation says.
+    """The result of an evaluation.
 
     Args:
-        rows: of the tables.
-        tilts: one for each setting and fine-tuned model, none without a reward scale.
-        prompts: P.
-        samples: N.
-        missing: reward, or KL, and model → how many values, over all settings, are not finite, where there are such.
-        reward_scale: λ.
+        rows: rows of the tables.
+        tilts: one for each setting and fine-tuned model; empty without a reward scale.
+        prompts: P, number of prompts.
+        samples: N, samples of each prompt.
+        missing: "<reward or KL> of <model>" → number of values that are not finite, over all settings; only where there are some.
+        reward_scale: λ, nats per unit of reward.
     """
 
     rows: list[Row]
@@ -150,7 +153,7 @@ class Report:
     reward_scale: float | None
 
     def markdown(self) -> str:
-        """For the terminal and for results.md."""
+        """The tables as Markdown, for the terminal and results.md."""
         settings = list(dict.fromkeys(row.setting for row in self.rows))
         varying = [name for name in NAMES if len({getattr(setting, name) for setting in settings}) > 1]
         constant = "".join(f", {name} {_label(settings[0], name)}" for name in NAMES if name not in varying)
@@ -170,7 +173,7 @@ class Report:
         return "\n\n".join(parts) + "\n"
 
     def json(self) -> str:
-        """All numbers; `null` for those that do not exist."""
+        """All numbers as JSON; `null` for those that are missing."""
         rows = [
             {
                 **_setting(row.setting),
@@ -186,7 +189,7 @@ class Report:
         return json.dumps(everything, indent=2, allow_nan=False) + "\n"
 
     def csv(self) -> str:
-        """A line a row, each number with its standard error."""
+        """All rows as CSV, each number with its standard error."""
         flat = [row.metrics | {f"image {name}": value for name, value in row.statistics.items()} for row in self.rows]
         names = list(dict.fromkeys(name for values in flat for name in values))
         text = io.StringIO()
@@ -204,10 +207,10 @@ def make_report(
     reward_scale: float | None = None,
     weights: dict[str, float] | None = None,
 ) -> Report:
-    """All tables.
+    """Make the report from the measurements.
 
     Args:
-        results: of each prompt: setting → model's name → what was measured; the base first.
+        results: for each prompt, setting → model's name → measurements; the base first.
         reward_scale: λ, nats per unit of reward; without it there is no tilt report.
         weights: w_i of the rewards in Σ_i w_i f_i; all 1 if not given.
     """
@@ -264,7 +267,7 @@ def _setting(setting: Setting) -> dict[str, Any]:
 
 
 def _rendered(rows: Sequence[Row], varying: Sequence[str], part: str, marks: bool) -> str:
-    """A table of the rows' metrics or statistics; what is the same for all settings has no column."""
+    """A table of the rows' metrics or statistics; only settings that vary have a column."""
     values: list[dict[str, Estimate]] = [getattr(row, part) for row in rows]
     names = list(dict.fromkeys(name for found in values for name in found))
     body = [

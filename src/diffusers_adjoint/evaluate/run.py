@@ -1,4 +1,4 @@
-"""The evaluation: every process takes its share of the prompts, the main one writes tables and sheets."""
+"""Run an evaluation: every process takes its share of the prompts, and the main process writes tables and contact sheets."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ from .store import Results, Store
 
 __all__ = ["evaluate", "process_state"]
 
-# The numbers do not depend on these.
+# Options on which the numbers do not depend.
 FREE = ["output_dir", "overwrite_output_dir", "batch_size", "reward_scale", "reward_weights", "reward_workers"]
 FREE += ["dataset_name", "dataset_streaming", "num_prompts", "sheet_prompts", "sheet_samples"]  # rows are compared one by one
 WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt")
@@ -42,10 +42,13 @@ HOSTS = [logging.getLogger(name) for name in ("diffusers", "transformers")]
 
 
 def evaluate(args: EvaluationArguments, reward: WeightedReward, features: dict[str, Features], dataset: Any) -> Report:
-    """Sample, measure, write results.md, .json, .csv and sheets/ into `args.output_dir`; goes on where it was interrupted.
+    """Sample, measure, and write results.md, .json, .csv and sheets/ into `args.output_dir`.
+
+    An evaluation that was interrupted continues with the prompts that are not finished.
 
     Args:
-        reward: whose functions are measured.
+        args: the options.
+        reward: the weighted reward functions.
         features: name → features for diversity; modules among them are moved to the device.
         dataset: rows with a prompt each.
 
@@ -53,12 +56,12 @@ def evaluate(args: EvaluationArguments, reward: WeightedReward, features: dict[s
         The report, on every process.
 
     Raises:
-        ValueError: for models that cannot be loaded, columns that do not fit, an output_dir with another evaluation, or a
-            reward scale and nothing that was fine-tuned.
+        ValueError: if a model cannot be loaded, the dataset's columns do not fit, output_dir holds another evaluation, or
+            there is a reward scale but no fine-tuned model.
     """
     if args.reward_scale is not None and not args.adapter:
         raise ValueError(
-            f"reward_scale={args.reward_scale:g} is for a report on what was fine-tuned, and training has left nothing in "
+            f"reward_scale={args.reward_scale:g} is for a report on a fine-tuned model, but training has left none in "
             f"output_dir={args.output_dir!r}; pass adapter."
         )
     state = process_state()
@@ -68,7 +71,7 @@ def evaluate(args: EvaluationArguments, reward: WeightedReward, features: dict[s
         store.open(options_of(args), args.overwrite_output_dir)
     state.wait_for_everyone()
     left = [i for i, row in enumerate(rows) if not store.has(i, row)]
-    state.wait_for_everyone()  # before the first one is finished: all must share out the same
+    state.wait_for_everyone()  # before a process finishes its first prompt: all must divide the same list
     mine = left[state.process_index :: state.num_processes]
     if mine:
         with each_once(HOSTS):
@@ -85,14 +88,14 @@ def evaluate(args: EvaluationArguments, reward: WeightedReward, features: dict[s
 
 
 def process_state() -> PartialState:
-    """This process among those that a launcher started; without being told of the CPU, it would take itself for the only one."""
-    # A process that is done waits for the slowest, for hours perhaps.
+    """This process among those that a launcher started. On the CPU, accelerate sees the others only if told to use it."""
+    # A process that has finished waits for the slowest one, perhaps for hours.
     return PartialState(cpu=not torch.accelerator.is_available(), timeout=timedelta(days=30))
 
 
 @contextmanager
 def each_once(loggers: Sequence[logging.Logger]) -> Iterator[None]:
-    """Within this context the hosts say the same thing once only; "the text was cut" would come with each image."""
+    """Within this context each message of these loggers is shown once; a warning of a cut prompt would come with each image."""
     said: set[str] = set()
 
     def is_new(record: logging.LogRecord) -> bool:
@@ -118,7 +121,7 @@ def _rows(dataset: Any, count: int | None) -> list[dict[str, Any]]:
 
 
 def options_of(args: EvaluationArguments) -> dict[str, Any]:
-    """What the numbers of a prompt depend on, as JSON keeps it."""
+    """The options on which the numbers of a prompt depend, as JSON values."""
     named = [name.rpartition(":")[0] for name in [*args.reward_funcs, *args.diversity]]
     sources = [args.model_name_or_path, *args.adapter, *named]
     files = {name: stamps for name in sources if name and (stamps := _stamps(Path(name)))}
@@ -126,7 +129,7 @@ def options_of(args: EvaluationArguments) -> dict[str, Any]:
 
 
 def _stamps(path: Path) -> list[list[Any]]:
-    """Size and time of a local file, or of the weights in a folder: a model trained anew is another one."""
+    """Size and time of a local file, or of the weights in a folder, to notice a model that was trained again."""
     weights = sorted(file for file in path.rglob("*") if file.suffix in WEIGHTS) if path.is_dir() else []
     files = [path] if path.is_file() else weights
     return [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in files]
@@ -140,7 +143,7 @@ def _measure_all(
     store: Store,
     mine: list[int],
 ) -> None:
-    """All models and settings of this process's prompts, prompt by prompt."""
+    """Measure all models and settings on this process's prompts, prompt by prompt."""
     state = process_state()
     for function in features.values():
         module = getattr(function, "__self__", function)  # the module of a method `features`
@@ -168,8 +171,8 @@ def _measure_all(
 
 
 def _subjects(args: EvaluationArguments, models: list[Model], row: dict[str, Any], reward: WeightedReward) -> list[Subject]:
-    """All models in the first setting, the base first, then in the next; checked against a row before anything is sampled."""
-    # By pipeline, number of steps and guidance scale: models that differ by an adapter share a replay, and so do samplers.
+    """All models, the base first, for each setting; the first row is checked against all of them before anything is sampled."""
+    # Key: pipeline, number of steps and guidance scale. Models that differ by an adapter share a replay, and so do samplers.
     made: dict[tuple[int, int, float], PipelineReplay] = {}
     columns = collate_columns([row])
     for model in models:

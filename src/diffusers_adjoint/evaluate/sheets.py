@@ -1,4 +1,4 @@
-"""Contact sheets: the same prompts and seeds, the base above what was fine-tuned from it."""
+"""Contact sheets: samples of the same prompts and seeds, the base's above those of the fine-tuned models."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ class SheetRow:
     """The samples of one prompt and model.
 
     Args:
-        number: of the prompt.
-        prompt: drawn above the first row of a prompt.
-        caption: the model and its numbers.
+        number: number of the prompt.
+        prompt: text that is drawn above the first row of a prompt.
+        caption: name of the model and its mean rewards.
         strip: its samples, side by side.
     """
 
@@ -32,7 +32,7 @@ class SheetRow:
 
 
 def contact_sheet(title: str, rows: Sequence[SheetRow]) -> Image.Image:
-    """All rows below each other, each under its caption, each prompt under its text."""
+    """An image with all rows below each other, under their captions and prompts."""
     width = max(LEAST_WIDTH, *(row.strip.width + 2 * MARGIN for row in rows))
     placed, y, number = [], LINE + MARGIN, None
     for row in rows:

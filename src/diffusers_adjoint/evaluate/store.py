@@ -1,4 +1,4 @@
-"""What is finished, on the disk: one folder a prompt, whole or absent, so that an evaluation goes on where it was interrupted."""
+"""Store finished prompts on disk, one folder each, complete or absent, so that an interrupted evaluation can continue."""
 
 from __future__ import annotations
 
@@ -23,43 +23,43 @@ __all__ = ["Results", "Store"]
 
 OPTIONS, NUMBERS, DIGEST, DIGITS = "evaluation.json", "measured.json", "sha256", 6
 Results = dict[Setting, dict[str, Measured]]
-"""setting → model's name → what was measured."""
+"""setting → model's name → measurements."""
 
 
 class Store:
     """The folder of an evaluation.
 
     Args:
-        folder: `output_dir`, seen by all processes.
-        settings: of the evaluation.
+        folder: `output_dir`, shared by all processes.
+        settings: settings of the evaluation.
     """
 
     def __init__(self, folder: Path, settings: list[Setting]) -> None:
         self.folder, self.settings = folder, settings
 
     def open(self, options: dict[str, Any], overwrite: bool) -> None:
-        """Make the folder, or go on in it. To be called by one process.
+        """Create the folder, or continue the evaluation in it. Only one process calls this.
 
         Args:
-            options: whatever the numbers depend on.
-            overwrite: forget the evaluation that is there; other files stay.
+            options: the options on which the numbers depend.
+            overwrite: delete the evaluation that is there; other files stay.
 
         Raises:
-            ValueError: if it holds an evaluation with other options, or is no folder that can be written.
+            ValueError: if it holds an evaluation with other options, or cannot be written.
         """
-        if os.path.isfile(self.folder):  # unlike Path's, it takes a name that no file can have
+        if os.path.isfile(self.folder):  # unlike Path.is_file, it accepts a name with a zero byte
             raise ValueError(f"output_dir={str(self.folder)!r} is a file; pass a folder.")
         require_writable(str(self.folder))
         before = self._options()
         if before is None and (any(self._finished()) or (self.folder / "results.md").exists()):
-            raise ValueError(f"{self.folder} holds results, but no {OPTIONS} that says of what; pass another output_dir.")
+            raise ValueError(f"{self.folder} holds results, but no {OPTIONS} with their options; pass another output_dir.")
         if overwrite and before is not None:
             self._forget()
         elif before is not None and before != options and any(self._finished()):
             changed = sorted(name for name in {*before, *options} if before.get(name) != options.get(name))
             raise ValueError(
                 f"{self.folder} holds an evaluation with other {', '.join(changed)}; pass another output_dir, or "
-                f"overwrite_output_dir to forget it."
+                f"overwrite_output_dir to delete it."
             )
         if before != options:
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -76,31 +76,30 @@ class Store:
         return options
 
     def _read(self, file: Path, read: Callable[[], Any]) -> Any:
-        """What `read` returns.
+        """Call `read`.
 
         Raises:
             ValueError: if it cannot read the file.
         """
         try:
             return read()
-        except (OSError, ValueError, SyntaxError, RecursionError) as error:  # the third of a broken PNG, the last of JSON
+        except (OSError, ValueError, SyntaxError, RecursionError) as error:  # SyntaxError from a PNG, RecursionError from JSON
             raise self._damaged(file, " ".join(str(error).split())) from error
 
     @contextmanager
     def writing(self) -> Iterator[None]:
-        """Raises ValueError within this context for a file that cannot be written."""
+        """Within this context a file that cannot be written raises ValueError."""
         try:
             yield
         except OSError as error:
             raise ValueError(
-                f"{error.filename or self.folder} cannot be written ({error.strerror or error}); make room for it, and the same "
-                f"command goes on, without overwrite_output_dir."
+                f"{error.filename or self.folder} cannot be written ({error.strerror or error}); free some space, and run the "
+                f"same command without overwrite_output_dir to continue."
             ) from error
 
     def _damaged(self, file: Path, reason: str) -> ValueError:
         return ValueError(
-            f"{file} is not what this command wrote ({reason}); delete its folder to measure it again, or pass another "
-            f"output_dir."
+            f"{file} is damaged ({reason}); delete its folder to measure the prompt again, or pass another output_dir."
         )
 
     def _finished(self) -> list[Path]:
@@ -120,7 +119,7 @@ class Store:
         """Whether the prompt of this number is finished.
 
         Raises:
-            ValueError: if it had another text or other columns.
+            ValueError: if the stored prompt has another text or other columns.
         """
         if not (self.path(prompt) / NUMBERS).is_file():
             return False
@@ -129,12 +128,12 @@ class Store:
             found = f"as {before['prompt']!r}" if before["prompt"] != now["prompt"] else "with other columns"
             raise ValueError(
                 f"{self.folder} holds prompt {prompt + 1}, {now['prompt']!r}, {found}; pass another output_dir, or "
-                f"overwrite_output_dir to forget it."
+                f"overwrite_output_dir to delete the earlier evaluation."
             )
         return True
 
     def write(self, prompt: int, row: dict[str, Any], results: Results, strips: dict[tuple[Setting, str], Image.Image]) -> None:
-        """Keep a finished prompt: its numbers and, for the contact sheets, its pictures of each setting and model."""
+        """Store a finished prompt: its measurements and, for the contact sheets, images for each setting and model."""
         measured = {str(setting): {name: m.to_json() for name, m in models.items()} for setting, models in results.items()}
         with whole_folder(self.path(prompt), True, barrier=_alone) as folder:
             content = {**_description(row), "measured": measured}
@@ -150,7 +149,7 @@ class Store:
         file = self.path(prompt) / NUMBERS
         values = self._read(file, lambda: json.loads(file.read_text(encoding="utf-8")))
         if not isinstance(values, dict) or values.pop(DIGEST, None) != _digest(values):
-            raise self._damaged(file, "its content does not fit its digest")
+            raise self._damaged(file, "its content does not match its hash")
         return values
 
     def read_strip(self, prompt: int, setting: Setting, model: str) -> Image.Image | None:
@@ -163,14 +162,14 @@ def _strip_name(setting: Setting, model: str) -> str:
 
 
 def _digest(content: dict[str, Any]) -> str:
-    """SHA-256, by which a number that somebody changed is noticed."""
+    """SHA-256 of the content, to detect changes."""
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def _description(row: dict[str, Any]) -> dict[str, str]:
-    """The prompt, to be read, and all columns, to be compared; images too."""
+    """The prompt as text, and a hash of all columns, including images, to compare."""
     return {"prompt": str(row.get("prompt", "")), "columns": Hasher.hash(row)}
 
 
 def _alone() -> None:
-    """The barrier of a folder that only one process writes."""
+    """A barrier that does nothing, for a folder that only one process writes."""

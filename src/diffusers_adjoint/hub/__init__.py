@@ -1,4 +1,4 @@
-"""What goes to the Hub: weights, a model card, sample images; and nothing else."""
+"""Files for the Hub: weights, the model card and sample images."""
 
 from .card import CardFacts, Licence, Sample, model_card
 from .facts import base_model_of, card_facts, hub_id, licence_of, pipeline_tag_of

@@ -1,4 +1,4 @@
-"""The model card: front matter for the Hub, and text for its readers."""
+"""The model card: metadata for the Hub, and text for readers."""
 
 from __future__ import annotations
 
@@ -27,7 +27,13 @@ PACKAGES = ("diffusers-adjoint", "diffusers", "transformers", "peft", "torch")
 
 @dataclass(frozen=True)
 class Sample:
-    """A sample in the repository: its file's name, the prompt it was made with, and the file of the base's from the same seed."""
+    """A sample shown on the card.
+
+    Args:
+        file: name of the file in the repository.
+        prompt: its prompt.
+        before: file of the base's sample from the same prompt and seed; `None` if there is none.
+    """
 
     file: str
     prompt: str
@@ -36,7 +42,7 @@ class Sample:
 
 @dataclass(frozen=True)
 class Licence:
-    """Licence of the base as its card gives it: the Hub's identifier, and a name and a link where that is "other"."""
+    """Licence of the base, from its own card: the Hub's identifier, and a name and a link if that is "other"."""
 
     id: str | list[str]
     name: str | None = None
@@ -45,25 +51,30 @@ class Licence:
 
 @dataclass(frozen=True)
 class CardFacts:
-    """Everything the card says; `card_facts` collects it from a trainer's parts.
+    """The facts that a model card states; `card_facts` collects them from a trainer.
 
     Args:
-        repo_id: what the card's snippet loads from; its last part is the title.
-        pipeline_class: the pipeline's class, network_class: the name of that of the trained component.
-        dtype: of the base's weights, as "torch.float32".
+        repo_id: Hub id or name that the card's code loads from; its last part is the title.
+        pipeline_class: class of the pipeline.
+        component: name of the trained network in the pipeline.
+        network_class: name of the class of that network.
+        dtype: dtype of the base's weights, such as "torch.float32".
         call: arguments of the pipeline's call that made the first sample.
-        guiders: name of a guider of a modular pipeline → its scale, 1 for off.
-        settings: what the settings table shows, name → value; reward_scale is among them.
+        settings: content of the settings table, name → value, with reward_scale among them.
         rewards: name → weight.
-        reward_texts: name → what the function's docstring begins with, of those that have one.
-        num_prompts: how many different ones it was trained on; `None` where not known.
-        output: name of the pipeline's output that holds the samples; `None` where not known.
-        paper: of the method; needs_gradient: whether it differentiates the reward; tilts: whether the target is its fixed point.
-        log_history: lines of the trainer's log.
-        base_adapters: names of the adapters that the base carried; `None` for a full fine-tuning.
-        guided: whether classifier-free guidance acted.
-        given_start: whether sampling starts from a noisy image rather than from noise.
-        licence, base_model, dataset: `None` where not known.
+        paper: paper of the method.
+        reward_texts: name → first paragraph of the reward's docstring, if it has one.
+        num_prompts: number of different prompts in the training set; `None` if unknown.
+        output: name of the pipeline's output that contains the samples; `None` if unknown.
+        guiders: name of a guider of a modular pipeline → its scale, 1 for off.
+        needs_gradient: whether the method differentiates the reward.
+        tilts: whether the method's fixed point is the tilted distribution.
+        log_history: log lines of the trainer.
+        base_adapters: names of the base's own adapters; `None` after full fine-tuning.
+        guided: whether classifier-free guidance acted in training or sampling.
+        given_start: whether sampling starts from a noisy image instead of noise.
+        base_model, licence, dataset: Hub id of the base, its licence, Hub id of the dataset; `None` if unknown.
+        tags: further tags.
         medium, pipeline_tag, samples: filled in by `write_card`.
     """
 
@@ -96,7 +107,7 @@ class CardFacts:
 
 
 def model_card(facts: CardFacts) -> ModelCard:
-    """The card: front matter for the Hub, and text for its readers. No network."""
+    """Make the model card from its facts; does not access the network."""
     adapter = facts.base_adapters is not None
     licence = facts.licence or Licence("")
     tags = [facts.pipeline_tag, "diffusers", "diffusers-training", "adjoint-matching", *facts.tags]
@@ -155,7 +166,7 @@ def _is_modular(facts: CardFacts) -> bool:
 
 
 def _guidance(scale: float) -> str:
-    """Arguments of a guider; off is a guider for no step, as blocks fail or switch it on that find it disabled."""
+    """Arguments of a guider. Scale 1 is a guider that is active in no step: blocks fail with a disabled guider, or enable it."""
     return "start=0.0, stop=0.0" if scale == 1 else f"guidance_scale={scale:g}, enabled=True"
 
 
@@ -186,7 +197,7 @@ def _call_lines(facts: CardFacts) -> list[str]:
 
 
 def _literal(value: Any) -> str | None:
-    """Python source of a value; `None` for what has none (pictures, tensors) or would tell a local path."""
+    """Python source of a value; `None` for images, tensors and other objects, and for local paths."""
     if isinstance(value, list) and len(value) == 1 and isinstance(value[0], str):
         value = value[0]
     if isinstance(value, str):
@@ -203,13 +214,12 @@ def _quoted(text: str) -> str:
 def _target(facts: CardFacts) -> str:
     reward = " + ".join(f"{weight:g}·{_code(name)}" for name, weight in facts.rewards.items())
     scale, budget = facts.settings.get("reward_scale"), facts.settings.get("target_kl")
-    weight = "a λ" if scale is None else f"λ = {scale:g} nats per unit of reward"  # a budget's is known from training on
+    weight = "a λ" if scale is None else f"λ = {scale:g} nats per unit of reward"  # with a budget, known once training starts
     weight += "" if budget is None else f", found in training for a distance of {budget:g} nats to the base,"
     return (
         f"## What it was tuned for\n\nThe target is p_base(x)·exp(λ r(x)), with {weight} and r = {reward}: the base's own "
-        f"distribution, in which a sample gains likelihood with its reward; not "
-        f"the sample of the highest reward."
-        + ("" if facts.tilts else " The method is biased: what it converges to is near this target, but is not it.")
+        f"distribution, in which samples with a higher reward are more likely. It is not the sample with the highest reward."
+        + ("" if facts.tilts else " The method is biased: it converges to a distribution near this target, but not to it.")
         + _prompts(facts.num_prompts)
         + "".join(_reward_lines(facts))
     )
@@ -220,7 +230,7 @@ def _prompts(count: int | None) -> str:
 
 
 def _reward_lines(facts: CardFacts) -> list[str]:
-    """A list of the rewards that say what they are."""
+    """A list of the rewards that have a docstring, with its first paragraph."""
     lines = [f"\n- {_code(name)}: {escaped(text)}" for name, text in facts.reward_texts.items()]
     return ["\n", *lines] if lines else []
 
@@ -250,7 +260,7 @@ def _results(facts: CardFacts) -> str:
 
 
 def _probed(history: Sequence[Mapping[str, Any]]) -> dict[str, float]:
-    """Rewards of the base on memoryless paths, as the start of training measured them, by their names in the log."""
+    """Rewards of the base on memoryless paths, which the probe measured before training, by their names in the log."""
     kind, found = "/memoryless", dict[str, float]()
     for name, value in ((n, v) for line in history for n, v in line.items() if n.startswith("probe/re") and n.endswith(kind)):
         known = name.removeprefix("probe/").removesuffix(kind)
@@ -261,10 +271,13 @@ def _probed(history: Sequence[Mapping[str, Any]]) -> dict[str, float]:
 def _first_and_last(
     lines: Sequence[Mapping[str, Any]], title: str, prefix: str, base: Mapping[str, float] = MappingProxyType({})
 ) -> str:
-    """Table of the first and the last step that there are lines of; one column if they are the same.
+    """A table of the first and the last step among these log lines; one column if they are the same.
 
     Args:
-        base: name → the base's value, for a column of its own where no line is of the base.
+        lines: log lines.
+        title: text above the table.
+        prefix: only metrics whose names begin with it are shown, without it.
+        base: name → the base's value, for a column of its own; empty for none.
     """
     steps = sorted({line["step"] for line in lines})
     ends = {step: {k: v for line in lines if line["step"] == step for k, v in line.items()} for step in (*steps[:1], *steps[-1:])}
@@ -283,14 +296,13 @@ def _limitations(facts: CardFacts) -> str:
     guidance = {
         "rollout": f"Guidance ({scale:g}) acted on the training trajectories but not on the loss, so the result is near the "
         f"target above, but not exactly it.",
-        "none": f"The target is that of the model without guidance; guidance ({scale:g}) was added for the samples only.",
+        "none": f"The target is that of the model without guidance; guidance ({scale:g}) was used for the samples only.",
         "full": f"p_base is the base guided at {scale:g}; other scales sample another distribution.",
     }
     points = [
-        "The target is only as good as the reward: what the reward does not see is not protected, and a sample may score high "
-        "without being better (over-optimisation).",
+        "The target is only as good as the reward: a sample may score high without being better (over-optimisation).",
         "Training approximates the target; the tables say how far the reward rose, not how near the target is.",
-        "What the base does badly, its biases included, it still does.",
+        "The weaknesses and biases of the base remain.",
     ]
     points += [guidance[mode]] if facts.guided else []
     points += ["Sampling starts from a noisy image: the target holds for each given start only."] if facts.given_start else []
@@ -303,7 +315,7 @@ def _table(header: list[str], rows: list[list[str]]) -> str:
 
 
 def _code(text: str) -> str:
-    """A name as code, on one line: a backtick would end it, and a bar the cell of a table, also within code."""
+    """A name as inline code for a table: backticks would end the code, and bars would end the cell."""
     return f"`{' '.join(text.replace('`', chr(39)).replace('|', chr(92) + '|').split())}`"
 
 

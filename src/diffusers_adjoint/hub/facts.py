@@ -1,4 +1,4 @@
-"""What a card says, collected from a trainer's parts and from the base's own card."""
+"""Collect the facts for a model card from a trainer and from the base's own card."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ __all__ = ["base_model_of", "card_facts", "hub_id", "licence_of", "medium_of", "
 
 logger = logging.get_logger(__name__)
 
-# A list of what may be told: the other arguments hold local paths, tokens and names of machines.
+# Settings that may be published. Only these: other arguments may contain local paths, tokens and host names.
 SETTINGS = ["reward_scale", "target_kl", "guidance_scale", "cfg_mode", "num_inference_steps", "num_loss_steps"]
 SETTINGS += ["loss_type", "loss_kwargs", "loss_step_selection", "loss_clip", "num_iterations"]
 SETTINGS += ["learning_rate", "lr_scheduler_type", "optim"]
@@ -57,15 +57,19 @@ def card_facts(
     num_prompts: int | None = None,
     tags: Sequence[str] = (),
 ) -> CardFacts:
-    """What a trainer's parts say about the model. Asks the Hub for the base's licence, once in a process.
+    """Collect the facts for the card. Asks the Hub for the base's licence, once in a process.
 
     Args:
-        columns: one row of the dataset, the one of the first sample.
-        method: the objective, or the other way that it was trained.
-        repo_id: Hub id of the repository, or a plain name for the model while it has none.
-        base_adapters: names of the adapters that the base carries; `None` for a full fine-tuning.
-        dataset_name: of the prompts; told only if it is a Hub id.
-        num_prompts: how many different ones it was trained on, where that is known.
+        replay: of the trained pipeline.
+        reward: the weighted reward functions.
+        args: the settings.
+        state: the trainer's state, with its log.
+        columns: one row of the dataset, that of the first sample.
+        method: the objective or another training method.
+        repo_id: Hub id of the repository, or a plain name for the model.
+        base_adapters: names of the base's own adapters; `None` for full fine-tuning.
+        dataset_name: name of the dataset; published only if it is a Hub id.
+        num_prompts: number of different prompts, if it is known.
         tags: further tags of the card.
     """
     network = getattr(replay.pipeline, replay.component)
@@ -73,7 +77,7 @@ def card_facts(
     base_model = base_model_of(replay.pipeline)
     steps = {"num_inference_steps": replay.num_inference_steps}
     call, modular = replay.arguments(columns, 1) | steps, replay.modular_call
-    chain = steps | {"integrator": replay.scheduler.config.integrator}  # which the arguments may leave to the objective
+    chain = steps | {"integrator": replay.scheduler.config.integrator}  # `args.integrator` may be None
     return CardFacts(
         repo_id=repo_id,
         pipeline_class=type(replay.pipeline),
@@ -114,29 +118,29 @@ def _lora_settings(config: Any) -> dict[str, Any]:
 
 
 def text_of(function: Any) -> str | None:
-    """The first paragraph of a reward's own docstring, on one line; of an object, that of its class."""
+    """The first paragraph of the docstring of a function, or of an object's class, on one line; `None` without docstring."""
     if isinstance(function, functools.partial):
         return text_of(function.func)
     documented = function if inspect.isroutine(function) else type(function)
     text = inspect.cleandoc(vars(documented).get("__doc__") or "" if isinstance(documented, type) else documented.__doc__ or "")
     first = " ".join(text.split("\n\n")[0].split())
-    generated = f"{getattr(documented, '__name__', '')}("  # that of a dataclass without one
+    generated = f"{getattr(documented, '__name__', '')}("  # how the generated docstring of a dataclass begins
     return first if first and not first.startswith(generated) else None
 
 
 def output_of(pipeline_class: type[DiffusionPipeline]) -> str | None:
-    """Name of the first field of what a pipeline returns, `images` mostly; `None` where that is not known."""
+    """Name of the first field of a pipeline's output, such as `images`, `frames` or `audios`; `None` if it cannot be told."""
     return next(iter(outputs_of(pipeline_class)), None)
 
 
 def hub_id(name: object) -> str | None:
-    """`name` if it is the Hub's "owner/name" and not a folder here."""
+    """`name` if it has the form "owner/name" and is not a local folder, else `None`."""
     known = isinstance(name, str) and re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name) and not Path(name).exists()
     return str(name) if known else None
 
 
 def base_model_of(pipeline: DiffusionPipeline | ModularPipeline) -> str | None:
-    """Hub id that the pipeline was loaded from, be it by name or from a snapshot in the cache; `None` for other folders."""
+    """Hub id that the pipeline was loaded from, by name or from the cache; `None` if it was loaded from another folder."""
     modular = isinstance(pipeline, ModularPipeline)
     name = pipeline._pretrained_model_name_or_path if modular else pipeline.config.get("_name_or_path")
     cached = re.search(r"models--([\w.-]+?)--([\w.-]+)", str(name))
@@ -145,27 +149,27 @@ def base_model_of(pipeline: DiffusionPipeline | ModularPipeline) -> str | None:
 
 @functools.cache
 def licence_of(base_model: str) -> Licence | None:
-    """Licence in the front matter of the base's card; `None`, and a line in the log, if there is none or it is out of reach."""
+    """Licence in the metadata of the base's card; `None`, and a log line, if there is none or the card cannot be read."""
     try:
         data = ModelCard.load(base_model, ignore_metadata_errors=True).data
-    except Exception as error:  # offline, gated, no card, malformed card, …: no reason to lose an upload
+    except Exception as error:  # offline, gated, no card, malformed card, …: the upload must not fail for that
         logger.info(f"the card of {base_model} could not be read ({type(error).__name__}); the new card names no licence.")
         return None
     if not data.license:
         logger.info(f"the card of {base_model} names no licence, so the new card names none.")
         return None
     link = data.license_link
-    if link and "://" not in link:  # a file of the base's repository
+    if link and "://" not in link:  # a file in the base's repository
         link = f"https://huggingface.co/{base_model}/blob/main/{link}"
     return Licence(data.license, data.license_name, link)
 
 
 def pipeline_tag_of(inputs: Collection[str], images: Tensor) -> str | None:
-    """The Hub's name of the task; `None` where it has none.
+    """The Hub's name of the pipeline's task, such as "text-to-image"; `None` if it has none.
 
     Args:
         inputs: names of the arguments that the pipeline is called with.
-        images: what it makes: images (N, C, H, W), videos (N, F, C, H, W), or anything else, which is audio.
+        images: its samples: images (N, C, H, W), videos (N, F, C, H, W), or audio of any other shape.
     """
     medium = medium_of(images)
     if medium == "video" and "video" in inputs:

@@ -22,12 +22,12 @@ from .facts import medium_of, pipeline_tag_of
 __all__ = ["CARD_FILES", "pipeline_files", "public_json", "save_pipeline", "write_card", "write_samples"]
 
 CARD_FILES = ["README.md", "image_*.png", "video_*.webp"]
-"""Patterns of what `write_card` writes. What is uploaded must be listed: other files tell local paths, or are pickles."""
+"""Patterns of the files that `write_card` writes. Uploads list their files, because others contain local paths or are pickles."""
 
-FRAME_MS = 62  # 16 frames a second; a pipeline does not say its rate
-# Written by the hosts' save methods into configs; the loaders need none of them.
+FRAME_MS = 62  # 16 frames a second; a pipeline does not tell its rate
+# Entries with local paths that the save methods of diffusers and transformers write into configs; loading does not need them.
 _LOCAL = ("_name_or_path", "name_or_path", "special_tokens_map_file")
-_BEST = "best_model_checkpoint"  # of the trainer's state, which needs the folder's name alone
+_BEST = "best_model_checkpoint"  # a path in the trainer's state, of which loading needs the folder's name only
 
 
 def write_card(
@@ -36,11 +36,11 @@ def write_card(
     """Write README.md and the samples that it shows.
 
     Args:
-        folder: created if missing; other files in it are left alone.
-        facts: of `card_facts`.
+        folder: created if missing; other files in it are not changed.
+        facts: from `card_facts`.
         images: samples of the tuned model, in [0, 1]: images (N, C, H, W) or videos (N, F, C, H, W); waveforms are not written.
-        prompts: N, the first one that of `facts.call`.
-        before: samples of the base, of the same prompts and seeds.
+        prompts: N prompts; the first one is that of `facts.call`.
+        before: samples of the base for the same prompts and seeds, of the same shape.
 
     Raises:
         ValueError: if the numbers of images and prompts differ.
@@ -60,7 +60,7 @@ def write_samples(folder: str | Path, images: Tensor, prompts: Sequence[str], be
     for given in [images] if before is None else [images, before]:
         if len(given) != len(prompts):
             raise ValueError(f"there are {len(given)} images for {len(prompts)} prompts; pass one prompt for each.")
-    if not drawable(images):  # no picture that a browser knows
+    if not drawable(images):  # not images that a browser can show
         return []
     files = [_write_sample(Path(folder), f"{i}", image) for i, image in enumerate(images)]
     base = [None] * len(files) if before is None else [_write_sample(Path(folder), f"{i}_base", b) for i, b in enumerate(before)]
@@ -68,7 +68,7 @@ def write_samples(folder: str | Path, images: Tensor, prompts: Sequence[str], be
 
 
 def _write_sample(folder: Path, number: str, image: Tensor) -> str:
-    """An image (C, H, W), or a video (F, C, H, W); returns the file's name."""
+    """Write an image (C, H, W) or a video (F, C, H, W); returns the file's name."""
     video = image.ndim == 4
     file = f"video_{number}.webp" if video else f"image_{number}.png"
     first, *others = as_pictures(image if video else image[None])
@@ -78,18 +78,20 @@ def _write_sample(folder: Path, number: str, image: Tensor) -> str:
 
 
 def save_pipeline(folder: str | Path, pipeline: DiffusionPipeline | ModularPipeline, repo_id: str | None = None) -> None:
-    """Write a whole pipeline that anybody can load, without this package, and that tells no local path.
+    """Write a whole pipeline that loads without this package, and without local paths in its files.
 
     Args:
-        repo_id: Hub id that the folder is going to have, for the index of a modular pipeline, which says where each part lies.
+        folder: created if missing.
+        pipeline: the pipeline; a memoryless scheduler is saved as the class of diffusers that it is derived from.
+        repo_id: Hub id that the folder will have; the index of a modular pipeline names it for each component.
 
     Raises:
-        ValueError: if a component carries adapters.
+        ValueError: if a component has adapters.
     """
     for name, part in pipeline.components.items():
-        if getattr(part, "_hf_peft_config_loaded", False):  # its weights would be saved under names that nobody loads
+        if getattr(part, "_hf_peft_config_loaded", False):  # its weights would be saved under PEFT's names, which do not load
             raise ValueError(
-                f"the {name} carries adapters, which a whole pipeline cannot be saved with; call fuse_lora() and "
+                f"the {name} has adapters, and a whole pipeline cannot be saved with adapters; call fuse_lora() and "
                 f"unload_lora_weights() first."
             )
     saved = copy.copy(pipeline)
@@ -107,7 +109,7 @@ def save_pipeline(folder: str | Path, pipeline: DiffusionPipeline | ModularPipel
 
 
 def _name_repository(index: Path, folder: str, repo_id: str | None) -> None:
-    """Put the Hub id in place of the folder in a modular pipeline's index; without one, loading looks beside the index."""
+    """Replace the folder by the Hub id in a modular pipeline's index. Without an id, loading looks for components beside it."""
     content = json.loads(index.read_text(encoding="utf-8"))
     for entry in content.values():
         if isinstance(entry, list) and entry[2] and entry[2].get("pretrained_model_name_or_path") == folder:
@@ -116,7 +118,7 @@ def _name_repository(index: Path, folder: str, repo_id: str | None) -> None:
 
 
 def public_json(file: Path) -> bytes:
-    """A JSON file as it may be uploaded: without the entries in which the hosts write where something lies on this machine."""
+    """The content of a JSON file without entries that contain local paths, as it may be uploaded."""
     content = _without_local(json.loads(file.read_text(encoding="utf-8")))
     return (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode()
 
@@ -131,7 +133,7 @@ def _index(pipeline: DiffusionPipeline | ModularPipeline) -> str:
 
 
 def _host_scheduler(scheduler: Any) -> Any:
-    """The host's class in place of a memoryless one: without this package nobody could load the latter."""
+    """The scheduler as a class of diffusers: a memoryless scheduler does not load without this package."""
     if not isinstance(scheduler, MemorylessScheduler):
         return scheduler
     host = next(cls for cls in type(scheduler).__mro__ if cls.__module__.startswith("diffusers."))

@@ -231,7 +231,7 @@ def reward_gradient(
         columns: further columns of the dataset, name → B values.
 
     Raises:
-        ValueError: if a reward with a weight is not differentiable in the images or the sound, or these are not in the end points.
+        ValueError: if a reward with a weight is not differentiable in the images or the sound, or these not in the end points.
     """
     x = end_point.detach().requires_grad_()
     with torch.enable_grad():
