@@ -416,7 +416,7 @@ CASES = {
     ),
     "fused adapter": Case("carries a fused adapter", "unload_lora_weights()", trainer={"model": sd3_with_fused_adapter}),
     "all weights below an adapter": Case(
-        "carries adapters", "unload_lora_weights()", trainer={"model": sd3_with_adapter, "peft_config": None}
+        "has adapters", "unload_lora_weights()", trainer={"model": sd3_with_adapter, "peft_config": None}
     ),
     "LoRA on biases": Case("bias='all'", "bias='none'", trainer={"peft_config": lora(bias="all")}),
     "LoRA and saved modules": Case(
@@ -500,7 +500,7 @@ CASES = {
         trainer={"eval_dataset": {"good": prompts_only(), "bad": Dataset.from_dict({"caption": ["a"]})}},
     ),
     "adapter of a text encoder below all weights": Case(
-        "the text_encoder carries adapters", "unload_lora_weights()", trainer={"model": text_adapter, "peft_config": None}
+        "the text_encoder has adapters", "unload_lora_weights()", trainer={"model": text_adapter, "peft_config": None}
     ),
     "CLI: no model": Case(
         "model_name_or_path is missing", "folder of a diffusers pipeline", cli=["--dataset_name", "prompts.txt"]

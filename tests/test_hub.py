@@ -226,7 +226,7 @@ def test_a_full_fine_tuning_is_a_pipeline_that_loads_by_name(tmp_path, monkeypat
 
 def test_a_pipeline_with_adapters_is_not_saved_whole(tmp_path):
     pipeline = tuned_lora(sd3, "transformer")
-    with pytest.raises(ValueError, match="the transformer carries adapters"):
+    with pytest.raises(ValueError, match="the transformer has adapters"):
         save_pipeline(tmp_path, pipeline)
     assert files_in(tmp_path) == []
 

@@ -93,13 +93,15 @@ def test_a_kl_beyond_the_highest_rewards_is_told():
 @pytest.mark.parametrize("rewards", [torch.full((2, 16), 0.7), torch.tensor([[1.0, 1.0], [2.0, 2.0]])])
 def test_rewards_that_are_equal_have_no_scale(rewards):
     with pytest.raises(
-        ValueError, match=r"^target_kl=1 is out of reach, .*; pass a reward that tells them apart, or reward_scale\.$"
+        ValueError, match=r"^target_kl=1 is out of reach, .*; pass a reward that distinguishes them, or reward_scale\.$"
     ):
         tilt_scale(rewards, 1.0)
 
 
 def test_without_two_rewards_of_a_prompt_there_is_no_scale():
-    with pytest.raises(ValueError, match=r"^target_kl=1 asks for the spread of the rewards, .*, or pass reward_scale\.$"):
+    with pytest.raises(
+        ValueError, match=r"^target_kl=1 needs the standard deviation of the rewards, .*, or pass reward_scale\.$"
+    ):
         tilt_scale(torch.tensor([[1.0, math.nan], [2.0, math.nan]]), 1.0)
 
 

@@ -89,13 +89,11 @@ def test_a_checkpoint_without_the_stage_s_weights_or_of_other_stages_is_refused(
         ValueError, match="after 3 of 40 updates training is in stage 1 of 2, but .* frozen in stage 2; resume with"
     ):
         make_trainer(tmp_path, **other).train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
-    with pytest.raises(ValueError, match="does not fit the weights in training"):
+    with pytest.raises(ValueError, match="does not fit the trained weights"):
         FrozenWeights.load(torch.nn.Linear(2, 2), tmp_path / "checkpoint-3" / "stage_weights.safetensors")
     without = tmp_path / "plain"
     make_trainer(without, **settings | {"loss_kwargs": {"mode": "plain"}}).train()
-    with pytest.raises(
-        ValueError, match=r"holds no stage_weights.safetensors; pass a checkpoint that a run with the same stages"
-    ):
+    with pytest.raises(ValueError, match=r"holds no stage_weights.safetensors; pass a checkpoint of a run with the same stages"):
         make_trainer(tmp_path / "new", **settings).train(resume_from_checkpoint=str(without / "checkpoint-3"))
 
 

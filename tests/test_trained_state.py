@@ -33,9 +33,9 @@ def another_network(pipeline):
 
 # What a script may do between two calls of the trainer: what is said then, and the way out that it names.
 MEDDLING = {
-    "preview": (lambda p: p.set_adapters("adjoint", 0.3), "with another strength", r"set_adapters\('adjoint', 1.0\)"),
-    "unloaded": (lambda p: p.unload_lora_weights(), "no longer carries the adapter 'adjoint'", "resume from a checkpoint"),
-    "deleted": (lambda p: p.delete_adapters("adjoint"), "no longer carries the adapter 'adjoint'", "resume from a checkpoint"),
+    "preview": (lambda p: p.set_adapters("adjoint", 0.3), "another strength", r"set_adapters\('adjoint', 1.0\)"),
+    "unloaded": (lambda p: p.unload_lora_weights(), "no longer has the adapter 'adjoint'", "resume from a checkpoint"),
+    "deleted": (lambda p: p.delete_adapters("adjoint"), "no longer has the adapter 'adjoint'", "resume from a checkpoint"),
     "switched off": (lambda p: p.disable_lora(), "are switched off", r"enable_lora\(\)"),
     "fused": (lambda p: p.fuse_lora(), "a fused adapter", r"unfuse_lora\(\)"),
     "another one loaded": (other_lora, r"are \['preview'\]", r"set_adapters\('adjoint', 1.0\)"),
@@ -140,7 +140,7 @@ def test_no_update_is_made_of_another_strength(tmp_path, moment):
     made = []
     trainer.add_callback(Meddling(moment, lambda: trainer.pipeline.set_adapters("adjoint", 0.3)))
     trainer.add_callback(AfterOptimizerStep(lambda: made.append(trainer.state.global_step)))
-    with pytest.raises(ValueError, match=r"with another strength than in training; call set_adapters\('adjoint', 1.0\)"):
+    with pytest.raises(ValueError, match=r"another strength than in training; call set_adapters\('adjoint', 1.0\)"):
         trainer.train()
     assert made == [0]
 
@@ -192,7 +192,9 @@ def test_weights_made_in_inference_mode(tmp_path, inside):
         pipeline = sd3()
     with torch.inference_mode() if inside == "trainer" else contextlib.nullcontext():
         trainer = make_trainer(tmp_path, pipeline=pipeline)
-    with pytest.raises(ValueError, match=r"were made in torch.inference_mode\(\) and have no gradient; load the pipeline"):
+    with pytest.raises(
+        ValueError, match=r"were created in torch.inference_mode\(\) and cannot have gradients; load the pipeline"
+    ):
         trainer.train()
 
 
@@ -225,5 +227,7 @@ def test_an_optimizer_of_all_weights(tmp_path):
     trainer = with_optimizer(tmp_path, pipeline, pipeline.transformer.parameters(), lora=False)
     trainer.train()
     pipeline.transformer.requires_grad_(False)
-    with pytest.raises(ValueError, match=r"0 weights of the transformer .* require a gradient, not the \d+ .* to the trainer"):
+    with pytest.raises(
+        ValueError, match=r"0 weights of the transformer .* require a gradient, instead of the \d+ .* after making the trainer"
+    ):
         trainer.train()

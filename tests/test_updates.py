@@ -80,7 +80,7 @@ def test_an_image_with_a_huge_gradient_costs_itself_alone(tmp_path, alone, facto
 @pytest.mark.parametrize("alone", ["adjoint_matching", "discrete_adjoint"], indirect=True)
 def test_an_image_with_a_huge_gradient_stops_training_if_asked_so(tmp_path, alone):
     trainer = make_trainer(tmp_path, reward=first_image(1e24), **settings(alone.way, on_nonfinite="raise"))
-    with pytest.raises(ValueError, match="1 rewards, reward gradients, losses or adjoints are .*mend the reward function"):
+    with pytest.raises(ValueError, match="1 rewards, reward gradients, losses or adjoints are .*fix the reward function"):
         trainer.train()
 
 
@@ -168,7 +168,7 @@ def test_a_run_of_dropped_updates_ends_with_an_error(tmp_path):
         return brightness(images, prompts) * (1.0 if trainer.state.global_step == 15 or not trainer.is_in_train else torch.nan)
 
     trainer = make_trainer(tmp_path, reward=reward, max_steps=100, num_inference_steps=2, num_loss_steps=1)
-    with pytest.raises(ValueError, match="20 updates in a row were dropped: .*mend the reward function.*"):
+    with pytest.raises(ValueError, match="20 updates in a row were dropped: .*fix the reward function.*"):
         trainer.train()
     assert trainer.state.global_step == 15 + 20  # made: number 16; the one under way is not counted by the host yet
 
@@ -176,7 +176,7 @@ def test_a_run_of_dropped_updates_ends_with_an_error(tmp_path):
 def test_a_run_whose_updates_were_all_dropped_is_an_error(tmp_path):
     trainer = make_trainer(tmp_path, reward=lambda images, prompts: [None] * len(images), max_steps=3)
     start = weights(trainer)
-    with pytest.raises(ValueError, match="no update was made, because all 3 were dropped: .*mend the reward function"):
+    with pytest.raises(ValueError, match="no update was made, because all 3 were dropped: .*fix the reward function"):
         trainer.train()
     assert difference(start, weights(trainer)) == 0.0
     assert logged(trainer, "skipped") == [2.0, 2.0, 2.0]

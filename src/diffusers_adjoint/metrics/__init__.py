@@ -1,4 +1,4 @@
-"""Numbers to read next to the reward: distance to the tilt, diversity, statistics of the images."""
+"""Measurements besides the reward: distance to the tilted distribution, diversity, image statistics."""
 
 from .diversity import pairwise_diversity, vendi_score
 from .estimate import Estimate, prompt_difference, prompt_mean, sample_mean

@@ -1,4 +1,4 @@
-"""How different images of one prompt are from each other: what a hacked reward loses first."""
+"""Diversity of the images of one prompt, which falls first when a reward is hacked."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from .estimate import Estimate, sample_mean
 __all__ = ["pairwise_diversity", "prompt_diversity", "vendi_score"]
 
 
-LEFT_OUT = 30  # images that the Vendi score's jackknife leaves out at most, evenly spread: each costs a score
+LEFT_OUT = 30  # most images that the Vendi score's jackknife leaves out, one at a time; each costs a computation of the score
 
 
 def pairwise_diversity(features: Tensor) -> Estimate:
@@ -24,8 +24,8 @@ def pairwise_diversity(features: Tensor) -> Estimate:
         features: f, shape (P, N, D), P prompts with N ≥ 2 images each; any floating dtype, computed in float64.
 
     Returns:
-        Estimate in squared feature units. Its standard error is the spread over prompts; with one prompt, the jackknife over its
-        images (NaN for N = 2).
+        Estimate in squared feature units. Its standard error is over prompts; for one prompt, by the jackknife over its images
+        (NaN for N = 2).
 
     Raises:
         ValueError: if the shape is wrong, N < 2 or a feature is not finite.
@@ -49,9 +49,9 @@ def vendi_score(features: Tensor) -> Estimate:
         features: f, shape (P, N, D), P prompts with N ≥ 2 images each; any floating dtype, computed in float64.
 
     Returns:
-        Estimate in [1, N]: 1 if all images have the same direction, N if all are orthogonal. Its standard error is the spread
-        over prompts; with one prompt, the jackknife over its images (NaN for N = 2), over some of them where there are more
-        than `LEFT_OUT`, since each takes O(N³).
+        Estimate in [1, N]: 1 if all features have the same direction, N if all are orthogonal. Its standard error is over
+        prompts; for one prompt, by the jackknife over its images (NaN for N = 2), or over some of them if there are more than
+        `LEFT_OUT`, because each takes O(N³).
 
     Raises:
         ValueError: if the shape is wrong, N < 2, or a feature is not finite or zero.
@@ -70,19 +70,19 @@ def vendi_score(features: Tensor) -> Estimate:
 
 
 def prompt_diversity(diversity: Callable[[Tensor], Estimate], features: Tensor) -> Estimate:
-    """Diversity of the images of one prompt that can be seen; NaN where these are fewer than two.
+    """Diversity of the images of one prompt with finite features; NaN if there are fewer than two.
 
     Args:
         diversity: `pairwise_diversity` or `vendi_score`.
-        features: shape (N, D), a row each image. Left out are rows with a NaN or infinite feature, as of an overflowing
-            16-bit decoder.
+        features: shape (N, D), one row for each image. Rows with NaN or infinite features, as from an overflowing 16-bit decoder,
+            are left out.
     """
     finite = features[features.isfinite().all(1)]
     return diversity(finite[None]) if len(finite) > 1 else Estimate(torch.nan, torch.nan)
 
 
 def _checked(features: Tensor) -> Tensor:
-    """As float64 on the CPU."""
+    """The features as float64 on the CPU, checked."""
     if features.ndim != 3 or features.shape[0] < 1 or features.shape[1] < 2:
         raise ValueError(
             f"features has shape {tuple(features.shape)}; pass (prompts, images, feature), with at least two images a prompt."
@@ -111,8 +111,13 @@ def _without(kernel: Tensor, image: int) -> Tensor:
 
 
 def _jackknife(value: Tensor, left_out: Tensor, images: int) -> Estimate:
-    """The diversity of one prompt. The images share pairs, so that its error is no s/√N but comes from leaving out one at a time;
-    all of them in turn, or some for an estimate."""
+    """The diversity of one prompt with its jackknife error. Pairs share images, so s/√N would be wrong.
+
+    Args:
+        value: diversity of all N images.
+        left_out: diversity without one image, for each of the images or for some of them.
+        images: N.
+    """
     if images == 2:  # one image alone has no diversity
         return Estimate(value.item(), torch.nan)
     variance = (images - 1) * left_out.var(correction=int(len(left_out) < images))

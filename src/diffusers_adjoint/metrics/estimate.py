@@ -27,7 +27,7 @@ class Estimate:
 
     @property
     def differs_from_zero(self) -> bool:
-        """Whether it is more than three standard errors away from 0; over few prompts (P < 10) the error itself is uncertain."""
+        """Whether it is more than three standard errors away from 0. For few prompts (P < 10) the error itself is uncertain."""
         return abs(self.mean) > 3 * self.standard_error
 
     def __str__(self) -> str:
@@ -52,15 +52,15 @@ def sample_mean(values: Tensor) -> Estimate:
 
 
 def prompt_mean(values: Tensor) -> Estimate:
-    """Mean over prompts of the prompts' means, with the standard error of a sample of prompts: their spread/√P.
+    """Mean over prompts of the prompts' means, with its standard error s/√P over prompts.
 
     Args:
         values: shape (P, N), N samples of each of P prompts, any unit, NaN where one is missing; computed in float64. A prompt
             without any value is left out.
 
     Returns:
-        Estimate; with one prompt its error is the spread over the samples/√N. NaN where nothing is left, an error of NaN where
-        only one number is.
+        Estimate; for one prompt its error is s/√N over samples. The mean is NaN without any value, and the error is NaN for a
+        single number.
 
     Raises:
         ValueError: if the shape is wrong or a value is infinite.
@@ -74,10 +74,10 @@ def prompt_mean(values: Tensor) -> Estimate:
 
 
 def prompt_difference(before: Tensor, after: Tensor) -> Estimate:
-    """`prompt_mean` of after − before, for samples paired by their seed: what they share does not count as error.
+    """`prompt_mean` of after − before, for samples paired by seed; variation that both share does not count as error.
 
     Args:
-        before, after: shape (P, N), the same prompts and seeds, NaN where a sample is missing: its partner is left out as well.
+        before, after: shape (P, N), for the same prompts and seeds, NaN where a sample is missing; its partner is left out, too.
 
     Raises:
         ValueError: if the shapes are wrong or differ, or a value is infinite.
@@ -89,12 +89,12 @@ def prompt_difference(before: Tensor, after: Tensor) -> Estimate:
 
 
 def prompt_means(values: Mapping[str, Tensor]) -> dict[str, Estimate]:
-    """`prompt_mean` of each of several tables, name → (P, N)."""
+    """`prompt_mean` of several tables, name → (P, N)."""
     return {name: prompt_mean(table) for name, table in values.items()}
 
 
 def prompt_differences(before: Mapping[str, Tensor], after: Mapping[str, Tensor]) -> dict[str, Estimate]:
-    """`prompt_difference` of each of several tables, name → (P, N).
+    """`prompt_difference` of several tables, name → (P, N).
 
     Raises:
         ValueError: if the names or shapes differ, a shape is wrong, or a value is infinite.
@@ -113,7 +113,7 @@ def within_prompt_std(values: Tensor) -> Estimate:
         values: shape (P, N), N samples of each of P prompts, any unit, NaN where one is missing; computed in float64.
 
     Returns:
-        Estimate, with the standard error std/√(2ν) of normal samples, ν = Σ (n_i − 1). NaN where no prompt has two samples.
+        Estimate with the standard error std/√(2ν) of normal samples, ν = Σ (n_i − 1). NaN if no prompt has two samples.
 
     Raises:
         ValueError: if the shape is wrong or a value is infinite.
@@ -127,7 +127,7 @@ def within_prompt_std(values: Tensor) -> Estimate:
 
 
 def between_prompt_std(values: Tensor) -> float:
-    """Standard deviation of the prompts' means; NaN where fewer than two prompts have a sample.
+    """Standard deviation of the prompts' means; NaN if fewer than two prompts have a sample.
 
     Args:
         values: as for `within_prompt_std`.
@@ -158,14 +158,14 @@ def by_prompt(name: str, values: Tensor) -> Tensor:
 
 
 def finite(name: str, values: Tensor) -> Tensor:
-    """`values` as float64 on the CPU, NaN and infinite ones refused."""
+    """`values` as float64 on the CPU; raises ValueError for NaN and infinite ones."""
     x = _float64(values)
     _refuse(name, x, ~torch.isfinite(x), "pass finite numbers only")
     return x
 
 
 def _checked_table(name: str, values: Tensor) -> Tensor:
-    """(P, N) as float64 on the CPU, infinite values refused."""
+    """`values`, (P, N), as float64 on the CPU; raises ValueError for infinite ones."""
     if values.ndim != 2 or not values.numel():
         raise ValueError(f"{name} has shape {tuple(values.shape)}; pass one number a sample, shape (prompts, samples).")
     x = _float64(values)
@@ -174,7 +174,7 @@ def _checked_table(name: str, values: Tensor) -> Tensor:
 
 
 def _float64(values: Tensor) -> Tensor:
-    # The CPU, because not every device has float64; these are a few thousand numbers.
+    # On the CPU, because not every device has float64; these are a few thousand numbers.
     return values.detach().cpu().to(torch.float64)
 
 

@@ -1,6 +1,6 @@
-"""Perceptual features, to measure diversity in: images (B, 3, H, W) in [0, 1] → (B, D), without a gradient.
+"""Perceptual features for measuring diversity: images (B, 3, H, W) in [0, 1] → (B, D), without gradient.
 
-`LPIPS` and `DreamSim` need packages that are not installed by default. CLIP, PickScore and other rewards have
+`LPIPS` and `DreamSim` need packages that are not installed by default. CLIPScore, PickScore and other rewards have a method
 `features(images)` of their own.
 """
 
@@ -21,19 +21,19 @@ __all__ = ["LPIPS", "DreamSim", "pixels"]
 
 
 def pixels(images: Tensor) -> Tensor:
-    """The values themselves, (B, D), scaled so that ‖f_i − f_j‖² is the mean squared difference of two images' values."""
+    """Pixel values as features, (B, D), scaled so that ‖f_i − f_j‖² is the mean squared difference of two images' values."""
     return images.flatten(1) / images[0].numel() ** 0.5
 
 
 class DreamSim:
     """Features of norm 1 whose squared distance is twice the DreamSim distance (2306.09344): ‖f_i − f_j‖² = 2(1 − cos).
 
-    The published ensemble of three ViT-B/16, on the whole image stretched to 224 × 224 pixels, bicubic, as its authors do. The
-    package fetches the weights on first use into the `dreamsim` folder of torch's hub cache, and beside them the code of
+    It is the published ensemble of three ViT-B/16, on the whole image stretched to 224 × 224 pixels (bicubic), as its authors do.
+    On first use the package downloads the weights into the `dreamsim` folder of torch's hub cache, and the code of
     facebookresearch/dino, which it runs.
 
     Args:
-        device: where it runs, "cuda" for example. The package takes it at the start; its models cannot be moved.
+        device: device of the models, such as "cuda"; they cannot be moved later.
 
     Raises:
         ImportError: if the package dreamsim is not installed.
@@ -42,11 +42,11 @@ class DreamSim:
     def __init__(self, device: str | torch.device = "cpu") -> None:
         create, hub = _package("dreamsim").dreamsim, torch.hub.get_dir()
         cache = Path(hub) / "dreamsim"
-        cache.mkdir(parents=True, exist_ok=True)  # the package makes the last folder only
+        cache.mkdir(parents=True, exist_ok=True)  # the package creates the last folder only
         try:
             self.model, _ = create(pretrained=True, device=str(device), cache_dir=str(cache))
         finally:
-            torch.hub.set_dir(hub)  # which the package sets to its own
+            torch.hub.set_dir(hub)  # restored, because the package changes it
         self.device = device
         # The model normalises colours itself.
         self.preprocess = partial(differentiable_preprocess, size=224, resize=(224, 224), mean=(0.0,) * 3, std=(1.0,) * 3)
@@ -60,24 +60,24 @@ class DreamSim:
         """
         with torch.no_grad():
             pixels = self.preprocess(images.to(self.device)).float()
-            # Once more, as older releases of the package subtract a mean after they normalise.
+            # Normalised again, because older releases of the package subtract a mean after they normalise.
             return F.normalize(self.model.embed(pixels), dim=-1)
 
 
 class LPIPS:
     """Features whose squared distance is the LPIPS distance (1801.03924, eq. 1): ‖f_i − f_j‖² = d(i, j).
 
-    f joins √(w_l/(H_l W_l)) ⊙ ŷ_l over layers l: ŷ_l has norm 1 over channels at each position, w_l are the published weights of
-    the channels, version 0.1.
+    f concatenates √(w_l/(H_l W_l)) ⊙ ŷ_l over layers l, where ŷ_l has norm 1 over channels at each position, and w_l are the
+    published weights of the channels, version 0.1.
 
-    LPIPS depends on the number of pixels, so that all images are stretched to one size, bicubic; at that size the distance is
-    the package's own. One image at 256 pixels has 640,128 features with "alex" (2.6 MB), 7,995,392 with "vgg": measure prompt
-    by prompt.
+    LPIPS depends on the number of pixels, so all images are stretched to one size (bicubic). At that size the distance is that of
+    the package. An image of 256 × 256 pixels has 640,128 features with "alex" (2.6 MB), and 7,995,392 with "vgg", so measure one
+    prompt at a time.
 
     Args:
-        net: "alex", "vgg" or "squeeze", the network; its ImageNet weights are fetched by torchvision on first use.
-        size: height and width in pixels.
-        device: where it runs, "cuda" for example.
+        net: the network, "alex", "vgg" or "squeeze"; torchvision downloads its ImageNet weights on first use.
+        size: height and width of the stretched image in pixels.
+        device: device of the network, such as "cuda".
 
     Raises:
         ValueError: if `net` is another name.

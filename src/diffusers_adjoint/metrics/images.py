@@ -1,4 +1,4 @@
-"""Statistics of the images themselves."""
+"""Image statistics."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ STATISTICS = {function.__name__: function for function in (brightness, saturatio
 
 
 def as_three_channels(images: Tensor) -> Tensor | None:
-    """Images or videos, a single channel shown as three; `None` for sound.
+    """Images or videos with three channels, a single channel repeated; `None` for sound.
 
     Args:
-        images: what a pipeline returns: images (B, C, H, W), videos (B, F, C, H, W), or waveforms of fewer dimensions.
+        images: samples of a pipeline: images (B, C, H, W), videos (B, F, C, H, W), or waveforms of fewer dimensions.
     """
     if images.ndim not in (4, 5):
         return None
@@ -27,7 +27,7 @@ def as_three_channels(images: Tensor) -> Tensor | None:
 
 
 def saturated_share(images: Tensor) -> Tensor:
-    """Share of each image's values that are exactly 0 or 1, where post-processing clipped them and the reward's gradient died.
+    """Share of each image's values that are exactly 0 or 1: there post-processing clips, and the reward's gradient is 0.
 
     Args:
         images: (B, C, H, W) in [0, 1], floating.
@@ -47,7 +47,7 @@ def saturated_share(images: Tensor) -> Tensor:
 
 
 def image_statistics(images: Tensor) -> dict[str, Tensor]:
-    """The statistics that a hacked reward changes, of each image or video (mean over its frames); no gradient.
+    """Statistics of each image or video (mean over its frames) that reward hacking changes; without gradient.
 
     Args:
         images: (B, 3, H, W) or (B, F, 3, H, W) in [0, 1], floating.
@@ -55,7 +55,7 @@ def image_statistics(images: Tensor) -> dict[str, Tensor]:
     Returns:
         name → (B,), float32 or better: "brightness", "saturation", "contrast", "colourfulness" and "sharpness" of
         `diffusers_adjoint.rewards.image_statistics`, and "saturated pixels", the `saturated_share`. All are NaN for an image
-        with NaN or infinite values, as an overflowing 16-bit decoder makes them.
+        with NaN or infinite values, as from an overflowing 16-bit decoder.
 
     Raises:
         ValueError: if the shape is wrong, or a finite value lies outside [0, 1].
@@ -67,12 +67,12 @@ def image_statistics(images: Tensor) -> dict[str, Tensor]:
 
 
 def over_frames(statistics: Mapping[str, Callable[[Tensor], Tensor]], images: Tensor) -> dict[str, Tensor]:
-    """name → (B,), each statistic of each image or video, the mean over its frames; no gradient.
+    """Statistics of each image or video (mean over its frames), name → (B,), without gradient.
 
     Args:
-        statistics: name → function of images (B, C, H, W), which it returns (B,) of; it sees finite ones only.
-        images: (B, C, H, W) or (B, F, C, H, W); one with NaN or infinite values, as an overflowing 16-bit decoder makes them, has
-            the value NaN.
+        statistics: name → function of finite images (B, C, H, W) that returns (B,).
+        images: (B, C, H, W) or (B, F, C, H, W). The result is NaN for those with NaN or infinite values, as from an overflowing
+            16-bit decoder.
     """
     with torch.no_grad():
         frames = images.reshape(-1, *images.shape[-3:])

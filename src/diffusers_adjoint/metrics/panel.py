@@ -1,4 +1,4 @@
-"""What fine-tuning did to plain statistics of the images: over-optimisation shows there first."""
+"""Changes of plain image statistics by fine-tuning, in which over-optimisation shows first."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class StatisticChange:
         statistic: its name.
         before: mean over images of the base model.
         after: mean over images of the fine-tuned model.
-        difference: of after − before, paired by seed, so its error is smaller than those of the two suggest.
+        difference: after − before, paired by seed, so that its error is usually smaller than those of `before` and `after`.
     """
 
     statistic: str

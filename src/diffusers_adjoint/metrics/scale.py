@@ -1,11 +1,13 @@
-r"""The λ whose tilt p_base·e^{λr} lies a given number of nats from the base, from rewards of the base's images.
+r"""Find the λ at which the tilted distribution p_base·e^{λr} has a given KL to the base, from rewards of the base's images.
 
-A tilt is one for each prompt, and here a prompt has few images: weights of 32 read the KL too low where the rewards have a long
-upper tail. So the rewards of all prompts, each about its prompt's mean, count as one sample; that is exact where prompts differ
-by the mean of their rewards alone, and to second order in λ always. KL(λ) of that sample is `tilt_estimate`'s, by importance
-weights, and grows with λ. As far as `MIN_EFFECTIVE_IMAGES` are left, λ is where KL(λ) is the one asked for. Beyond that it is
-taken to grow like λ², as for normal rewards: KL = ½ λ² Var(r), since e^{λr} moves the mean of a normal density and leaves its
-variance. Where not even the base has so many images, λ is √(2 KL)/std(r).
+Each prompt has its own tilted distribution, but here each has few images, and importance weights of 32 images underestimate the
+KL if the rewards have a long upper tail. So the rewards of all prompts are pooled after subtracting each prompt's mean. This is
+exact if prompts differ in the mean reward only, and to second order in λ always. KL(λ) of the pooled sample comes from importance
+weights (`tilt_estimate`) and grows with λ.
+
+While `MIN_EFFECTIVE_IMAGES` effective images are left, λ is where KL(λ) has the given value. Beyond that, KL(λ) is extrapolated
+as λ², which holds for normal rewards: KL = ½ λ² Var(r), because e^{λr} shifts a normal density without changing its variance. If
+the base has fewer images than that, λ is √(2 KL)/std(r).
 """
 
 from __future__ import annotations
@@ -22,10 +24,11 @@ from .tilt import tilt_estimate
 __all__ = ["TiltScale", "tilt_scale"]
 
 MIN_EFFECTIVE_IMAGES = 50
-"""Of 256 images of the digits' base, the λ of 1 nat is then right to 10 % for ink (KL ∝ λ² alone: 15 % too high) and to 6 % for
-three (36 % too low); of 2 nats 6 ± 11 % too high for ink. At 30 images ink spreads by 13 %, at 100 three is 15 % too low."""
+"""Measured with 256 images of the digits' base: the λ for 1 nat is then right to 10 % for the reward ink (with KL ∝ λ² alone,
+15 % too high) and to 6 % for the reward three (36 % too low). The λ for 2 nats is 6 ± 11 % too high for ink. With a minimum of
+30 the λ for ink scatters by 13 %, and with 100 that for three is 15 % too low."""
 LARGEST_SPREAD = 10.0
-"""λ·std(r) at which the search for λ ends: a target there is a handful of the base's best images."""
+"""Largest λ·std(r) in the search for λ; beyond it the target consists of a handful of the base's best images."""
 
 
 @dataclass(frozen=True)
@@ -34,10 +37,10 @@ class TiltScale:
 
     Args:
         reward_scale: λ, nats per unit of reward.
-        measured: the KL that importance weights have confirmed, nats; where it is smaller than the one asked for, KL ∝ λ² has
-            led from there to λ.
-        effective: effective images at `measured`.
-        saturated: whether importance weights see no λ with the KL asked for, up to λ·std(r) = 10.
+        measured: the KL that importance weights have measured, nats. If it is smaller than the given KL, λ was extrapolated from
+            there with KL ∝ λ².
+        effective: number of effective images at `measured`.
+        saturated: whether the measured KL stays below the given one up to λ·std(r) = 10.
     """
 
     reward_scale: float
@@ -47,7 +50,7 @@ class TiltScale:
 
 
 def tilt_scale(rewards: Tensor, kl: float) -> TiltScale:
-    """The λ whose tilts, one for each prompt, are about `kl` nats from the base in the mean over prompts.
+    """The λ at which the prompts' tilted distributions have about the KL `kl` to the base, in the mean over prompts.
 
     Args:
         rewards: r of images of the base, shape (P, n) for n images of each of P prompts, any unit, NaN where one is missing;
@@ -55,18 +58,18 @@ def tilt_scale(rewards: Tensor, kl: float) -> TiltScale:
         kl: above 0, nats.
 
     Raises:
-        ValueError: if the images of a prompt have all the same reward, up to float32's rounding, or no prompt has two.
+        ValueError: if all images of each prompt have the same reward, up to rounding in float32, or no prompt has two images.
     """
     std = within_prompt_std(rewards).mean
     if not math.isfinite(std):
         raise ValueError(
-            f"target_kl={kl:g} asks for the spread of the rewards, and no prompt has two images with a finite one; mend the "
-            f"reward function, or pass reward_scale."
+            f"target_kl={kl:g} needs the standard deviation of the rewards, and no prompt has two with a finite reward; fix "
+            f"the reward function, or pass reward_scale."
         )
     if std <= 1e-6 * rewards.nan_to_num().abs().max():
         raise ValueError(
-            f"target_kl={kl:g} is out of reach, because the images of a prompt all have the same reward, and no λ prefers one; "
-            f"pass a reward that tells them apart, or reward_scale."
+            f"target_kl={kl:g} is out of reach, because all images of a prompt have the same reward; pass a reward that "
+            f"distinguishes them, or reward_scale."
         )
     normal = math.sqrt(2 * kl) / std
     sample = _about_the_means(rewards.double().cpu())
@@ -85,12 +88,12 @@ def tilt_scale(rewards: Tensor, kl: float) -> TiltScale:
 
 
 def _about_the_means(rewards: Tensor) -> Tensor:
-    """(P, n) → the rewards minus their prompt's mean, (N,); stretched so that their variance has no bias."""
+    """Rewards (P, n) minus their prompt's mean, pooled to (N,), and scaled so that their variance is unbiased."""
     rows = [row[row.isfinite()] for row in rewards]
     return torch.cat([(row - row.mean()) * math.sqrt(len(row) / (len(row) - 1)) for row in rows if len(row) > 1])
 
 
 def _measured(sample: Tensor, reward_scale: float) -> TiltScale:
-    """What importance weights say of one λ."""
+    """KL and effective images of one λ, by importance weights."""
     found = tilt_estimate(reward_scale * sample, sample)
     return TiltScale(reward_scale, found.kl_target, found.effective_sample_size * found.num_samples)

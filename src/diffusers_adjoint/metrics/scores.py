@@ -1,4 +1,4 @@
-"""Rewards as metrics: no gradient, with a standard error."""
+"""Rewards as metrics, without gradient and with a standard error."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def mean_score(reward: Callable[..., Tensor], images: Tensor, prompts: Sequence[
         prompts: P.
 
     Returns:
-        Estimate in the reward's unit; its standard error is over prompts, over images for a single prompt.
+        Estimate in the reward's unit. Its standard error is over prompts, or for a single prompt over images.
 
     Raises:
         ValueError: if the numbers of prompts differ.

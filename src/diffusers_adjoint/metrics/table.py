@@ -8,14 +8,14 @@ __all__ = ["escaped", "markdown_table"]
 
 
 def escaped(text: str) -> str:
-    """A name that somebody else chose, a reward's or a folder's, as plain text on one line of Markdown: no cell, code or tag."""
+    """Escape a name, such as that of a reward or a folder, as plain text for one line of Markdown or a cell of a table."""
     for mark in ("\\", "`", "|", "[", "*"):
         text = text.replace(mark, f"\\{mark}")
     return " ".join(text.replace("<", "&lt;").split())
 
 
 def markdown_table(rows: Sequence[Sequence[str]]) -> str:
-    """A Markdown table, columns padded to one width; the first row is the header. Names in it must be `escaped`."""
+    """A Markdown table with padded columns; the first row is the header. Names in it must be `escaped`."""
     widths = [max(len(cell) for cell in column) for column in zip(*rows, strict=True)]
     lines = ["| " + " | ".join(map(str.ljust, row, widths)) + " |" for row in rows]
     rule = "|" + "|".join("-" * (width + 2) for width in widths) + "|"

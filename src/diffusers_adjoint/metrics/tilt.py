@@ -1,17 +1,17 @@
-r"""Is the fine-tuned model where it should be? Samples of it against the tilt p* ∝ p_base e^{λr} that training aims at.
+r"""Compare the fine-tuned model with its target, the tilted distribution ("tilt") p* ∝ p_base e^{λr}.
 
-The target needs no training: weighted by w = e^{λr}, samples of the base are samples of the tilt,
+The target can be estimated without training: samples of the base, weighted by w = e^{λr}, are samples of the tilt,
 
     E*[s] = E_base[w s]/E_base[w],    log Z = log E_base[w],    KL(p*‖p_base) = E*[λr] − log Z,
 
 estimated with self-normalised weights p_i = w_i/Σ_j w_j (Owen, *Monte Carlo theory, methods and examples*, 2013, §9.2–9.3).
-The effective sample size 1/Σ p_i² says how many samples of p* they are worth. Because the tilt solves the control problem
-max_θ E_θ[λr] − KL(θ‖base), whose value is log Z (2409.08861, §2, §4.1), the part of log Z not reached is again a
-distance: log Z − (E_θ[λr] − KL) = KL(paths of θ ‖ tilted paths) ≥ 0, in nats.
+The effective sample size 1/Σ p_i² tells how many samples of p* they are worth. The tilt solves the control problem
+max_θ E_θ[λr] − KL(θ‖base), whose maximum is log Z (2409.08861, §2, §4.1). So the difference to the maximum is a distance to the
+target: log Z − (E_θ[λr] − KL) = KL(paths of θ ‖ tilted paths) ≥ 0, in nats.
 
-A pipeline has such a tilt for each prompt c: p*(x|c) ∝ p_base(x|c) e^{λ r(x, c)} with its own Z(c). Weights are therefore
-normalised within each prompt, and what is reported is the mean over prompts; one weight over all samples would aim at a
-distribution that prefers the prompts of high reward. Standard errors are those of sampling, the prompts being given.
+A pipeline has a tilt for each prompt c: p*(x|c) ∝ p_base(x|c) e^{λ r(x, c)} with its own Z(c). Weights are therefore normalised
+within each prompt, and results are means over prompts; weights normalised over all samples would prefer prompts with high
+rewards. Standard errors are for the given prompts.
 """
 
 from __future__ import annotations
@@ -30,22 +30,22 @@ __all__ = ["MIN_EFFECTIVE_SAMPLES", "TiltEstimate", "TiltGap", "TiltReport", "Ti
 __all__ += ["tilt_estimate", "tilt_gap", "tilt_shift"]
 
 MIN_EFFECTIVE_SAMPLES = 100
-"""Below this many effective samples a target counts as not estimable. At 100 the error of a tilted mean is a tenth of the
-tilted spread and the bias of self-normalisation, one part in 100 of it, is hidden in that error; with fewer, a handful of
-samples carries the weight, and the standard error itself cannot be trusted."""
+"""With fewer effective samples a target counts as not estimable. With 100, the error of a tilted mean is a tenth of the tilted
+standard deviation, and the bias of self-normalisation a hundredth. With fewer, a handful of samples has most of the weight, and
+the standard error itself is not reliable."""
 
 
 @dataclass(frozen=True)
 class TiltEstimate:
-    """The mean of a statistic under p* ∝ p_base e^{λr}, from N samples of the base; of several prompts, the mean over prompts.
+    """The mean of a statistic under p* ∝ p_base e^{λr}, from N samples of the base; for several prompts, the mean over them.
 
     Args:
         mean: E*[s], the statistic's unit.
         standard_error: of `mean`, by the delta method.
-        effective_sample_size: 1/Σ p_i² as a share of N, in (0, 1]; of several prompts, the smallest.
+        effective_sample_size: 1/Σ p_i² as a share of N, in (0, 1]; for several prompts, the smallest.
         log_normalizer: log Z = log E_base[e^{λr}], nats.
         log_normalizer_standard_error: by the delta method, nats.
-        kl_target: KL(p*‖p_base) = E*[λr] − log Z, nats: what reaching the target costs.
+        kl_target: KL(p*‖p_base) = E*[λr] − log Z, nats.
         kl_target_standard_error: by the delta method, nats.
         num_samples: N, of each prompt.
     """
@@ -61,7 +61,7 @@ class TiltEstimate:
 
     @property
     def estimable(self) -> bool:
-        """Whether the weights are even enough to be believed: at least `MIN_EFFECTIVE_SAMPLES` effective samples a prompt."""
+        """Whether each prompt has at least `MIN_EFFECTIVE_SAMPLES` effective samples, so that the estimate is reliable."""
         return self.effective_sample_size * self.num_samples >= MIN_EFFECTIVE_SAMPLES
 
     def __str__(self) -> str:
@@ -72,12 +72,12 @@ def tilt_estimate(log_weights: Tensor, statistic: Tensor) -> TiltEstimate:
     """Estimate E*[s] and log Z by self-normalised importance sampling of the base (Owen 2013, eqs. 9.6, 9.9).
 
     Args:
-        log_weights: λ r(x_i) of N ≥ 2 independent base samples x_i, shape (N,), or (P, N) for N of each of P prompts, nats; a
-            constant common to a prompt changes log Z only.
+        log_weights: λ r(x_i) of N ≥ 2 independent base samples x_i, shape (N,), or (P, N) for N of each of P prompts, nats. A
+            constant added to all of a prompt's changes log Z only.
         statistic: s(x_i) of the same samples, same shape.
 
     Returns:
-        TiltEstimate, computed in float64. Look at `estimable` before using it.
+        TiltEstimate, computed in float64. Check `estimable` before using it.
 
     Raises:
         ValueError: if shapes are wrong or differ, or a value is not finite.
@@ -116,12 +116,12 @@ def _weighted_mean(p: Tensor, s: Tensor) -> Tensor:
 
 
 def _influence(p: Tensor, s: Tensor) -> Tensor:
-    """How far each sample moves `_weighted_mean`, to first order: p_i (s_i − Σ p_j s_j)/P, shape (P, N)."""
+    """Influence of each sample on `_weighted_mean`, to first order: p_i (s_i − Σ p_j s_j)/P, shape (P, N)."""
     return p * (s - (p * s).sum(1, keepdim=True)) / len(p)
 
 
 def _mean(samples: Tensor) -> Estimate:
-    """Mean of (P, N) with the error of sampling, the prompts being given: what differs between prompts is no error."""
+    """Mean of (P, N), with the standard error for the given prompts: differences between prompts do not count as error."""
     variance = (samples.var(1) / samples.shape[1]).sum() / len(samples) ** 2
     return Estimate(samples.mean().item(), variance.sqrt().item())
 
@@ -144,8 +144,8 @@ class TiltShift:
         before: mean over base samples.
         after: mean over samples of the fine-tuned model.
         target: its mean under the tilt of that sampler's base samples.
-        fraction: (after − before)/(target − before), 1 at the target; None where the target is not estimable or not two
-            standard errors away from `before`, so that there is no shift to take a share of.
+        fraction: (after − before)/(target − before), 1 at the target. `None` if the target is not estimable, or is within two
+            standard errors of `before`, so that the shift is not significant.
     """
 
     statistic: str
@@ -179,8 +179,8 @@ def tilt_shift(statistic: str, sampler: str, before: Tensor, after: Tensor, log_
 def _shift_fraction(log_w: Tensor, s: Tensor, after: Estimate) -> Estimate | None:
     """(after − before)/(target − before) with its delta-method error.
 
-    Before and target are means over the *same* samples, so their errors are summed sample by sample, with sign. Tuned and base
-    samples count as independent; drawn from common seeds they are positively correlated and the error is an upper bound.
+    Before and target are means over the *same* samples, so their errors are added sample by sample, with sign. Tuned and base
+    samples count as independent. If they share seeds, they are positively correlated, and the error is an upper bound.
     """
     p, uniform = log_w.softmax(1), torch.full_like(s, 1 / s.shape[1])
     move_before, move_target = _influence(uniform, s), _influence(p, s)
@@ -196,13 +196,13 @@ def _shift_fraction(log_w: Tensor, s: Tensor, after: Estimate) -> Estimate | Non
 
 @dataclass(frozen=True)
 class TiltGap:
-    """The distance of the tuned paths to the tilted ones; all in nats, all for the memoryless sampler.
+    """The distance of the tuned paths to the tilted ones, in nats, for the memoryless sampler.
 
     Args:
         scaled_reward: E_θ[λr] over samples of the fine-tuned model.
         kl_spent: KL(paths of θ ‖ paths of the base).
-        kl_target: KL(p*‖p_base), what the exact tilt spends; None where not estimable.
-        gap: log Z − (E_θ[λr] − KL spent), 0 at the exact tilt and positive elsewhere, up to its error; None where not estimable.
+        kl_target: KL(p*‖p_base) of the exact tilt; `None` if not estimable.
+        gap: log Z − (E_θ[λr] − KL spent): 0 at the exact tilt, and positive elsewhere up to its error; `None` if not estimable.
     """
 
     scaled_reward: Estimate
@@ -212,13 +212,13 @@ class TiltGap:
 
 
 def tilt_gap(base_log_weights: Tensor, tuned_log_weights: Tensor, path_kl: Tensor) -> TiltGap:
-    """Measure log Z − (E_θ[λr] − KL) under the memoryless sampler, whose noise is what makes the path KL finite.
+    """Measure log Z − (E_θ[λr] − KL) under the memoryless sampler, whose noise makes the path KL finite.
 
     Args:
         base_log_weights: λ r of N base samples, shape (N,), or (P, N) for N of each of P prompts, nats.
         tuned_log_weights: λ r of M samples of the fine-tuned model, shape (M,) or (P, M), the same prompts, nats.
-        path_kl: Σ_k ½‖(μ_k^θ − μ_k^base)/s_k‖² along K paths of the fine-tuned model, shape (K,) or (P, K), nats. One path a
-            prompt, K = 1, will do: the error of its mean is the spread over prompts, an upper bound.
+        path_kl: Σ_k ½‖(μ_k^θ − μ_k^base)/s_k‖² along K paths of the fine-tuned model, shape (K,) or (P, K), nats. With several
+            prompts K = 1 is enough; the error is then computed over prompts, which is an upper bound.
 
     Raises:
         ValueError: if shapes are wrong or a value is not finite.
@@ -228,7 +228,7 @@ def tilt_gap(base_log_weights: Tensor, tuned_log_weights: Tensor, path_kl: Tenso
     reward, kl = _mean(_of_prompts(tuned_log_weights, prompts)), _path_mean(path_kl, prompts)
     if not target.estimable:
         return TiltGap(reward, kl, None, None)
-    # Counted as independent: on common paths reward and KL rise together, which makes this an upper bound.
+    # As if independent. On the same paths reward and KL are positively correlated, so this is an upper bound.
     error = math.hypot(target.log_normalizer_standard_error, reward.standard_error, kl.standard_error)
     kl_target = Estimate(target.kl_target, target.kl_target_standard_error)
     return TiltGap(reward, kl, kl_target, Estimate(target.log_normalizer - (reward.mean - kl.mean), error))
@@ -244,11 +244,11 @@ def _path_mean(path_kl: Tensor, prompts: int) -> Estimate:
 
 @dataclass(frozen=True)
 class TiltReport:
-    """Everything that tells a tilt from a hacked reward, as one table.
+    """A report that shows whether the model has reached the tilt or has hacked the reward.
 
     Args:
-        shifts: one per statistic and sampler; the reward first, then at least one statistic that is not the reward.
-        gap: distance to the tilt in nats; None where it was not measured.
+        shifts: one for each statistic and sampler: the reward first, then at least one statistic that is not the reward.
+        gap: distance to the tilt in nats; `None` if it was not measured.
         before_after: other quantities by name, (before, after): diversity, saturated pixels, …
     """
 
@@ -278,7 +278,7 @@ def _shift_row(shift: TiltShift) -> list[str]:
 
 
 def _target_rows(shifts: Sequence[TiltShift]) -> list[list[str]]:
-    """What the base samples of each sampler say of the target."""
+    """Rows with log Z and the KL of the target, for each sampler."""
     rows = [["the tilt", "nats"]]
     for sampler, target in {shift.sampler: shift.target for shift in shifts}.items():
         log_z = Estimate(target.log_normalizer, target.log_normalizer_standard_error)

@@ -1,1 +1,1 @@
-"""The trained network inside a pipeline: base and model, adapter, paths, randomness, devices."""
+"""The trained network in a pipeline: base and model, LoRA, paths, random numbers, devices, loading."""

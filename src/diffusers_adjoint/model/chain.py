@@ -1,4 +1,4 @@
-"""A micro-batch of a pipeline's images as a chain of Gaussian steps, which objectives see."""
+"""A micro-batch of a pipeline's images as a chain of Gaussian steps, the interface for objectives."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ __all__ = ["PipelineChain", "predicts_scores"]
 
 
 def predicts_scores(replay: PipelineReplay, guidance: Guidance) -> bool:
-    """Whether the base predicts the scores of the laws that its paths have: unguided, and from pure noise.
+    """Whether the base predicts the scores of its own paths' marginals: unguided, and from pure noise.
 
-    A start below the noise, of image-to-image pipelines, is known from the first `prepare` on, and guidance without a scale from
-    `find_guidance` on.
+    That a pipeline starts from an image is known after the first `prepare`; that it guides without a guidance scale, after
+    `find_guidance`.
     """
     guides = (replay.arguments.guides or replay.guides_itself) and guidance.rollout
     return not (replay.starts_below_noise or guides or replay.guidance_is_distilled)
@@ -35,19 +35,19 @@ def predicts_scores(replay: PipelineReplay, guidance: Guidance) -> bool:
 
 @dataclass(frozen=True)
 class PipelineChain:
-    """The model and its base on one micro-batch; a `Chain` of the objectives.
+    """The model and its base on one micro-batch; implements `objectives.Chain`.
 
     Args:
         denoiser: the network, which is the base within `denoiser.base()`.
-        guidance: where guidance acts.
+        guidance: where classifier-free guidance acts.
         start: x_0, shape (B, …).
-        conditioning: of the batch's prompts.
+        conditioning: encoded prompts and other conditioning of the batch.
         noise: generators of the step noise, one for each image.
-        columns: dataset columns, "prompt" among them, one entry for each image.
-        share: of the update's images on this process.
-        ends_update: whether the update has no further micro-batch.
-        images_per_prompt: how many images in a row are of one prompt.
-        frames: of a video, what the rewards see; `None` for all.
+        columns: dataset columns including "prompt", one entry for each image.
+        share: this micro-batch's share of the update's images on this process.
+        ends_update: whether this is the last micro-batch of the update.
+        images_per_prompt: number of images of each prompt, which are next to each other.
+        frames: the frames of a video that the rewards see; `None` for all.
     """
 
     denoiser: PipelineDenoiser
@@ -90,7 +90,7 @@ class PipelineChain:
         return None
 
     def mean_of(self, model: nn.Module) -> MeanFunction:
-        """(k, x) → μ_k(x) of the denoiser, or of what wraps it, guided as the loss is."""
+        """(k, x) → μ_k(x) of the denoiser or its wrapper, guided if the loss is."""
         return lambda k, x: model(x, k, self.conditioning, self.guidance.loss)
 
     def mean(self, k: int, x: Tensor) -> Tensor:
@@ -138,12 +138,12 @@ class PipelineChain:
         return Media(self.frames.shown(images), audio)
 
     def decode_all(self, x: Tensor) -> Tensor:
-        """The images with all frames."""
+        """As `decode`, with all frames."""
         return self.denoiser.replay.decode(x, self.conditioning)
 
     @property
     def reward_columns(self) -> dict[str, list[Any]]:
-        """The columns, and for a shorter video "frame_numbers", those of its frames in the whole one, for each sample."""
+        """The columns for the rewards; for a shortened video also "frame_numbers", those of its frames in the whole video."""
         if self.frames is None or self.frames.in_place:
             return self.columns
         return {**self.columns, "frame_numbers": [list(self.frames.numbers)] * len(self.start)}

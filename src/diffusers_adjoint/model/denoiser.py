@@ -1,4 +1,4 @@
-"""The trained network as a function: step mean of the fine-tuned model, and of the frozen base."""
+"""The trained network as a function: the step mean of the fine-tuned model and of the frozen base."""
 
 from __future__ import annotations
 
@@ -24,21 +24,20 @@ __all__ = ["PipelineDenoiser"]
 
 
 class PipelineDenoiser(nn.Module):
-    """Owns the pipeline's denoiser; `forward` is μ_k(x). This is the module that `Trainer` wraps (DDP, autocast, …).
+    """The pipeline's denoiser as a module whose `forward` is the step mean μ_k(x). `Trainer` wraps it (DDP, autocast, …).
 
-    The base is the network with its adapter switched off, or, without an adapter, a frozen copy made here.
+    The base is the same network with the trained adapter switched off; without an adapter, a frozen copy that is made here.
 
     Args:
-        replay: turns the pipeline's own `__call__` into the guided prediction m(x, t).
-        base_adapters: the adapters of the base, when the network carries a LoRA adapter of ours on top of them; `None` when it
-            carries none and all its weights are trained.
-        frozen: the base's network, where it exists already, in place of a frozen copy.
+        replay: turns the pipeline's own `__call__` into the prediction m(x, t).
+        base_adapters: names of the base's own adapters, if a LoRA is trained on top of them; `None` if all weights are trained.
+        frozen: the base's network, if it exists already, instead of a frozen copy.
 
     Raises:
         ValueError: if all weights are to be trained but the network is quantised or of 16 bits, or carries adapters.
     """
 
-    config = None  # Trainer writes into `model.config`; a diffusers config is frozen
+    config = None  # `Trainer` writes into `model.config`, and a diffusers config cannot be written
     accepts_loss_kwargs = False
 
     def __init__(self, replay: PipelineReplay, base_adapters: list[str] | None, frozen: ModelMixin | None = None) -> None:
@@ -53,10 +52,10 @@ class PipelineDenoiser(nn.Module):
             self.frozen = copy.deepcopy(self.network).requires_grad_(False)
             self.network.requires_grad_(True)
         self.state = TrainedState(replay.pipeline, replay.component, base_adapters)
-        self.evaluations = 0  # one an image and step, for the log
+        self.evaluations = 0  # one for each image and step, for the log
         self.base_active = False
-        self.stage: FrozenWeights | None = None  # what was trained as of the beginning of a stage, where there are stages
-        # FSDP's units. The network is one of them, because pipelines call it without this module when they sample.
+        self.stage: FrozenWeights | None = None  # the trained weights at the beginning of the stage, if there are stages
+        # Units that FSDP wraps. The network itself is one, because pipelines call it without this module when they sample.
         units = {type(self.network).__name__, *(self.network._no_split_modules or [])}
         self._no_split_modules = sorted(units & {type(module).__name__ for module in self.network.modules()})
         self.train(False)
@@ -66,15 +65,17 @@ class PipelineDenoiser(nn.Module):
         return self.replay.transition(self._predicted(x, index, conditioning, guided), x, index).mean
 
     def score(self, x: Tensor, conditioning: Conditioning, guided: bool = False, *, noise: float) -> Tensor:
-        """∇ log p at clean x, by Tweedie's formula at one level beside the grid; shape of `x`, float32 or better.
+        """The score ∇ log p of slightly noised data at x, by Tweedie's formula; shape of `x`, float32 or better.
 
-        It is that of the data blurred by noise of std β/α, of X_1 + (β/α) X_0, whose mean is the data's: α s(αx), where s is
-        the score of α X_1 + β X_0.
+        The data are blurred by noise of standard deviation β/α, to X_1 + (β/α) X_0. Their score is α s(αx), where s is the score
+        of α X_1 + β X_0, which the network predicts at one noise level beside the grid.
 
         Args:
-            x: shape (B, …), clean.
-            noise: share of noise of the level, between 0 and 1; the smaller, the nearer to the data and the larger the error of
-                the network's clean prediction in it, which is divided by the square of it.
+            x: a clean state, shape (B, …).
+            conditioning: of the batch.
+            guided: whether classifier-free guidance acts.
+            noise: β/(α + β) of that level, between 0 and 1. With less noise the score is nearer to that of the data, but the
+                error of the network's clean prediction is divided by the square of it.
         """
         grid, last = self.replay.scheduler.ending_at(noise), len(self.replay.scheduler.timesteps) - 1
         alpha = float(grid.levels[0, last])
@@ -89,7 +90,7 @@ class PipelineDenoiser(nn.Module):
 
     @contextmanager
     def base(self) -> Iterator[None]:
-        """Within this context `forward` is the frozen base; it may be entered again within itself."""
+        """Within this context `forward` is the frozen base; contexts may be nested."""
         if self.base_active:
             yield
             return
@@ -101,7 +102,7 @@ class PipelineDenoiser(nn.Module):
             self.base_active = False
 
     def reference(self) -> AbstractContextManager[None]:
-        """Within this context `forward` is the model as of the beginning of the stage.
+        """Within this context `forward` is the model at the beginning of the current stage.
 
         Raises:
             ValueError: if there are no stages.
@@ -111,7 +112,7 @@ class PipelineDenoiser(nn.Module):
         return self.stage.in_place()
 
     def train(self, mode: bool = True) -> PipelineDenoiser:
-        """Stays in evaluation mode whatever `Trainer` asks: dropout would make rollout, adjoint and loss three functions."""
+        """Stay in evaluation mode even in training: with dropout, rollout, adjoint and loss would use different functions."""
         super().train(False)
         for network in (self.network, self.frozen):
             if network is not None:
@@ -120,22 +121,22 @@ class PipelineDenoiser(nn.Module):
 
     def gradient_checkpointing_enable(self, **kwargs: object) -> None:
         """`Trainer`'s hook for `gradient_checkpointing=True`: the denoiser's own switch."""
-        if self.replay.exchanges_processors:  # they are put back before the backward pass would recompute with them
+        if self.replay.exchanges_processors:  # it restores them before the backward pass evaluates layers again
             raise ValueError(f"{self.replay.name} exchanges attention processors; train without gradient checkpointing.")
         self.network.enable_gradient_checkpointing()
         if self.frozen is not None:
             self.frozen.enable_gradient_checkpointing()
 
-    activation_checkpointing_enable = gradient_checkpointing_enable  # its name in newer hosts
+    activation_checkpointing_enable = gradient_checkpointing_enable  # the name in newer versions of transformers
 
 
 def _require_trainable(network: ModelMixin) -> None:
     if stored := quantisation_of(network):
         raise ValueError(f"{type(network).__name__} holds {stored}, which cannot be trained; pass a peft_config.")
-    # Of the weights themselves: a network that is cast layer by layer names the dtype that it computes in.
+    # The weights are looked at, because `network.dtype` of a network with layerwise casting is the dtype of the computation.
     if coarse := next((p.dtype for p in network.parameters() if p.dtype in (torch.float16, torch.bfloat16)), None):
         raise ValueError(
-            f"full fine-tuning of a {coarse} network rounds most updates away; load the pipeline in float32 and set "
+            f"full fine-tuning of a {coarse} network rounds most updates to 0; load the pipeline in float32 and set "
             f"bf16=True, or pass a peft_config."
         )
 
@@ -144,6 +145,6 @@ def _require_no_adapters(pipeline: DiffusionPipeline | ModularPipeline) -> None:
     for name, part in pipeline.components.items():
         if isinstance(part, nn.Module) and any(isinstance(module, BaseTunerLayer) for module in part.modules()):
             raise ValueError(
-                f"the {name} carries adapters, which a whole pipeline cannot be saved with; call fuse_lora() and "
+                f"the {name} has adapters, and a whole pipeline cannot be saved with adapters; call fuse_lora() and "
                 f"unload_lora_weights() first, or pass a peft_config."
             )

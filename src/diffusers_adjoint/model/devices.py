@@ -1,4 +1,4 @@
-"""Where the networks of a pipeline are."""
+"""Move a pipeline's networks between devices."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ __all__ = ["place", "text_encoders_on"]
 
 
 def place(pipeline: DiffusionPipeline | ModularPipeline, device: torch.device, offload_text_encoders: bool) -> None:
-    """The pipeline's networks on `device`; the text encoders, if asked so, on the CPU."""
+    """Move the pipeline's networks to `device`, and the text encoders to the CPU if they are offloaded."""
     if not offload_text_encoders:
-        pipeline.to(device)  # it leaves alone what cannot be moved, such as quantised networks
+        pipeline.to(device)  # skips networks that cannot be moved, such as quantised ones
         return
     away = text_encoders(pipeline).keys()
     for name, part in pipeline.components.items():
@@ -30,7 +30,9 @@ def text_encoders_on(pipeline: DiffusionPipeline | ModularPipeline, device: torc
     """Within this context the pipeline's text encoders are on `device` while they encode, and on the CPU while it denoises.
 
     Args:
-        denoisers: names of its networks whose calls say that it denoises.
+        pipeline: the pipeline.
+        device: device for encoding.
+        denoisers: names of its denoisers; when one is called, the text encoders move to the CPU.
     """
     encoders = list(text_encoders(pipeline).values())
     networks = [getattr(pipeline, name) for name in denoisers]
@@ -41,7 +43,7 @@ def text_encoders_on(pipeline: DiffusionPipeline | ModularPipeline, device: torc
 
     hooks = [encoder.register_forward_pre_hook(lambda *_: move(device)) for encoder in encoders]
     hooks += [network.register_forward_pre_hook(lambda *_: move("cpu")) for network in networks]
-    move(device)  # some are not called as modules
+    move(device)  # the hooks miss encoders that are not called as modules
     try:
         yield
     finally:

@@ -1,4 +1,4 @@
-"""Tells one base network from another by a sample of its weights."""
+"""A fingerprint that distinguishes base networks by a sample of their weights."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ from .lora import ADAPTER
 
 __all__ = ["base_fingerprint"]
 
-SAMPLED = 1024  # elements of each tensor
+SAMPLED = 1024  # most elements of a tensor that are hashed
 
 
 def base_fingerprint(network: nn.Module, base_adapters: list[str] | None) -> str:
-    """SHA-256, in hexadecimal, of the network without our adapter; the same on every device and every time.
+    """SHA-256, in hexadecimal, of the network without the trained adapter; the same on every device.
 
-    It covers the name, shape and dtype of each tensor of the state, up to 1024 of its elements, evenly spaced, and the
-    strengths of the base's own adapters. It sees another base, precision, architecture or fine-tuning. It does not see a
-    change of a few elements elsewhere, nor one outside the state: the network's config, its scheduler, the text encoders.
+    It covers the name, shape and dtype of each tensor in the state dict, up to 1024 evenly spaced elements of it, and the
+    strengths of the base's own adapters. So it detects another base, precision, architecture or fine-tuning. It does not detect a
+    change of a few other elements, nor changes outside the state dict: the network's config, the scheduler, the text encoders.
 
     Args:
-        network: whole, not divided among processes.
-        base_adapters: those that are active in the base; `None` or empty where there are none.
+        network: the whole network, not divided among processes.
+        base_adapters: names of the base's active adapters; `None` or empty if there are none.
     """
     found = hashlib.sha256()
     for name, value in sorted(network.state_dict().items()):

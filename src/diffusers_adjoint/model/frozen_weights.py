@@ -1,4 +1,4 @@
-"""A frozen copy of what is trained, put in its place for a while: a former model beside the one in training."""
+"""A frozen copy of the trained weights, which can replace them for a while: an earlier model beside the current one."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ __all__ = ["FrozenWeights"]
 
 
 class FrozenWeights:
-    """The trained weights of a network as they were in the beginning of a stage: an adapter's, or all of them.
+    """A copy of a network's trained weights (an adapter's, or all) at the beginning of a stage.
 
     Args:
-        network: with its trained weights, which alone require a gradient, whole on each process.
-        stage: its number, from 0.
+        network: the trained weights are those that require a gradient; they must be whole on each process.
+        stage: number of the stage, from 0.
     """
 
     def __init__(self, network: nn.Module, stage: int) -> None:
@@ -29,7 +29,7 @@ class FrozenWeights:
 
     @contextmanager
     def in_place(self) -> Iterator[None]:
-        """Within this context the network has the frozen weights, and afterwards its own, bit for bit."""
+        """Within this context the network has the frozen weights; its own are restored exactly afterwards."""
         self._swap()
         try:
             yield
@@ -42,29 +42,29 @@ class FrozenWeights:
                 own = parameter.clone()
                 parameter.copy_(self._frozen[name])
                 self._frozen[name].copy_(own)
-        torch.clear_autocast_cache()  # it holds casts of weights and would not see that these have changed
+        torch.clear_autocast_cache()  # autocast caches casts of weights, and does not notice that these have changed
 
     def save(self, file: Path) -> None:
-        """All weights and the stage's number."""
+        """Write the frozen weights and the stage's number."""
         save_file({name: value.contiguous() for name, value in self._frozen.items()}, file, {"stage": str(self.stage)})
 
     @classmethod
     def load(cls, network: nn.Module, file: Path) -> FrozenWeights:
-        """What `save` wrote, of this network.
+        """Read what `save` wrote.
 
         Raises:
-            ValueError: if the file is missing or of other weights.
+            ValueError: if the file is missing or does not fit the network.
         """
         if not file.is_file():
             raise ValueError(
-                f"{file.parent} holds no {file.name}; pass a checkpoint that a run with the same stages wrote, without "
+                f"{file.parent} holds no {file.name}; pass a checkpoint of a run with the same stages and without "
                 f"save_only_model."
             )
         with safe_open(file, "pt") as saved:
             found = cls(network, int(saved.metadata()["stage"]))
         weights = load_file(file)
         if {name: p.shape for name, p in weights.items()} != {name: p.shape for name, p in found._frozen.items()}:
-            raise ValueError(f"{file} does not fit the weights in training; resume with the peft_config it was trained with.")
+            raise ValueError(f"{file} does not fit the trained weights; resume with the peft_config it was trained with.")
         for name, value in found._frozen.items():
             value.copy_(weights[name])
         return found

@@ -1,4 +1,4 @@
-"""A pipeline from what a user names."""
+"""Load a pipeline by name or from a folder."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from ..replay.view import denoiser_names, require_undivided
 __all__ = ["INDEX", "MODULAR_INDEX", "has_file", "load_pipeline", "modular_from_pretrained"]
 
 INDEX, MODULAR_INDEX = "model_index.json", "modular_model_index.json"
-# Of `ModularPipeline.from_pretrained`, which reads what there is; what it does not take is for the weights, which load later.
+# Arguments of `ModularPipeline.from_pretrained`; all others are for `load_components`, which loads the weights.
 _OF_THE_INDEX = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "token")
 _OF_THE_BLOCKS = ("collection", "components_manager", "workflow")
 
@@ -24,12 +24,18 @@ def load_pipeline(
     init_kwargs: dict[str, Any] | None = None,
     component: str | None = None,
 ) -> DiffusionPipeline | ModularPipeline:
-    """The pipeline itself, or the one of that name or in that folder; refused if it has no scheduler or no whole denoiser.
+    """Return a pipeline as it is, or load the one with this name or in this folder.
 
-    A name of which there is a modular pipeline only gives that one, with the weights that its workflow needs.
+    If there is only a modular pipeline of that name, it is loaded with the weights that its workflow needs.
 
     Args:
+        model: pipeline, Hub id or local folder.
+        init_kwargs: arguments of `from_pretrained`, and of a modular pipeline's `load_components`.
         component: name of the denoiser; `None` for the usual ones.
+
+    Raises:
+        TypeError: if `model` is of another type.
+        ValueError: if the pipeline has no scheduler or no whole denoiser.
     """
     if not isinstance(model, str | Path | DiffusionPipeline | ModularPipeline):
         raise TypeError(
@@ -46,11 +52,13 @@ def load_pipeline(
 def modular_from_pretrained(
     name: str, init_kwargs: dict[str, Any], like: ModularPipeline | None = None, component: str | None = None
 ) -> ModularPipeline:
-    """The modular pipeline of that name or in that folder, its weights loaded.
+    """Load a modular pipeline with its weights.
 
     Args:
-        init_kwargs: of its `from_pretrained` ("workflow", …) and of its `load_components` ("dtype", …).
-        like: a pipeline that it has the blocks of, and shares all networks with but those that predict, `component` among them.
+        name: Hub id or local folder.
+        init_kwargs: arguments of its `from_pretrained` ("workflow", …) and `load_components` ("dtype", …).
+        like: a pipeline with the same blocks; all its networks but the denoisers are shared.
+        component: name of a further denoiser.
     """
     of_index = {key: value for key, value in init_kwargs.items() if key in _OF_THE_INDEX}
     if like is None:
@@ -66,10 +74,12 @@ def modular_from_pretrained(
 
 
 def has_file(name: str, file: str, init_kwargs: dict[str, Any] | None = None) -> bool:
-    """Whether a folder, or a repository of the Hub, has this file; not, where the name is of neither.
+    """Whether a local folder or Hub repository has this file; `False` if there is no such folder or repository.
 
     Args:
-        init_kwargs: of `from_pretrained`, which say where the Hub's files lie.
+        name: local folder or Hub id.
+        file: name of the file.
+        init_kwargs: arguments of `from_pretrained`, such as `revision` and `cache_dir`.
     """
     if Path(name).exists():
         return (Path(name) / file).is_file()

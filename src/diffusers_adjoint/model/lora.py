@@ -1,7 +1,7 @@
-"""LoRA on a diffusers denoiser: attach, switch off, save for diffusers' own readers, load for resuming.
+"""LoRA on a diffusers denoiser: attach, switch off, save in diffusers' format, load for resuming.
 
-Where the pipeline's class saves no LoRA of the denoiser, the file is that of the network: `network.load_lora_adapter` reads it.
-Adapters that the pipeline comes with stay as they are: they belong to the base.
+If the pipeline's class cannot save a LoRA of the denoiser, the network saves it, and `network.load_lora_adapter` loads it.
+Adapters that the pipeline was loaded with are not changed: they belong to the base.
 """
 
 from __future__ import annotations
@@ -40,12 +40,12 @@ logger = logging.get_logger(__name__)
 
 ADAPTER = "adjoint"
 WEIGHTS_NAME = "pytorch_lora_weights.safetensors"
-# Options of a LoraConfig that a saved LoRA brings back, in tests/test_lora_files.py, and those that change nothing here.
+# Options of a LoraConfig that saving and loading preserves (tests/test_lora_files.py), and those that have no effect here.
 CARRIED = {"r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "use_dora", "fan_in_fan_out"}
 CARRIED |= {"target_modules", "exclude_modules", "layers_to_transform", "layers_pattern"}
 UNUSED = {"task_type", "peft_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision", "inference_mode"}
 UNUSED |= {"lora_dropout", "init_lora_weights", "bias", "modules_to_save", "runtime_config"}
-WEIGHTS_OF_A_LAYER = ("lora_A.weight", "lora_B.weight", "lora_magnitude_vector")  # of one that is linear or a convolution
+WEIGHTS_OF_A_LAYER = ("lora_A.weight", "lora_B.weight", "lora_magnitude_vector")  # of a linear or convolution layer
 _OTHER_TARGETS = (
     "set LoraConfig(target_modules=…) to linear or convolution layers it has, or pass peft_config=None for full fine-tuning."
 )
@@ -55,16 +55,21 @@ ATTENTION = ["to_q", "to_k", "to_v", "to_out.0"]
 def add_lora(pipeline: DiffusionPipeline, component: str, peft_config: LoraConfig) -> list[str]:
     """Attach a LoRA adapter in float32 to the pipeline's frozen denoiser, in place.
 
-    Dropout is forced to 0: rollout, adjoint and loss must see one function. Without `target_modules`, the attention
-    projections are adapted.
+    Dropout is set to 0, because rollout, adjoint and loss must use the same function. Without `target_modules`, the attention
+    projections get a LoRA.
+
+    Args:
+        pipeline: the pipeline.
+        component: name of its denoiser.
+        peft_config: the LoRA.
 
     Returns:
-        Names of the adapters that were active before; they stay active, frozen, and belong to the base.
+        Names of the adapters that were active before. They stay active and frozen, as a part of the base.
 
     Raises:
-        TypeError: if `peft_config` is not one of a LoRA, or its rank or strength is no number.
-        ValueError: if rank or strength would train nothing, if the network cannot take an adapter, has fused ones or none of the
-            target modules, or if the adapter would change the base or would not come back from its file.
+        TypeError: if `peft_config` is not a LoraConfig, or its rank or lora_alpha is not a number.
+        ValueError: if rank or lora_alpha would train nothing; if the network takes no adapters, has a fused one, or has none of
+            the target modules; or if the adapter would change the base, or could not be loaded from its file.
     """
     network = getattr(pipeline, component)
     name = type(network).__name__
@@ -80,7 +85,9 @@ def add_lora(pipeline: DiffusionPipeline, component: str, peft_config: LoraConfi
     if not isinstance(config.target_modules, str) and not _any_module(network, config.target_modules):
         raise ValueError(f"{name} has no module named {', '.join(sorted(config.target_modules))}; {_OTHER_TARGETS}")
     if config.lora_dropout:
-        logger.warning(f"lora_dropout={config.lora_dropout} is set to 0: rollout, adjoint and loss must see one function.")
+        logger.warning(
+            f"lora_dropout={config.lora_dropout} is set to 0, because rollout, adjoint and loss must use the same function."
+        )
         config.lora_dropout = 0.0
     network.requires_grad_(False)
     _attach(network, config, base_adapters)
@@ -90,11 +97,11 @@ def add_lora(pipeline: DiffusionPipeline, component: str, peft_config: LoraConfi
 
 
 def _attach(network: PeftAdapterMixin, config: LoraConfig, base_adapters: list[str]) -> None:
-    """`add_adapter`, which leaves the network as it was where PEFT refuses, in the middle of its layers or before."""
+    """Call `add_adapter`, and restore the network if PEFT raises an error, possibly after it has changed some layers."""
     try:
         network.add_adapter(config, adapter_name=ADAPTER)
     except ValueError as error:
-        if not hasattr(network, "peft_config"):  # it carried no adapter
+        if not hasattr(network, "peft_config"):  # it had no adapter before
             network.unload_lora()
         else:
             network.delete_adapters(ADAPTER)
@@ -105,7 +112,7 @@ def _attach(network: PeftAdapterMixin, config: LoraConfig, base_adapters: list[s
 
 
 def _active_adapters(network: PeftAdapterMixin) -> list[str]:
-    """Those that change the network's output now."""
+    """Names of the adapters that change the network's output now."""
     layers = [module for module in network.modules() if isinstance(module, BaseTunerLayer)]
     name = type(network).__name__
     if any(layer.merged for layer in layers):
@@ -124,14 +131,14 @@ def _active_adapters(network: PeftAdapterMixin) -> list[str]:
 
 
 def pipeline_saves_lora(pipeline_class: type[DiffusionPipeline], component: str) -> bool:
-    """Whether the pipeline saves and loads a LoRA of this component. Where it does not, the network does so itself."""
+    """Whether the pipeline can save and load a LoRA of this component; otherwise its network does."""
     method = getattr(pipeline_class, "save_lora_weights", None)
     needed = {f"{_saved_as(component)}_lora_layers", f"{_saved_as(component)}_lora_adapter_metadata"}
     return method is not None and needed <= inspect.signature(method).parameters.keys()
 
 
 def _saved_as(component: str) -> str:
-    """diffusers saves the LoRA of a second transformer like that of the first."""
+    """The name under which diffusers saves a component's LoRA: a second transformer's like the first's."""
     return component.removesuffix("_2")
 
 
@@ -141,7 +148,7 @@ def _require_lora(config: Any) -> None:
 
 
 def _require_numbers(config: LoraConfig) -> None:
-    """PEFT would fail at some in the middle, and at strength 0 train nothing."""
+    """Check ranks and lora_alpha: with bad ones PEFT fails half-way, and with lora_alpha 0 nothing is trained."""
     for rank in (config.r, *(config.rank_pattern or {}).values()):
         if not isinstance(rank, Integral):
             raise TypeError(f"LoraConfig has the rank {rank!r}; pass a whole number of 1 or more.")
@@ -155,18 +162,18 @@ def _require_numbers(config: LoraConfig) -> None:
 
 
 def _require_loadable(config: LoraConfig) -> None:
-    """Only what is known to come back from the file: others are left out of it, or are no function of the image alone."""
+    """Refuse options that the saved file does not contain, or with which samples of a batch depend on each other."""
     plain = LoraConfig()
     for name in {field.name for field in dataclasses.fields(LoraConfig)} - CARRIED - UNUSED:
         if (value := getattr(config, name)) != getattr(plain, name):
             raise ValueError(
-                f"LoraConfig({name}={value!r}) is not supported: the file that a LoRA is saved in would not bring it back; "
+                f"LoraConfig({name}={value!r}) is not supported, because the file of a saved LoRA does not contain it; "
                 f"leave it out."
             )
 
 
 def _require_untouched_base(config: LoraConfig) -> None:
-    """Some options change the network outside the adapter: switching the adapter off would not give the base back."""
+    """Refuse options that change the network outside the adapter: without the adapter it would not be the base."""
     if config.bias != "none":
         raise ValueError(f"LoraConfig(bias={config.bias!r}) trains weights of the base itself; pass bias='none'.")
     if config.modules_to_save:
@@ -183,7 +190,7 @@ def _any_module(network: nn.Module, targets: list[str] | set[str]) -> bool:
 
 @contextmanager
 def adapter_off(network: PeftAdapterMixin, base_adapters: list[str]) -> Iterator[None]:
-    """The base: the same weights, and the adapters it came with, without ours; bit for bit the untouched network."""
+    """Within this context the network is the base: its weights and its own adapters, without the trained one."""
     if base_adapters:
         network.set_adapter(base_adapters)
     else:
@@ -195,7 +202,7 @@ def adapter_off(network: PeftAdapterMixin, base_adapters: list[str]) -> Iterator
 
 
 def _switch_on(network: PeftAdapterMixin, base_adapters: list[str]) -> None:
-    """Ours, trained, on top of the base's, frozen."""
+    """Activate the trained adapter on top of the base's frozen adapters."""
     if not base_adapters:
         network.enable_adapters()
         return
@@ -205,29 +212,29 @@ def _switch_on(network: PeftAdapterMixin, base_adapters: list[str]) -> None:
 
 
 def save_lora(pipeline: DiffusionPipeline, component: str, folder: str | Path, *, write: bool = True) -> None:
-    """Write `pytorch_lora_weights.safetensors`, alpha included, that diffusers reads.
+    """Write `pytorch_lora_weights.safetensors`, with alpha, in diffusers' format.
 
-    `pipeline.load_lora_weights(folder)` reads it where `pipeline_saves_lora`; elsewhere it is the file of
-    `network.save_lora_adapter`, which `network.load_lora_adapter(folder, prefix=None, weight_name=…)` reads.
+    If `pipeline_saves_lora`, `pipeline.load_lora_weights(folder)` loads it. Otherwise it is the file of
+    `network.save_lora_adapter`, and `network.load_lora_adapter(folder, prefix=None, weight_name=…)` loads it.
 
-    The weights keep PEFT's own names. diffusers' older names exist for attention layers only, and its reader decides by the
-    first name in the file which of the two all of them are: of a UNet's file with both it lost the attention layers.
+    The weights keep PEFT's names. diffusers has older names for attention layers only, and decides by the first name in a file
+    which of the two it uses; of a UNet's file with both it would lose the attention layers.
 
     Args:
-        pipeline: its `component` carries the adapter.
+        pipeline: its `component` has the trained adapter.
         component: name of the denoiser, "transformer" or "unet"; "transformer_2" is read back by
             `load_lora_weights(folder, load_into_transformer_2=True)`.
         folder: created if missing.
-        write: `False` on the processes that only contribute their part of the weights.
+        write: `False` on processes that only contribute their part of divided weights.
 
     Raises:
-        OSError: if the file does not hold what the network does.
+        OSError: if the written file does not contain the adapter's weights under their names.
     """
     network = getattr(pipeline, component)
     weights = gathered(get_peft_model_state_dict(network, adapter_name=ADAPTER), keep=write)
     if not write:
         return
-    # Without the metadata the reader takes alpha = r, and the tuned model comes back scaled wrongly, silently.
+    # Without the metadata diffusers assumes alpha = r, and loads the LoRA with the wrong strength without an error.
     metadata = network.peft_config[ADAPTER].to_dict()
     if pipeline_saves_lora(type(pipeline), component):
         name = _saved_as(component)
@@ -246,7 +253,7 @@ def save_lora(pipeline: DiffusionPipeline, component: str, folder: str | Path, *
 
 
 def _write_as_the_network(weights: dict[str, Tensor], metadata: dict[str, Any], folder: str | Path) -> None:
-    """The file of `network.save_lora_adapter`, which itself would write only this process's part of divided weights."""
+    """Write the file of `network.save_lora_adapter`; that method would write this process's part of divided weights only."""
     LoraBaseMixin.write_lora_layers(
         state_dict=weights,
         save_directory=str(folder),
@@ -259,18 +266,18 @@ def _write_as_the_network(weights: dict[str, Tensor], metadata: dict[str, Any], 
 
 
 def _is_the_networks(file: Path) -> bool:
-    """Whether a network saved this file, by the adapter's settings in it: a pipeline writes them under the component's name."""
+    """Whether a network saved this file and not a pipeline, which writes the adapter's settings under the component's name."""
     with safe_open(file, "pt") as saved:
         metadata = (saved.metadata() or {}).get(LORA_ADAPTER_METADATA_KEY)
     return metadata is not None and "r" in json.loads(metadata)
 
 
 def read_lora(file: Path, unet: nn.Module | None) -> dict[str, Tensor]:
-    """The weights in a file of `save_lora`, under the names of the file, or PEFT's where an earlier version renamed some.
+    """The weights in a file of `save_lora`; names that an earlier version changed are replaced by PEFT's.
 
     Args:
-        file: whose names begin with that of the component where a pipeline saved it.
-        unet: the network that the file may belong to; only of a UNet names were changed.
+        file: the file. If a pipeline saved it, its names begin with the component's.
+        unet: the network if it is a UNet, else `None`: the earlier version changed the names of UNets only.
 
     Raises:
         ValueError: if the file is missing.
@@ -282,9 +289,10 @@ def read_lora(file: Path, unet: nn.Module | None) -> dict[str, Tensor]:
 
 
 def _names_by_older_ones(unet: nn.Module) -> dict[str, str]:
-    """Name that the earlier version wrote → PEFT's, of every weight that a LoRA of this UNet can have.
+    """Name that the earlier version wrote → PEFT's name, for every weight that a LoRA of this UNet can have.
 
-    By that version's own function, as no rule tells the way back: it took away "processor", and had two names for a matrix.
+    It uses that version's own function, which cannot be inverted by a rule: it removed "processor", and had two names for a
+    matrix.
     """
     modules = [name for name, _ in unet.named_modules()]
     names = [f"unet.{module}.{weight}" for module in modules for weight in WEIGHTS_OF_A_LAYER]
@@ -293,7 +301,7 @@ def _names_by_older_ones(unet: nn.Module) -> dict[str, str]:
 
 
 def load_lora(network: nn.Module, component: str, folder: str | Path) -> None:
-    """Read what `save_lora` wrote into the adapter already attached, bit for bit.
+    """Load what `save_lora` wrote into the adapter that is already attached, exactly.
 
     Raises:
         ValueError: if the file is missing or belongs to another adapter.
@@ -304,20 +312,21 @@ def load_lora(network: nn.Module, component: str, folder: str | Path) -> None:
     weights = {key.removeprefix(prefix): value for key, value in read.items()}
     expected = get_peft_model_state_dict(network, adapter_name=ADAPTER)
     if weights.keys() != expected.keys() or any(weights[key].shape != expected[key].shape for key in expected):
-        raise ValueError(f"{file} does not fit the adapter in training; resume with the peft_config it was trained with.")
+        raise ValueError(f"{file} does not fit the trained adapter; resume with the peft_config it was trained with.")
     set_peft_model_state_dict(network, spread_like(weights, expected), adapter_name=ADAPTER)
 
 
 def load_saved_lora(pipeline: DiffusionPipeline, component: str, file: Path, adapter_name: str | None = None) -> None:
-    """diffusers' own loading of a file of `save_lora`, whichever version wrote it.
+    """Load a file of `save_lora`, of any version, into a pipeline by diffusers' own methods.
 
     Args:
-        pipeline: a fresh one.
-        component: the denoiser that the LoRA belongs to.
-        adapter_name: under which the pipeline gets it.
+        pipeline: a pipeline without this adapter.
+        component: name of the denoiser that the LoRA belongs to.
+        file: the file.
+        adapter_name: name of the new adapter in the pipeline.
 
     Raises:
-        ValueError: if the pipeline and its network take none.
+        ValueError: if neither the pipeline nor its network can load a LoRA.
     """
     network = getattr(pipeline, component)
     if _is_the_networks(file):

@@ -25,13 +25,15 @@ def sample_trajectory(
     guided: bool = False,
     keep_means: bool = False,
 ) -> Trajectory:
-    """Memoryless trajectory of the current model, K − 1 evaluations: x_K is not needed.
+    """Sample a memoryless trajectory x_0 … x_{K−1} of the current model, with K − 1 evaluations; x_K is not needed.
 
     Args:
+        denoiser: the model, or the base within `denoiser.base()`.
         start: x_0, shape (B, …).
-        generators: step noise, one for each sample.
-        guided: classifier-free guidance in the rollout.
-        keep_means: keep the means of the steps, too.
+        conditioning: of the batch.
+        generators: of the step noise, one for each sample.
+        guided: whether classifier-free guidance acts.
+        keep_means: whether to keep the step means, too.
     """
     replay = denoiser.replay
     return rollout(
@@ -53,13 +55,15 @@ def sampled_path_kl(
     guided_rollout: bool = False,
     guided_loss: bool = False,
 ) -> Tensor:
-    """`path_kl` along memoryless paths that are sampled on the way: one evaluation of the model and one of the base a step.
+    """Sample memoryless paths and return their `path_kl`, (B,), nats; one evaluation of model and base each per step.
 
     Args:
+        denoiser: the model and its base.
         start: x_0, shape (B, …).
-        generators: step noise, one for each sample.
-        guided_rollout: classifier-free guidance in the paths; a third evaluation a step where it differs from `guided_loss`.
-        guided_loss: classifier-free guidance in the two means that are compared.
+        conditioning: of the batch.
+        generators: of the step noise, one for each sample.
+        guided_rollout: whether the paths are guided; if this differs from `guided_loss`, a step takes a third evaluation.
+        guided_loss: whether the two step means that are compared are guided.
     """
     alike = guided_rollout == guided_loss or not denoiser.replay.arguments.guides
     x, kl = start, start.new_zeros(len(start))

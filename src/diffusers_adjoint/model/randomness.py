@@ -1,7 +1,7 @@
 """Reproducible randomness.
 
-Every random number of an update belongs to (seed, update, global sample index), never to a rank or a micro-batch: splitting a
-batch, accumulating gradients or adding processes changes nothing.
+Every random number of an update belongs to (seed, update, global sample index), not to a process or a micro-batch. So splitting a
+batch, accumulating gradients or adding processes does not change the numbers.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class Stream(IntEnum):
 
 
 def seeded_generator(seed: int, update: int, sample: int, stream: Stream) -> torch.Generator:
-    """CPU generator that depends on its arguments only; on the CPU so that every device draws the same numbers."""
+    """A CPU generator that depends on its arguments only; on the CPU, so that the numbers are the same for every device."""
     state = np.random.SeedSequence((seed, update, sample, stream)).generate_state(1, np.uint64)
     return torch.Generator().manual_seed(int(state[0] >> np.uint64(1)))  # manual_seed takes 63 bits
 
@@ -45,7 +45,7 @@ def seeded_generators(seed: int, update: int, samples: Sequence[int], stream: St
 
 @contextmanager
 def random_numbers_kept(device: torch.device) -> Iterator[None]:
-    """Whatever draws from the global generators of Python, NumPy and torch within leaves them as they were before."""
+    """Restore the global random state of Python, NumPy and torch after this context."""
     python, numpy, devices = random.getstate(), np.random.get_state(), [] if device.type == "cpu" else [device]
     with torch.random.fork_rng(devices, device_type=device.type):
         try:

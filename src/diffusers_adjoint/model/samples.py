@@ -1,4 +1,4 @@
-"""What is measured on samples of a pipeline, in training and after it: their rewards, and the KL of the model's paths."""
+"""Measurements on samples of a pipeline, in training and evaluation: rewards, and the KL of the model's paths."""
 
 from __future__ import annotations
 
@@ -21,11 +21,12 @@ __all__ = ["path_kl_of_rows", "images_and_rewards"]
 
 
 def images_and_rewards(reward: WeightedReward, made: Media, columns: dict[str, list[Any]]) -> tuple[Tensor, dict[str, Tensor]]:
-    """The images in float32 or better, as rewards see them in training, and name → rewards (B,).
+    """The images in float32 or better, as rewards get them in training, and their rewards, name → (B,).
 
     Args:
-        made: B images, videos or sounds, or videos with their sounds, as a pipeline returns them.
-        columns: of their B rows.
+        reward: the weighted reward functions.
+        made: B images, videos or sounds, or videos with their sounds, from a pipeline.
+        columns: columns of their B rows.
     """
     images, *audio = (part.to(torch.promote_types(part.dtype, torch.float32)) for part in made if part is not None)
     heard: dict[str, Any] = dict(zip([AUDIO], audio, strict=False))
@@ -40,12 +41,13 @@ def path_kl_of_rows(
     group: int,
     samples: Sequence[int],
 ) -> Tensor:
-    """KL(paths of the model ‖ paths of the base), nats, measured along one memoryless path a row, (B,).
+    """KL(paths of the model ‖ paths of the base), nats, measured on one memoryless path for each row, (B,).
 
     Args:
-        guidance: of the paths, and of the step means that are compared.
-        columns: B rows.
-        seed, group, samples: numbers that the random numbers depend on; one of `samples` a row.
+        denoiser: the model and its base.
+        guidance: whether the paths, and the step means that are compared, are guided.
+        columns: B rows, as columns.
+        seed, group, samples: the random numbers depend on these; `samples` has one number for each row.
     """
     starts, noise = (
         seeded_generators(seed, group, samples, stream) for stream in (Stream.EVALUATION_START, Stream.EVALUATION_NOISE)

@@ -1,4 +1,4 @@
-"""What belongs to several processes: weights that FSDP has spread over them, and decisions that one takes for all."""
+"""Several processes: weights that FSDP has divided among them, and decisions that one makes for all."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ __all__ = ["from_first_process", "gathered", "spread_like", "whole_network"]
 
 
 def gathered(weights: dict[str, Tensor], keep: bool) -> dict[str, Tensor]:
-    """The whole tensors, on the CPU; every process must call this, and those that do not `keep` them get nothing."""
+    """The whole tensors, on the CPU. Every process must call this; it returns an empty dict without `keep`."""
     whole = {}
-    for name, value in weights.items():  # one at a time: the GPU need not hold them all
+    for name, value in weights.items():  # one at a time, so that the GPU holds one whole tensor only
         tensor = value.full_tensor() if isinstance(value, DTensor) else value
         if keep:
             whole[name] = tensor.cpu()
@@ -25,7 +25,7 @@ def gathered(weights: dict[str, Tensor], keep: bool) -> dict[str, Tensor]:
 
 
 def spread_like(weights: dict[str, Tensor], like: dict[str, Tensor]) -> dict[str, Tensor]:
-    """`weights` divided among the processes as those of the same name in `like` are."""
+    """`weights` divided among processes like the tensors of the same names in `like`."""
     return {
         name: distribute_tensor(value, to.device_mesh, to.placements) if isinstance(to := like[name], DTensor) else value
         for name, value in weights.items()
@@ -33,7 +33,7 @@ def spread_like(weights: dict[str, Tensor], like: dict[str, Tensor]) -> dict[str
 
 
 def whole_network(network: ModelMixin, keep: bool) -> ModelMixin | None:
-    """The network, or a copy that knows nothing of FSDP, to be saved; `None` where it is not kept."""
+    """The network for saving: itself, or a whole copy if FSDP has divided it; `None` without `keep`."""
     state = network.state_dict()
     if not any(isinstance(value, DTensor) for value in state.values()):
         return network if keep else None
@@ -47,16 +47,16 @@ def whole_network(network: ModelMixin, keep: bool) -> ModelMixin | None:
 
 
 def from_first_process(action: Callable[[], Any]) -> Any:
-    """What `action` returns or raises on the first process, where alone it is called, on all of them.
+    """Call `action` on the first process only, and return its result, or raise its error, on all processes.
 
     Args:
-        action: its result, or its TypeError or ValueError, is sent by pickling.
+        action: its result, or its TypeError or ValueError, is sent to the other processes by pickling.
     """
     outcome: list[Any] = [None, None]
     if PartialState().is_main_process:
         try:
             outcome[0] = action()
-        except (TypeError, ValueError) as error:  # the others would wait for a process that has ended
+        except (TypeError, ValueError) as error:  # sent to the others, which would wait forever otherwise
             outcome[1] = error
     broadcast_object_list(outcome)
     if outcome[1] is not None:

@@ -1,4 +1,4 @@
-"""What was prepared for training is looked at again: the adapter, its strength, the trained weights, the optimizer."""
+"""Check that the network is still as it was prepared for training: adapter, strength, trained weights, optimizer."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ __all__ = ["TrainedState"]
 
 
 class TrainedState:
-    """The state of a denoiser as it was prepared for training, to be compared with what it is later.
+    """The state of a denoiser as it was prepared for training, to compare it with its later state.
 
-    Between two calls of the trainer, and in callbacks between two updates, the pipeline is the user's, who may preview it at
-    another strength, switch the adapter off, or take it away; what is trained or saved then would be another model.
+    Between calls of the trainer, and in callbacks, a user may change the adapter's strength for a preview, switch the adapter
+    off, or remove it. Training or saving would then use another model.
 
     Args:
-        pipeline: whose `component` is trained.
-        component: the denoiser's name.
-        base_adapters: names of the adapters that belong to the base; `None` where all weights are trained.
+        pipeline: the pipeline.
+        component: name of the trained network in it.
+        base_adapters: names of the base's own adapters; `None` if all weights are trained.
     """
 
     def __init__(self, pipeline: DiffusionPipeline | ModularPipeline, component: str, base_adapters: list[str] | None) -> None:
@@ -33,22 +33,22 @@ class TrainedState:
         self._trained = len(self._trained_weights())
 
     def require_adapter(self) -> None:
-        """Raises ValueError, with the way out, unless the network acts as it was prepared: adapters and their strength.
+        """Raise ValueError, with advice, if adapters or their strengths have changed since the network was prepared.
 
-        Those of the base are frozen again, because PEFT makes trainable whatever is switched on. Cheap enough for every update:
-        it walks over the network's modules and looks at no tensor.
+        It also freezes the base's adapters again, because PEFT makes every adapter trainable that is activated. It is cheap
+        enough for every update: it visits the network's modules, but reads no tensor.
         """
         if getattr(self._pipeline, self._component, None) is not self._network:
             raise ValueError(f"the pipeline's {self._component} is no longer the network in training; put it back.")
         layers = self._layers()
         if self._base_adapters is None:
             if layers:
-                raise ValueError(f"{self._named} carries adapters now, though all its weights are trained; unload them.")
+                raise ValueError(f"{self._named} has adapters now, although all its weights are trained; unload them.")
             return
         if not any(ADAPTER in layer.scaling for layer in layers):
             raise ValueError(
-                f"{self._named} no longer carries the adapter {ADAPTER!r}, which unload_lora_weights() and delete_adapters() "
-                f"take away; make a new trainer and resume from a checkpoint."
+                f"{self._named} no longer has the adapter {ADAPTER!r}, which unload_lora_weights() and delete_adapters() "
+                f"remove; make a new trainer and resume from a checkpoint."
             )
         if any(layer.merged for layer in layers):
             raise ValueError(f"{self._named} carries a fused adapter; call unfuse_lora() first.")
@@ -60,29 +60,29 @@ class TrainedState:
             raise ValueError(f"the active adapters of {self._named} are {active}; {self._way_back(adapters)} first.")
         if self._current_scalings(layers) != self._scalings:
             raise ValueError(
-                f"an adapter of {self._named} acts with another strength than in training; {self._way_back(adapters)} first."
+                f"an adapter of {self._named} has another strength than in training; {self._way_back(adapters)} first."
             )
         self._freeze_base(layers)
 
     def require_trainable(self, optimizer: torch.optim.Optimizer | None) -> None:
-        """Raises ValueError, with the way out, where training would teach nothing.
+        """Raise ValueError, with advice, if training would not change the weights.
 
         Args:
-            optimizer: the user's; `None` where it will be made of the weights that are trained.
+            optimizer: the user's optimizer; `None` if the trainer makes one.
         """
         self.require_adapter()
         if torch.is_inference_mode_enabled() or not torch.is_grad_enabled():
             raise ValueError("gradients are switched off; call train() outside of torch.no_grad() and torch.inference_mode().")
         if any(parameter.is_inference() for parameter in self._network.parameters()):
             raise ValueError(
-                f"weights of {self._named} were made in torch.inference_mode() and have no gradient; load the pipeline and make "
-                f"the trainer outside of it."
+                f"weights of {self._named} were created in torch.inference_mode() and cannot have gradients; load the pipeline "
+                f"and make the trainer outside of it."
             )
         trained = self._trained_weights()
         if len(trained) != self._trained:
             raise ValueError(
-                f"{len(trained)} weights of {self._named} require a gradient, not the {self._trained} that are to be trained; "
-                f"leave requires_grad_() to the trainer, which calls it when it is made."
+                f"{len(trained)} weights of {self._named} require a gradient, instead of the {self._trained} that are trained; "
+                f"do not call requires_grad_() after making the trainer."
             )
         if optimizer is not None:
             self._require_all_in(optimizer, trained)
@@ -117,7 +117,7 @@ class TrainedState:
     def _current_scalings(self, layers: list[Any]) -> list[dict[str, float]]:
         adapters = {*(self._base_adapters or []), ADAPTER}
         found = [{name: scale for name, scale in layer.scaling.items() if name in adapters} for layer in layers]
-        return [scalings for scalings in found if scalings]  # not those of layers that only another adapter has
+        return [scalings for scalings in found if scalings]  # without layers that only another adapter has
 
     def _way_back(self, adapters: list[str]) -> str:
         if len(adapters) == 1:

@@ -1,1 +1,1 @@
-"""Samples as pictures: grids, files, trackers."""
+"""Samples as 8-bit images: grids, files, trackers."""
