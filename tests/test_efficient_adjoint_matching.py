@@ -153,7 +153,7 @@ def test_a_reference_by_channels_is_one_of_each_channel():
 
     both = shifts([0.1, 0.7])
     assert torch.equal(both[..., 0], shifts(0.1)[..., 0]) and torch.equal(both[..., 1], shifts(0.7)[..., 1])
-    with pytest.raises(ValueError, match=r"variance has 3 numbers, but the latents' second axis .* \(2,\) each; pass one number"):
+    with pytest.raises(ValueError, match=r"variance has 3 numbers, but the latents have shape \(2,\) each, .*; pass one number"):
         shifts([0.1, 0.2, 0.3])
 
 
@@ -209,13 +209,13 @@ def test_the_trainer_never_differentiates_the_network_but_in_the_loss(tmp_path):
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
-        ({"variance": 0.0}, ValueError, "variance=0.0 is no variance of data; pass a number above 0"),
-        ({"variance": float("inf")}, ValueError, "variance=inf is no variance of data"),
-        ({"variance": [0.1, -1.0]}, ValueError, "is no variance of data; pass a number above 0, or one a channel"),
-        ({"variance": []}, ValueError, "is no variance of data"),
-        ({"variance": "much"}, TypeError, "'much' is no number; pass variance=0.1"),
-        ({"noise": 1.0}, ValueError, "noise=1.0 is no share of noise; pass a number between 0 and 1"),
-        ({"noise": True}, TypeError, "True is no number"),
+        ({"variance": 0.0}, ValueError, "variance=0.0 is not a variance; pass a number above 0"),
+        ({"variance": float("inf")}, ValueError, "variance=inf is not a variance"),
+        ({"variance": [0.1, -1.0]}, ValueError, "is not a variance; pass a number above 0, or a list of one per channel"),
+        ({"variance": []}, ValueError, "is not a variance"),
+        ({"variance": "much"}, TypeError, "'much' is not a number; pass variance=0.1"),
+        ({"noise": 1.0}, ValueError, "noise=1.0 is not a share of noise; pass a number between 0 and 1"),
+        ({"noise": True}, TypeError, "True is not a number"),
     ],
 )
 def test_options_that_make_no_target_are_refused(options, error, message):
@@ -230,7 +230,7 @@ def test_variances_of_channels_come_from_the_command_line_too(tmp_path):
 
 def test_where_the_base_knows_no_score_of_its_own_law_it_is_refused(tmp_path):
     message = (
-        "asks the base for its score, which it has neither under guidance in training nor from an image; pass cfg_mode='none'"
+        "needs the base's score, which a guided model or one that starts from an image does not predict; pass cfg_mode='none'"
     )
     with pytest.raises(ValueError, match=message):
         make_trainer(tmp_path, loss_type="efficient_adjoint_matching", cfg_mode="full", guidance_scale=4.0).train()

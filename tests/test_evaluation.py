@@ -220,7 +220,7 @@ def test_a_video_is_shown_by_its_middle_frame():
 def test_sound_is_not_drawn():
     sound = SampleImages(torch.zeros(2, 2, 100), ["x", "y"], torch.zeros(2))
     assert not drawable(sound.images)
-    with pytest.raises(ValueError, match="are no pictures"):
+    with pytest.raises(ValueError, match="are not images"):
         image_grid(sound)
 
 

@@ -148,7 +148,7 @@ def test_bad_input(name):
     with pytest.raises(ValueError, match="has no grid yet"):
         getattr(scheduler, name)(batch(1, 2), batch(1, 2), 0)
     scheduler.set_timesteps(STEPS)
-    with pytest.raises(ValueError, match=f"index={STEPS} is off the grid; pass a step from 0 to {STEPS - 1}"):
+    with pytest.raises(ValueError, match=f"index={STEPS} is not on the grid; pass a step from 0 to {STEPS - 1}"):
         getattr(scheduler, name)(batch(1, 2), batch(1, 2), STEPS)
     with pytest.raises(ValueError, match=r"has shape \(1, 3\) but \w+ \(1, 2\); they must agree"):
         getattr(scheduler, name)(batch(1, 3), batch(1, 2), 0)
@@ -178,5 +178,5 @@ def test_the_score_of_almost_clean_data_comes_from_a_level_beside_the_grid(kind,
 
 @pytest.mark.parametrize("noise", [0.0, 1.0, -0.1])
 def test_no_share_of_noise_is_refused(kind, noise):
-    with pytest.raises(ValueError, match=f"noise={noise} is no share of noise"):
+    with pytest.raises(ValueError, match=f"noise={noise} is not a share of noise"):
         kind[0]().ending_at(noise)

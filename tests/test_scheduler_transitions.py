@@ -260,7 +260,7 @@ def test_generators(cls):
     from_global = draw()
     torch.manual_seed(3)
     assert torch.equal(draw(), from_global)
-    with pytest.raises(ValueError, match="2 generators cannot serve a batch of 3"):
+    with pytest.raises(ValueError, match="2 generators do not fit a batch of 3"):
         draw(seeded(1, 2))
 
 

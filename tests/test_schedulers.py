@@ -276,12 +276,12 @@ BAD = {
     "no grid, DDIM": (lambda: BOTH[1]().step(torch.zeros(1), 999, torch.zeros(1)), "no grid yet; call set_timesteps"),
     "growing noise": (lambda: BOTH[0]().set_timesteps(sigmas=[1.0, 0.2, 0.5]), "the noise grows along the grid at step 1"),
     "noise beyond one": (lambda: BOTH[0]().set_timesteps(sigmas=[80.0, 1.0, 0.5]), "starts at σ = 80, but flow matching"),
-    "beyond the table": (lambda: ready(BOTH[1], 1000, steps_offset=1), "reach timestep 1000, but the model knows 1000"),
+    "beyond the table": (lambda: ready(BOTH[1], 1000, steps_offset=1), "reach timestep 1000, but the model has 1000"),
     "integer timestep": (misuse(BOTH[0], lambda s, x: s.step(x, 3, x)), "timestep=3 is an integer"),
     "off the grid": (misuse(BOTH[1], lambda s, x: s.step(x, 3, x)), "timestep=3 is not on the grid"),
     "eta": (misuse(BOTH[1], lambda s, x: s.step(x, 750, x, eta=1.0)), "eta would choose another sampler's step"),
-    "index below": (misuse(BOTH[0], lambda s, x: s.transition(x, x, -1)), "index=-1 is off the grid; pass a step from 0 to 3"),
-    "index above": (misuse(BOTH[1], lambda s, x: s.transition(x, x, 4)), "index=4 is off the grid; pass a step from 0 to 3"),
+    "index below": (misuse(BOTH[0], lambda s, x: s.transition(x, x, -1)), "index=-1 is not on the grid; pass a step from 0 to 3"),
+    "index above": (misuse(BOTH[1], lambda s, x: s.transition(x, x, 4)), "index=4 is not on the grid; pass a step from 0 to 3"),
     "learned variance": (misuse(BOTH[1], lambda s, x: s.transition(torch.cat([x, x], 1), x, 0)), r"shape \(2, 6\) but sample"),
 }
 

@@ -252,7 +252,7 @@ def test_under_guidance_steps_are_paired_by_next(tmp_path, mode, caplog):
     assert targets.logged == {} and "capped" not in trainer.state.log_history[0]
     assert "guidance acts in training, so the base's predictions are not the scores of its own paths" in caplog.text
     assert "pairing 'next' is used instead of 'score', on paths of integrator='posterior'" in caplog.text
-    with pytest.raises(ValueError, match="pairing='score' asks for an unguided diffusion or flow model"):
+    with pytest.raises(ValueError, match="pairing='score' needs an unguided diffusion or flow model"):
         make_trainer(tmp_path, guidance_scale=3.0, cfg_mode=mode, loss_kwargs={"pairing": "score"})
 
 
@@ -288,13 +288,13 @@ def test_distilled_guidance_counts_as_guidance(tmp_path, scale, integrator, capl
 def test_a_control_problem_has_no_score():
     chain = ProblemChain(None, None, None)
     assert not chain.predicts_scores
-    with pytest.raises(ValueError, match="pairing='score' asks for an unguided"):
+    with pytest.raises(ValueError, match="pairing='score' needs an unguided"):
         AdjointMatching("score").scales(chain)
 
 
 @pytest.mark.parametrize("cap", [0, -1.0, float("inf"), float("nan"), "1", True])
 def test_a_cap_that_bounds_nothing_is_refused(cap):
-    with pytest.raises(ValueError, match="bounds no shift; pass a number above 0, or None"):
+    with pytest.raises(ValueError, match="is not a bound; pass a number above 0, or None"):
         AdjointMatching(cap=cap)
 
 
@@ -319,5 +319,5 @@ def test_from_an_image_steps_are_paired_by_next(tmp_path, caplog):
     trainer = trainer_from_images(integrator="euler")
     trainer.train()
     assert trainer.replay.scheduler.config.integrator == "euler" and "on paths of integrator='euler'" in caplog.text
-    with pytest.raises(ValueError, match="pairing='score' asks for an unguided .* that starts from pure noise"):
+    with pytest.raises(ValueError, match="pairing='score' needs an unguided .* that starts from pure noise"):
         trainer_from_images(loss_kwargs={"pairing": "score"}).train()

@@ -1,4 +1,4 @@
-"""Objectives: what the trained mean of a step is asked to be, one file each; torch only."""
+"""Objectives, one file each: they compute the target shifts of the step means. They need torch only."""
 
 from .adjoint_matching import AdjointMatching
 from .basic_adjoint_matching import BasicAdjointMatching

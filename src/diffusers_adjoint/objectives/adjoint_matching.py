@@ -1,4 +1,4 @@
-r"""Adjoint Matching (2409.08861): regress the step's shift on minus the adjoint of the reward at the path's end.
+r"""Adjoint Matching (2409.08861): the target shift of a step is minus the adjoint of the reward at the path's end, scaled.
 
 | pairing | shift δ_k of step k | scale of the loss | paths |
 |---|---|---|---|
@@ -6,8 +6,8 @@ r"""Adjoint Matching (2409.08861): regress the step's shift on minus the adjoint
 | next | −s_k² ã_{k+1}, so that the loss is ½‖√Δ u_k + s_k ã_{k+1}‖² (eq. 37; on the grid eqs. 42, 223) | s_k | any |
 | paper | −s_k² ã_k | s_k | any |
 
-"score" has the tilted law's score as its fixed point, "next" the optimum of the chain of K steps, which tilts less by O(1/K), and
-"paper" still less. The lean adjoint ã is carried by the frozen base (eqs. 38–39).
+The fixed point of "score" is the score of the tilted distribution; that of "next" is the optimum of the chain of K steps, whose
+tilt is weaker by O(1/K); that of "paper" is weaker still. The lean adjoint ã is computed with the frozen base (eqs. 38–39).
 """
 
 from __future__ import annotations
@@ -37,12 +37,12 @@ class AdjointMatching:
     """Lean adjoint along the model's own memoryless paths (2409.08861, eqs. 37–39).
 
     Args:
-        pairing: of a step with the adjoint, as in the table above. `None` is "score" where the base predicts the scores of the
-            laws along its paths: of a diffusion or flow model without guidance, from pure noise. Elsewhere it is "next".
-        cap: bound of "score" on a sample's shift, in units of what "next" would ask for on data N(m, I); `None` for none.
+        pairing: which adjoint a step is paired with, see the table above. `None` chooses "score" if the base predicts the scores
+            of its paths' marginals, which holds for a diffusion or flow model without guidance from pure noise, else "next".
+        cap: bound on a sample's shift with "score", relative to the shift of "next" for data N(m, I); `None` for no bound.
 
     Raises:
-        ValueError: for another pairing, or a cap that is no number above 0.
+        ValueError: for an unknown pairing, or a cap that is not a number above 0.
     """
 
     pairing: Pairing | None = None
@@ -60,17 +60,17 @@ class AdjointMatching:
             raise ValueError(f"pairing={self.pairing!r} is unknown; pass 'score', 'next' or 'paper'.")
         number = isinstance(self.cap, int | float) and not isinstance(self.cap, bool)
         if self.cap is not None and not (number and 0 < self.cap < math.inf):
-            raise ValueError(f"cap={self.cap!r} bounds no shift; pass a number above 0, or None for no bound.")
+            raise ValueError(f"cap={self.cap!r} is not a bound; pass a number above 0, or None for no bound.")
 
     def pairing_where(self, predicts_scores: bool) -> Pairing:
-        """The pairing with a base that predicts the scores of the laws along its paths, or does not.
+        """The pairing for a base that predicts the scores of its paths' marginals, or for one that does not.
 
         Raises:
-            ValueError: if "score" is asked for where it is not right.
+            ValueError: if "score" is set and the base does not predict them.
         """
         if self.pairing == "score" and not predicts_scores:
             raise ValueError(
-                "pairing='score' asks for an unguided diffusion or flow model that starts from pure noise, which this is not; "
+                "pairing='score' needs an unguided diffusion or flow model that starts from pure noise, which this is not; "
                 "leave pairing out, or pass 'next'."
             )
         return self.pairing or ("score" if predicts_scores else "next")
@@ -83,14 +83,14 @@ class AdjointMatching:
         """As `Objective.scales`."""
         if self.pairing_where(chain.predicts_scores) != "score":
             return chain.stds
-        # "ancestral" ends without noise, and its own s_k would log up to 2.8 times the KL.
+        # "ancestral" ends without noise, and with its own s_k the logged KL would be up to 2.8 times too large.
         return cast("DiffusionChain", chain).posterior_stds
 
     def targets(self, chain: Chain, steps: LossSteps, score: Callable[[Tensor], Scored]) -> Targets:
         """As `Objective.targets`."""
         pairing = self.pairing_where(chain.predicts_scores)
         chosen = list(steps.indices)
-        # Whether a step is paired with the adjoint of the state after it.
+        # For each step, whether it is paired with the adjoint ã_{k+1} of the state after it.
         late = [pairing == "next"] * len(chosen)
         if pairing == "score":
             late = (cast("DiffusionChain", chain).times[chosen] < PURE_NOISE).tolist()

@@ -1,7 +1,7 @@
-r"""Basic Adjoint Matching (2409.08861, eqs. 22, 34): the full adjoint in place of the lean one.
+r"""Basic Adjoint Matching (2409.08861, eqs. 22, 34): with the full adjoint instead of the lean one.
 
-The model itself carries it, and pays for its control on the way: two networks a step, and a noisier target. Its fixed point is
-Adjoint Matching's with the same pairing.
+The full adjoint is computed with the model itself and includes the cost of its control: two networks a step, and a noisier
+target. Its fixed point is that of Adjoint Matching with the same pairing.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""`loss_type` and `loss_kwargs` → an objective: the one place where a name becomes one."""
+"""Make an objective from `loss_type` and `loss_kwargs`."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ OBJECTIVES: dict[str, type[Objective]] = {
 
 
 def objective_of(loss_type: str, loss_kwargs: dict[str, Any] | None = None) -> Objective:
-    """The objective of that name with these options.
+    """The objective of this name with these options.
 
     Raises:
-        ValueError: for an unknown name, an option that it does not have, or a value that the option does not take.
+        ValueError: for an unknown name, an unknown option, or an invalid value of an option.
     """
     if loss_type not in OBJECTIVES:
         raise ValueError(f"loss_type={loss_type!r} is unknown; pass one of {', '.join(map(repr, OBJECTIVES))}.")

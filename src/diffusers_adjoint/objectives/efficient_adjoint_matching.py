@@ -1,19 +1,21 @@
-r"""Efficient Adjoint Matching (2605.11480): a linear reference in place of the base, so that the adjoint has a closed form.
+r"""Efficient Adjoint Matching (2605.11480): a linear reference process instead of the base, so that the adjoint has a closed
+form.
 
-The reference is the memoryless process whose data are N(0, C); the base's density goes into the cost at the end. That density is
-known by its score, which a network says near the data, not on them. So the end points are the model's own x_1, blurred to
-y = x_1 + bξ, and noised further to x_k, whose law given x_1 is N(α_k x_1, β_k² I). The clean prediction that is asked for is
+The reference is the memoryless process for data N(0, C), and the base's density becomes a part of the terminal cost. Only the
+score of that density is needed, which a network predicts near the data but not on them. So the model's own samples x_1 are
+blurred to y = x_1 + bξ, and then noised further to x_k, which given x_1 is distributed as N(α_k x_1, β_k² I). The target for the
+clean prediction is
 
     x̂_1 = (C α_k x_k + β_k² x_+)/(α_k² C + β_k²),     x_+ = y + (C + b²) (∇log p_b(y) + λ∇r(x_1))
 
-p_b is the base's law blurred by b. In words: y takes a step up the log density of its tilt, of length C + b², and is mixed with
-the clean prediction of the reference. Among samples of the base, and λ = 0, the mean of x̂_1 given x_k is the base's own
-prediction, whatever C and b are. With a reward it is the tilt's but for the last bit of noise, behind which the reward is taken
-as it is at the sample: data of variance v move as if they had v + b².
+where p_b is the base's distribution blurred by b. So y takes a gradient step of size C + b² on the log density of its tilt, and
+is mixed with the clean prediction of the reference. For samples of the base and λ = 0, the mean of x̂_1 given x_k is the base's
+own prediction, for any C and b. With a reward it is that of the tilt up to the blur b, because the reward is evaluated at x_1 and
+not averaged over it: data of variance v move as if they had variance v + b².
 
-C is also the rate at which one sweep goes there, and as a step uphill it overshoots once it is beyond twice the variance of the
-density there: of a mode, not of all data. The equations are rebuilt from the paper's abstract and third parties' notes, which do
-not blur, and checked against laws that are known.
+C is also the step size of one update of the targets. As a gradient step it overshoots if it exceeds twice the variance of the
+density there, which is that of a mode, not of all data. The equations are reconstructed from the paper's abstract and from
+others' notes, which do not blur, and were checked against known distributions.
 """
 
 from __future__ import annotations
@@ -35,18 +37,19 @@ __all__ = ["EfficientAdjointMatching", "asked_clean"]
 
 @dataclass(frozen=True)
 class EfficientAdjointMatching:
-    """Own samples, noised once for each loss step; the reward's gradient at the samples, no derivative of the network.
+    """Efficient Adjoint Matching on the model's own samples, noised once for each loss step; needs no derivative of the network.
 
     An update evaluates the network K times for the samples, once for the base's score, and S times each for base and loss.
 
     Args:
-        variance: C, the variance of the reference's data, in the square of the latents' unit; one number for all, or a list of
-            one for each channel (the second axis of the latents).
-        noise: ε, share of noise at which the base's score is asked; b = ε/(1 − ε). Steps that begin with less are not trained.
+        variance: C, the variance of the reference's data, in squared units of the latents; one number, or a list of one for each
+            channel (the second axis of the latents).
+        noise: ε, the share of noise at which the base's score is evaluated; b = ε/(1 − ε). Steps that start with less noise are
+            not trained.
 
     Raises:
         ValueError: for a variance that is not above 0, or a share of noise that is not between 0 and 1.
-        TypeError: for options that are no numbers.
+        TypeError: for options that are not numbers.
     """
 
     variance: float | list[float] = 0.1
@@ -63,22 +66,24 @@ class EfficientAdjointMatching:
         numbers = self.variance if isinstance(self.variance, list | tuple) else [self.variance]
         for number in [*numbers, self.noise]:
             if isinstance(number, bool) or not isinstance(number, int | float):
-                raise TypeError(f"{number!r} is no number; pass variance=0.1 or a list of numbers, and noise=0.1, say.")
+                raise TypeError(f"{number!r} is not a number; pass numbers such as variance=0.1 (or a list) and noise=0.1.")
         if not numbers or not all(0 < number < math.inf for number in numbers):
-            raise ValueError(f"variance={self.variance!r} is no variance of data; pass a number above 0, or one a channel.")
+            raise ValueError(
+                f"variance={self.variance!r} is not a variance; pass a number above 0, or a list of one per channel."
+            )
         if not 0 < self.noise < 1:
-            raise ValueError(f"noise={self.noise!r} is no share of noise; pass a number between 0 and 1, such as 0.1.")
+            raise ValueError(f"noise={self.noise!r} is not a share of noise; pass a number between 0 and 1, such as 0.1.")
 
     def integrator(self, predicts_scores: bool) -> str:
         """As `Method.integrator`.
 
         Raises:
-            ValueError: where the base does not predict the scores of its own law.
+            ValueError: if the base does not predict the scores of its own distribution.
         """
         if not predicts_scores:
             raise ValueError(
-                "loss_type='efficient_adjoint_matching' asks the base for its score, which it has neither under guidance in "
-                "training nor from an image; pass cfg_mode='none', or loss_type='adjoint_matching'."
+                "loss_type='efficient_adjoint_matching' needs the base's score, which a guided model or one that starts from an "
+                "image does not predict; pass cfg_mode='none', or loss_type='adjoint_matching'."
             )
         return "posterior"
 
@@ -106,30 +111,30 @@ class EfficientAdjointMatching:
         return Targets(torch.stack(states), steps, torch.stack(shifts), torch.stack(base_means), scales, scored)
 
     def _variance_of(self, clean: Tensor) -> Tensor:
-        """C, to go with states (B, …)."""
+        """C, broadcastable against states (B, …)."""
         variance = torch.as_tensor(self.variance, dtype=clean.dtype, device=clean.device)
         if variance.ndim == 0:
             return variance
         if clean.ndim < 2 or len(variance) != clean.shape[1]:
             raise ValueError(
-                f"variance has {len(variance)} numbers, but the latents' second axis is none of that length, they are "
-                f"{tuple(clean.shape[1:])} each; pass one number for all."
+                f"variance has {len(variance)} numbers, but the latents have shape {tuple(clean.shape[1:])} each, with another "
+                f"number of channels; pass one number for all."
             )
         return variance.view(-1, *[1] * (clean.ndim - 2))
 
 
 def _fresh(chain: DiffusionChain, like: Tensor, k: int, std: float) -> Tensor:
-    """Noise of this std, drawn as the chain draws that of step k."""
+    """Fresh noise of standard deviation `std`, from the chain's own generators."""
     return std / float(chain.levels[1, k]) * chain.noised(torch.zeros_like(like), k)
 
 
 def asked_clean(moved: Tensor, x: Tensor, alpha: float, beta: float, variance: Tensor) -> Tensor:
-    """x̂_1 of this file's first formula.
+    """The target clean prediction x̂_1, the first formula of this file.
 
     Args:
         moved: x_+, shape (B, …).
         x: x_k, same shape.
-        alpha, beta: of step k.
+        alpha, beta: α_k and β_k.
         variance: C, broadcast against the others.
     """
     return (variance * alpha * x + beta**2 * moved) / (alpha**2 * variance + beta**2)

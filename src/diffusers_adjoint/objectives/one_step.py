@@ -1,9 +1,10 @@
-r"""The one-step adjoint: the reward's gradient at the base's clean prediction, carried back by that one prediction.
+r"""The one-step adjoint: the reward's gradient at the base's clean prediction, differentiated through that one prediction.
 
     δ_k = g_k (∂x̂_1/∂x)ᵀ λ∇r(x̂_1(x_k)),     g_k = ∂μ_k/∂score
 
-It puts λ r(E[x_1 | x_k]) in place of log E[e^{λr} | x_k], so its fixed point is *not* the tilted law: good near the data, where
-one prediction says most of the rest, and worst near the noise. At pure noise, whose score knows no data, there is no shift.
+It replaces log E[e^{λr} | x_k] by λ r(E[x_1 | x_k]), so its fixed point is *not* the tilted distribution. It is good near the
+data, where one prediction is accurate, and worst near the noise. At pure noise, whose score does not depend on the data, the
+shift is 0.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ __all__ = ["OneStep"]
 
 @dataclass(frozen=True)
 class OneStep:
-    """One evaluation of the base and one reward for each loss step, no adjoint along the path; biased, for comparison."""
+    """The one-step adjoint: one evaluation of the base and one reward for each loss step; biased, for comparison."""
 
     needs_gradient: ClassVar[bool] = True
     switches_adapter: ClassVar[bool] = False
@@ -43,7 +44,7 @@ class OneStep:
         return chain.posterior_stds
 
     def targets(self, chain: DiffusionChain, steps: LossSteps, score: Callable[[Tensor], Scored]) -> Targets:
-        """As `Objective.targets`, but that it scores the clean predictions of every step; those of the last one are reported."""
+        """As `Objective.targets`; scores the clean predictions of every loss step, and reports those of the last one."""
         path = chain.rollout()
         gains = chain.gains
         gains = torch.where(gains.isfinite(), gains, 0.0)  # none at pure noise
@@ -56,7 +57,7 @@ class OneStep:
                     clean = chain.clean(mean, x, k)
                 scored = score(clean.detach())
                 pull = pulled_back(clean, x, scored.tilt)
-                # NaN, so that a sample without a reward at this step is left out and not told to stay where it is.
+                # NaN leaves out a sample without a reward at this step; a shift of 0 would train it towards the base.
                 usable = scored.usable.view(-1, *[1] * (x.ndim - 1))
                 shifts.append(torch.where(usable, float(gains[k]) * pull, torch.nan))
                 base_means.append(mean.detach())

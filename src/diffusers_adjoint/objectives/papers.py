@@ -1,4 +1,4 @@
-"""Where a method comes from, for model cards."""
+"""The papers of the methods, for model cards."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ __all__ = ["ADJOINT_MATCHING", "EFFICIENT_ADJOINT_MATCHING", "REINFORCE_ADJOINT_
 
 @dataclass(frozen=True)
 class Paper:
-    """A publication.
+    """A paper.
 
     Args:
-        method: what it calls its method.
-        arxiv: its number there.
-        bibtex: an entry.
+        method: name of its method.
+        arxiv: arXiv number.
+        bibtex: BibTeX entry.
     """
 
     method: str

@@ -1,9 +1,10 @@
-r"""The seam: an objective makes targets, and one regression fits them.
+r"""The interface between objectives and trainers: an objective makes targets, and one regression fits them.
 
-    L = ½ ‖ ((μ_k^θ(x) − μ_k^base(x)) − δ) / scale ‖²    at points (x, k) that the objective chose, with a wished shift δ for each
+    L = ½ ‖ ((μ_k^θ(x) − μ_k^base(x)) − δ) / scale ‖²    at points (x, k) that the objective chooses, with a target shift δ for
+    each
 
-An objective is a frozen dataclass of its own options. It sees the model and its base through a `Chain`, and the reward through a
-function that it calls at the end points, or at other clean data. A pipeline and a control problem are both chains.
+An objective is a frozen dataclass of its options. It accesses the model and its base through a `Chain`, and the reward through a
+function of end points or other clean data. A pipeline and a control problem are both chains.
 """
 
 from __future__ import annotations
@@ -24,35 +25,35 @@ __all__ = ["Chain", "DiffusionChain", "Method", "Objective", "Scored", "Targets"
 
 
 class Scored(Protocol):
-    """What a reward said of end points; whoever scores may keep more in it."""
+    """Scores of end points, as objectives need them; implementations may contain more."""
 
     @property
     def exponent(self) -> Tensor:
-        """λr at the end points, (B,), nats; not finite for a sample that has no reward to learn from."""
+        """λr at the end points, (B,), nats; not finite for a sample without a usable reward."""
 
     @property
     def tilt(self) -> Tensor:
-        """λ∇r at the end points, shape (B, …), nats per state unit; 0 for a sample that has no reward to learn from, and NaN for
-        all of them if the objective does not need it."""
+        """λ∇r at the end points, shape (B, …), nats per state unit; 0 for a sample without a usable reward, and NaN for all
+        samples if the objective does not need it."""
 
     @property
     def usable(self) -> Tensor:
-        """Which samples have a reward to learn from, (B,) bool."""
+        """Which samples have a usable reward, (B,) bool."""
 
 
 @dataclass(frozen=True)
 class Targets:
-    """What one update regresses on: S points of each of B samples, detached.
+    """The targets of one update: S points of each of B samples; all tensors are detached.
 
     Args:
         states: x, shape (S, B, …).
-        steps: step k of each, and the probability with which it was chosen.
-        shifts: δ, the wished μ_k − μ_k^base, shape (S, B, …). Not the wished mean: in float32 it would swallow a small δ.
-        base_means: μ_k^base(x), shape (S, B, …); where `kl` is given, any mean that the shifts start from.
-        scales: shape (S,), or (S, …) for diagonal noise; s_k makes the loss one of nats.
-        scored: what the objective's score said of the end points.
-        logged: name → a number of each sample that the log shows the mean of, (B,).
-        kl: of each sample's path, (B,), nats, from an objective that knows it; else it is estimated at the points.
+        steps: step k of each point, and the probability with which it was drawn.
+        shifts: δ, the target for μ_k − μ_k^base, shape (S, B, …). A target mean would lose a small δ to rounding in float32.
+        base_means: μ_k^base(x), shape (S, B, …); if `kl` is given, it may be another mean that the shifts start from.
+        scales: shape (S,), or (S, …) for diagonal noise; with s_k the loss is in nats.
+        scored: the result of the objective's `score`.
+        logged: further measurements for the log, name → (B,).
+        kl: KL of each sample's path, (B,), nats, if the objective measures it; otherwise it is estimated at the points.
     """
 
     states: Tensor
@@ -74,11 +75,11 @@ class Chain(Protocol):
 
     @property
     def predicts_scores(self) -> bool:
-        """Whether the base predicts the scores of the laws along its paths: a `DiffusionChain`, unguided, from pure noise."""
+        """Whether the base predicts the scores of its paths' marginals: a `DiffusionChain` without guidance, from pure noise."""
 
     @property
     def running_cost_grad(self) -> Callable[[int, Tensor], Tensor] | None:
-        """(k, x) → ∇f_k(x); `None` where only the end has a cost, as in a pipeline."""
+        """(k, x) → ∇f_k(x); `None` if only the end has a cost, as in a pipeline."""
 
     def mean(self, k: int, x: Tensor) -> Tensor:
         """μ_k^θ(x), differentiable in x."""
@@ -87,17 +88,18 @@ class Chain(Protocol):
         """μ_k^base(x), differentiable in x."""
 
     def base(self) -> AbstractContextManager[None]:
-        """Around derivatives of `base_mean`: a checkpointed layer is evaluated again in them, and must still be the base's."""
+        """A context for derivatives of `base_mean`. With gradient checkpointing, layers are evaluated again in the backward pass,
+        and must still be the base's."""
 
     def rollout(self, keep_means: bool = False) -> Trajectory:
-        """Paths of the model, without graph; with the means of their steps, if these are to be kept."""
+        """Sample paths of the model, without graph, and keep the step means if `keep_means` is set."""
 
     def end_point(self, path: Trajectory, of: Literal["base", "model"]) -> EndPoint:
-        """Where the reward of a path is taken, with step K − 1 of the base, or of both, evaluated for the adjoint."""
+        """The end point at which a path's reward is evaluated, with the graph of step K − 1 of the base, or of base and model."""
 
 
 class DiffusionChain(Chain, Protocol):
-    """A chain that samples a diffusion or flow model, whose steps predict clean data; more than the objectives here use."""
+    """A chain that samples a diffusion or flow model, whose steps predict clean data."""
 
     @property
     def gains(self) -> Tensor:
@@ -105,7 +107,7 @@ class DiffusionChain(Chain, Protocol):
 
     @property
     def posterior_stds(self) -> Tensor:
-        """s_k of the integrator "posterior" on the same grid, shape (K,): the metric in which a path's KL is logged."""
+        """s_k of the integrator "posterior" on the same grid, shape (K,), with which the path KL is logged."""
 
     @property
     def levels(self) -> Tensor:
@@ -113,20 +115,20 @@ class DiffusionChain(Chain, Protocol):
 
     @property
     def images_per_prompt(self) -> int:
-        """How many samples in a row share their condition; they are never divided among batches."""
+        """Number of samples with the same condition; they are next to each other in one batch."""
 
     @property
     def times(self) -> Tensor:
         """t_k, the share of data that step k starts from, shape (K,)."""
 
     def clean(self, mean: Tensor, x: Tensor, k: int) -> Tensor:
-        """The clean prediction x̂_1 that gives step k this mean from x; affine in both."""
+        """The clean prediction x̂_1 with which step k from x has this mean; affine in both."""
 
     def toward(self, clean: Tensor, x: Tensor, k: int) -> Tensor:
-        """The mean that step k has from x when the clean prediction is x_1: the inverse of `clean`."""
+        """The mean of step k from x if the clean prediction is x_1: the inverse of `clean`."""
 
     def reference(self) -> AbstractContextManager[None]:
-        """Within it the model is the copy that was frozen at the beginning of a stage."""
+        """Within this context the model is the copy that was frozen at the beginning of the stage."""
 
     def sample(self) -> Tensor:
         """x_1, the noiseless end points of new paths of the model, shape (B, …); K evaluations, without graph."""
@@ -135,52 +137,52 @@ class DiffusionChain(Chain, Protocol):
         """Clean data x_1 at the noise level of step k, by fresh noise."""
 
     def base_score(self, x: Tensor, noise: float) -> Tensor:
-        """∇ log p_base at clean x, of the base blurred by the noise of a level beside the grid with this share of it; one
-        evaluation of the base."""
+        """∇ log p_base at clean x, of the base blurred by noise of this share, at one level beside the grid; one evaluation of
+        the base."""
 
 
 class Method(Protocol):
-    """What a trainer asks of whatever it trains by: an objective, or a way that is no regression."""
+    """A training method, as the trainers need it: an objective, or another method such as back-propagation."""
 
     needs_gradient: ClassVar[bool]
-    """Whether it differentiates the reward; otherwise any number will do."""
+    """Whether it differentiates the reward; otherwise a reward may return plain numbers."""
     switches_adapter: ClassVar[bool]
-    """Whether it differentiates model and base side by side, which checkpointed layers with an adapter do not stand."""
+    """Whether it differentiates model and base together, which gives wrong gradients for checkpointed layers with an adapter."""
     scores_end_points: ClassVar[bool]
-    """Whether what it scores are ends of paths x̂_K, which may remember the noise that the paths came from."""
+    """Whether it scores the end points x̂_K of paths, whose memory of the noise is then measured."""
     compares_images: ClassVar[bool]
-    """Whether an image learns from its reward beside those of the same prompt's others, along paths of the model itself."""
+    """Whether it compares the rewards of a prompt's images, on paths of the model itself."""
 
     @property
     def paper(self) -> Paper:
-        """What a model card cites."""
+        """The paper that a model card cites."""
 
     @property
     def tilts(self) -> bool:
-        """Whether p_base·e^{λr} is its fixed point; a model card says so where it is not."""
+        """Whether p_base·e^{λr} is its fixed point; if not, the model card says so."""
 
     def integrator(self, predicts_scores: bool) -> str:
-        """The discretisation of the memoryless SDE for the paths that it trains on, a key of `INTEGRATORS`.
+        """The discretisation of the memoryless SDE for training, a key of `INTEGRATORS`.
 
         Args:
-            predicts_scores: as of the `Chain`.
+            predicts_scores: as in `Chain`.
 
         Raises:
-            ValueError: if its options are not right there.
+            ValueError: if the method's options do not fit.
         """
 
 
 class Objective(Method, Protocol):
-    """A frozen dataclass of options that makes targets; it raises ValueError for an option that makes none."""
+    """A frozen dataclass of options that makes targets; its constructor raises ValueError for invalid options."""
 
     def scales(self, chain: Any) -> Tensor:
-        """The scale of each step's loss, shape (K,), or (K, …) for diagonal noise; 0 where a step can carry none."""
+        """The scale of each step's loss, shape (K,), or (K, …) for diagonal noise; 0 for steps that cannot carry the loss."""
 
     def targets(self, chain: Any, steps: LossSteps, score: Callable[[Tensor], Scored]) -> Targets:
-        """One update's points and shifts.
+        """Compute one update's points and shifts.
 
         Args:
-            chain: the model and its base, a `Chain`, or a `DiffusionChain` where clean predictions are needed.
-            steps: those that carry the loss.
-            score: end points, or other clean data, (B, …) → what the reward says of them.
+            chain: the model and its base: a `Chain`, or a `DiffusionChain` if clean predictions are needed.
+            steps: the loss steps.
+            score: end points or other clean data, (B, …) → their scores.
         """

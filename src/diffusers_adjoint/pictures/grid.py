@@ -15,7 +15,7 @@ from .samples import SampleImages
 __all__ = ["FONT_SIZE", "MARGIN", "image_grid", "save_grid", "strip"]
 
 CELL, STRIP_CELL, CAPTION, FONT_SIZE, MARGIN = 256, 160, 34, 13, 4  # pixels
-CHARACTERS = 38  # of a prompt; as many as a cell is wide
+CHARACTERS = 38  # of a prompt that fit into the width of a cell
 COLUMNS = 4
 
 
@@ -23,10 +23,10 @@ def image_grid(samples: SampleImages) -> Image.Image:
     """All samples side by side, each above its reward and prompt.
 
     Raises:
-        ValueError: if they are no images or videos.
+        ValueError: if they are neither images nor videos.
     """
     if not drawable(samples.images):
-        raise ValueError(f"samples of shape {tuple(samples.images.shape)} are no pictures; pass (N, 3, H, W) or (N, F, 3, H, W).")
+        raise ValueError(f"samples of shape {tuple(samples.images.shape)} are not images; pass (N, 3, H, W) or (N, F, 3, H, W).")
     pictures = [fitted(image, CELL) for image in samples.images]
     prompts = [textwrap.shorten(prompt, CHARACTERS, placeholder="…") for prompt in samples.prompts]
     captions = [f"{reward:.4g}\n{prompt}" for reward, prompt in zip(samples.rewards.tolist(), prompts, strict=True)]
@@ -45,7 +45,7 @@ def strip(images: Tensor) -> Image.Image | None:
 
 
 def _in_cells(pictures: Sequence[Image.Image], captions: Sequence[str], columns: int, cell: tuple[int, int]) -> Image.Image:
-    """Row by row on white, each in the upper left of a cell of (width, height) pixels, its caption below it."""
+    """Images row by row on white, each at the upper left of a cell of (width, height) pixels, with its caption below."""
     width, height = cell
     grid = Image.new("RGB", (columns * width, -(-len(pictures) // columns) * height), "white")
     draw, font = ImageDraw.Draw(grid), ImageFont.load_default(FONT_SIZE)
@@ -57,6 +57,6 @@ def _in_cells(pictures: Sequence[Image.Image], captions: Sequence[str], columns:
 
 
 def save_grid(grid: Image.Image, folder: Path, name: str, step: int) -> None:
-    """As `<name>-<step>.png`."""
+    """Save a grid as `<folder>/<name>-<step>.png`."""
     folder.mkdir(parents=True, exist_ok=True)
     grid.save(folder / f"{name}-{step:06d}.png")

@@ -1,4 +1,4 @@
-"""Tensors as pictures of 8 bits, at their own size or at one that can be looked at."""
+"""Tensors as 8-bit images, at their own size or resized for viewing."""
 
 from __future__ import annotations
 
@@ -14,17 +14,18 @@ def drawable(images: Tensor) -> bool:
 
 
 def as_pictures(images: Tensor) -> list[Image.Image]:
-    """(N, 3, H, W), or (N, 1, H, W) in grey, as N pictures in RGB: [0, 1] in 256 levels, what lies outside clipped."""
+    """Images (N, 3, H, W), or (N, 1, H, W) in grey, as N PIL images in RGB; values are clipped to [0, 1]."""
     values = (images.detach().float().clamp(0, 1) * 255).round().byte().cpu()
     coloured = values.expand(-1, 3, -1, -1) if values.shape[1] == 1 else values
     return [Image.fromarray(image.permute(1, 2, 0).numpy()) for image in coloured]
 
 
 def fitted(image: Tensor, side: int) -> Image.Image:
-    """One sample, its longer side brought to `side` pixels; a small one by repeating pixels, which are what one wants to see.
+    """One sample as a PIL image whose longer side has `side` pixels; small images are enlarged by repeating pixels.
 
     Args:
         image: (C, H, W), or a video (F, C, H, W), of which the middle frame is shown.
+        side: length in pixels.
     """
     (shown,) = as_pictures((image[len(image) // 2] if image.ndim == 4 else image)[None])
     scale = side / max(shown.size)

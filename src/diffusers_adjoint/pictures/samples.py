@@ -1,4 +1,4 @@
-"""Some samples, kept to be looked at."""
+"""Samples kept for viewing."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ __all__ = ["SampleImages"]
 
 @dataclass(frozen=True)
 class SampleImages:
-    """Some samples, to be looked at.
+    """Samples with their prompts and rewards, for grids and the model card.
 
     Args:
         images: (N, 3, H, W) in [0, 1], or videos (N, F, 3, H, W), of which the middle frame is shown; float32 on the CPU.
-        prompts: N, empty strings where there are none.
+        prompts: N prompts, empty strings if there are none.
         rewards: (N,).
         row: dataset columns of the first sample, with one entry each.
     """
@@ -30,7 +30,7 @@ class SampleImages:
 
     @classmethod
     def first(cls, count: int, images: Tensor, columns: dict[str, list[Any]], rewards: Tensor) -> SampleImages:
-        """The first `count` of a batch."""
+        """The first `count` samples of a batch."""
         row = {name: values[:1] for name, values in columns.items()}
         shown, scores = (values[:count].detach().cpu().float() for values in (images, rewards))
         return cls(shown, prompts_of(columns)[:count], scores, row)

@@ -1,4 +1,4 @@
-"""Pictures in the trackers that `report_to` names; what is lost on the way is a warning."""
+"""Send images to the trackers of `report_to`; a tracker that fails causes a warning."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ logger = logging.get_logger(__name__)
 
 
 def to_trackers(callbacks: Sequence[TrainerCallback], grid: Image.Image, name: str, step: int) -> None:
-    """Hand a grid to the trackers that `report_to` names; one that fails gets a warning, and the others still get theirs."""
+    """Send a grid to the trackers among the callbacks; if one fails, warn and continue with the others."""
     for callback in callbacks:
         with warn_if_lost(f"{name} could not be written to {type(callback).__name__}"):
             _to_tracker(callback, grid, name, step)
 
 
 def _to_tracker(callback: TrainerCallback, grid: Image.Image, name: str, step: int) -> None:
-    # The trackers' modules are those that the host has imported and started.
+    # Uses the modules of wandb and trackio that the host has imported and started.
     if isinstance(callback, TensorBoardCallback) and callback.tb_writer is not None:
         callback.tb_writer.add_image(name, np.asarray(grid), step, dataformats="HWC")
     elif isinstance(callback, WandbCallback):
@@ -39,7 +39,7 @@ def _log_image(tracker: Any, name: str, grid: Image.Image, step: int) -> None:
 
 
 def spare_training(callbacks: Sequence[TrainerCallback]) -> None:
-    """From here on what a tracker cannot write is a warning; one that cannot be started is an error still, before training."""
+    """Make errors of trackers while they log a warning. A tracker that cannot start is still an error, before training."""
     for callback in callbacks:
         if isinstance(callback, tuple(INTEGRATION_TO_CALLBACK.values())):
             for event in ("on_log", "on_evaluate", "on_save", "on_train_end"):
@@ -57,8 +57,8 @@ def _warning(method: Callable[..., Any], what: str) -> Callable[..., Any]:
 
 @contextmanager
 def warn_if_lost(what: str) -> Iterator[None]:
-    """Any error within is a warning that begins with `what`: training does not end for a picture or a card."""
+    """Turn any error in this context into a warning that begins with `what`, so that training does not end for an image."""
     try:
         yield
-    except Exception as error:  # trackers raise whatever their networks and disks do
+    except Exception as error:  # trackers raise many kinds of network and disk errors
         logger.warning(f"{what} ({type(error).__name__}: {error}).")

@@ -1,4 +1,4 @@
-"""Memoryless schedulers: drop-in for the host pipeline's own, with each step as an explicit Gaussian transition."""
+"""Memoryless schedulers: replacements for a pipeline's own scheduler, with each step as an explicit Gaussian transition."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ __all__ = [
 MemorylessScheduler = MemorylessFlowMatchEulerDiscreteScheduler | MemorylessDDIMScheduler | MemorylessEDMEulerScheduler
 
 _FLOW = (diffusers.FlowMatchEulerDiscreteScheduler, diffusers.FlowMatchHeunDiscreteScheduler)
-# All sample x = √ᾱ X_1 + √(1 − ᾱ) X_0 from a table of ᾱ. Those that carry x/√ᾱ instead (Euler, Heun, LMS, …) scale it back
-# before the network sees it.
+# Samplers of x = √ᾱ X_1 + √(1 − ᾱ) X_0 with a table of ᾱ. Those whose state is x/√ᾱ (Euler, Heun, LMS, …) scale it back before
+# they call the network.
 _BETA_SCHEDULE = (
     diffusers.CogVideoXDDIMScheduler,
     diffusers.CogVideoXDPMScheduler,
@@ -47,7 +47,7 @@ _BETA_SCHEDULE = (
     diffusers.SASolverScheduler,
     diffusers.UniPCMultistepScheduler,
 )
-# They carry x = X_1 + σ X_0 on a grid of σ.
+# Samplers whose state is x = X_1 + σ X_0 on a grid of σ.
 _EDM = (
     diffusers.CosineDPMSolverMultistepScheduler,
     diffusers.EDMDPMSolverMultistepScheduler,
@@ -57,16 +57,16 @@ _GRID_OPTIONS = ("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas
 
 
 def memoryless_scheduler(scheduler: Any, integrator: str | None = None) -> MemorylessScheduler:
-    """The memoryless scheduler for a pipeline's own one: the same noise level at a timestep, the same prediction type.
+    """The memoryless scheduler that corresponds to a pipeline's scheduler.
 
-    So is the spacing of the timesteps, but for solvers with `use_flow_sigmas=True`: they get that of flow-match schedulers with
-    their shift. Flow-match schedulers, and such solvers, become a `MemorylessFlowMatchEulerDiscreteScheduler`; EDM schedulers of
-    v-prediction models a `MemorylessEDMEulerScheduler`; every other sampler of a β-schedule a `MemorylessDDIMScheduler`. Solver
-    options (order, algorithm, …) have no meaning here.
+    It has the same noise level at each timestep, the same prediction type and the same spacing of timesteps. Only solvers with
+    `use_flow_sigmas=True` get the spacing of flow-match schedulers with their shift. Flow-match schedulers and such solvers
+    become a `MemorylessFlowMatchEulerDiscreteScheduler`; EDM schedulers of v-prediction models a `MemorylessEDMEulerScheduler`;
+    all other samplers of a β-schedule a `MemorylessDDIMScheduler`. Solver options (order, algorithm, …) are ignored.
 
     Args:
         scheduler: the pipeline's scheduler; it is not changed.
-        integrator: a key of `integrators.INTEGRATORS`; `None` for the default, or for that of a scheduler which is memoryless
+        integrator: a key of `integrators.INTEGRATORS`; `None` for the default, or for that of a scheduler that is memoryless
             already.
 
     Raises:
@@ -84,7 +84,7 @@ def memoryless_scheduler(scheduler: Any, integrator: str | None = None) -> Memor
     if not isinstance(scheduler, _BETA_SCHEDULE) or scheduler.config.get("timestep_type") == "continuous":
         raise ValueError(
             f"{type(scheduler).__name__} has no memoryless counterpart; use a model that is sampled with "
-            f"FlowMatchEulerDiscreteScheduler, DDIMScheduler or another solver of their families."
+            f"FlowMatchEulerDiscreteScheduler, DDIMScheduler or a related solver."
         )
     if scheduler.config.get("use_flow_sigmas"):
         return _from_flow_solver(scheduler, chosen)
@@ -92,7 +92,7 @@ def memoryless_scheduler(scheduler: Any, integrator: str | None = None) -> Memor
 
 
 def _shared(scheduler: Any, cls: type) -> dict[str, Any]:
-    """The host's values for the arguments of `cls`. Not `from_config`: it would put our default for a host's default."""
+    """The scheduler's values for the arguments of `cls`; `from_config` would replace its defaults by those of `cls`."""
     return {name: scheduler.config[name] for name in inspect.signature(cls).parameters if name in scheduler.config}
 
 
@@ -108,7 +108,7 @@ def _from_flow_solver(scheduler: Any, chosen: dict[str, Any]) -> MemorylessFlowM
 
 
 def _is_edm(scheduler: Any) -> bool:
-    """Whether the host runs from x = X_1 + σ X_0 to the data on a grid of σ, with the v-prediction of that path."""
+    """Whether a scheduler samples from x = X_1 + σ X_0 to the data on a grid of σ, with the v-prediction of that path."""
     config = scheduler.config
     continuous = config.get("timestep_type") == "continuous" and config.use_karras_sigmas
     unit = config.get("prediction_type") == "v_prediction" and config.get("sigma_data", 1.0) == 1.0
@@ -124,9 +124,9 @@ def _from_edm(scheduler: Any, chosen: dict[str, Any]) -> MemorylessEDMEulerSched
 
 def _from_beta_schedule(scheduler: Any, chosen: dict[str, Any]) -> MemorylessDDIMScheduler:
     config, shared = scheduler.config, _shared(scheduler, MemorylessDDIMScheduler)
-    shared.pop("variance_type", None)  # the chain's noise is not the network's to choose
+    shared.pop("variance_type", None)  # a memoryless chain does not use a learned variance
     if "snr_shift_scale" in config or config.beta_schedule not in ("linear", "scaled_linear", "squaredcos_cap_v2"):
-        # A noise schedule that DDIM cannot name: hand over its β instead.
+        # DDIM has no name for this noise schedule, so it gets the values of β.
         kept = scheduler.alphas_cumprod.double().cpu()
         previous = torch.cat([kept.new_ones(1), kept[:-1]])
         shared |= {"trained_betas": (1 - kept / previous).tolist(), "rescale_betas_zero_snr": False}
@@ -135,8 +135,8 @@ def _from_beta_schedule(scheduler: Any, chosen: dict[str, Any]) -> MemorylessDDI
     for option in _GRID_OPTIONS:
         if config.get(option):
             warnings.warn(
-                f"{option}=True of {type(scheduler).__name__} only spaces its steps and is left out; the memoryless scheduler "
-                f"takes trained timesteps (set its timestep_spacing to choose them).",
+                f"{option}=True of {type(scheduler).__name__}, which spaces its steps, is ignored; the memoryless scheduler "
+                f"uses trained timesteps (set its timestep_spacing to choose them).",
                 stacklevel=3,
             )
     return MemorylessDDIMScheduler(**shared | chosen)

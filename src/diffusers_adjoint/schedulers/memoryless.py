@@ -1,7 +1,7 @@
-r"""What the memoryless schedulers share: the tables of one grid, and the step that reads them.
+r"""Shared parts of the memoryless schedulers: the coefficients of a grid's steps, and the step itself.
 
-Every scheduler is brought to flow coordinates (see `integrators`) and back. With x = α X_1 + β X_0, t = α/(α + β), and a network
-whose output m gives the velocity v = p x + q m, step k from (α, β) to (α', β') is
+Every scheduler is transformed to flow coordinates (see `integrators`) and back. With x = α X_1 + β X_0, t = α/(α + β), and a
+network whose output m gives the velocity v = p x + q m, step k from (α, β) to (α', β') is
 
     x' = (α' + β') [ state · x/(α + β) + velocity · (p x + q m) + std · ξ ]  =  A_k x + C_k m + s_k ξ
 
@@ -33,10 +33,10 @@ __all__ = ["MemorylessStep", "TransitionTable", "check_integrator", "require_unu
 
 @dataclass(frozen=True)
 class TransitionTable:
-    """x_{k+1} = state · x + output · m + std · ξ, x̂_1 = clean_state · x + clean_output · m and x = alpha · X_1 + beta · X_0.
+    """Coefficients of all steps of a grid; tensors (K,), float64, CPU. Entry k belongs to step k, which starts at x_k.
 
-    `posterior_std` is the std of the integrator "posterior" on the same grid. Tensors (K,), float64, CPU; entry k belongs to
-    step k, which starts at x_k.
+    x_{k+1} = state · x + output · m + std · ξ, x̂_1 = clean_state · x + clean_output · m, and x = alpha · X_1 + beta · X_0.
+    `posterior_std` is the std of the integrator "posterior" on the same grid.
     """
 
     state: Tensor
@@ -50,7 +50,7 @@ class TransitionTable:
 
 
 def check_integrator(name: str, argument: str = "integrator") -> None:
-    """Raises ValueError if there is no such integrator; `argument` is where it was given."""
+    """Raise ValueError if there is no such integrator; `argument` is the name of the argument, for the message."""
     if name not in INTEGRATORS:
         raise ValueError(f"{argument}={name!r} is unknown; pass one of {', '.join(map(repr, INTEGRATORS))}.")
 
@@ -78,7 +78,7 @@ def transition_table(alphas: Tensor, betas: Tensor, prediction_type: str, integr
         integrator: a key of `INTEGRATORS`.
 
     Raises:
-        ValueError: if the noise grows along the grid, or the prediction says nothing about the data (epsilon at α = 0).
+        ValueError: if the noise grows along the grid, or the prediction contains no information on the data (epsilon at α = 0).
     """
     if prediction_type == "epsilon" and (alphas[:-1] == 0).any():
         raise ValueError(
@@ -93,7 +93,7 @@ def transition_table(alphas: Tensor, betas: Tensor, prediction_type: str, integr
     alpha, beta, scale = alphas[:-1], betas[:-1], alphas + betas
     p, q = _velocity_coefficients(prediction_type, alpha, beta)
     steps = INTEGRATORS[integrator](t, h)
-    # A step of no length does nothing; asked at t = 1 the formulas would say 0/0.
+    # A step of length 0 changes nothing; at t = 1 the formulas would give 0/0.
     state = torch.where(h > 0, steps.state, 1.0)
     velocity = torch.where(h > 0, steps.velocity, 0.0)
     std, posterior_std = (torch.where(h > 0, found.std, 0.0) for found in (steps, INTEGRATORS["posterior"](t, h)))
@@ -110,20 +110,20 @@ def transition_table(alphas: Tensor, betas: Tensor, prediction_type: str, integr
 
 
 def require_unused(**used: bool) -> None:
-    """Raises ValueError for the arguments of a parent's `step` that are used though they belong to its own noise or grid."""
+    """Raise ValueError if arguments of the parent's `step` are used that would change the noise or the grid."""
     if names := [name for name, is_used in used.items() if is_used]:
         raise ValueError(
-            f"{', '.join(names)} would choose another sampler's step; leave it out, this one has its own noise and grid."
+            f"{', '.join(names)} would choose another sampler's step; leave it out, because this one has its own noise and grid."
         )
 
 
 class MemorylessStep:
-    """Mixin of all memoryless schedulers: the pure transition, and the noise of the stateful `step`."""
+    """Mixin of all memoryless schedulers: the transition as a pure function, and the noise for the stateful `step`."""
 
     timesteps: Tensor
     _table: TransitionTable | None = None
     _generator: torch.Generator | list[torch.Generator] | None = None
-    _warned = False  # that the noise comes from the global generator
+    _warned = False  # whether the warning of noise from the global generator was given
 
     def __deepcopy__(self, memo: dict[int, Any]) -> MemorylessStep:
         """With the noise source of the original: a pipeline that steps a second latent with a copy of its scheduler would give
@@ -134,13 +134,16 @@ class MemorylessStep:
         return twin
 
     def set_generator(self, generator: torch.Generator | list[torch.Generator] | None) -> None:
-        """The noise source of `step` when the pipeline passes none, as many do not; one generator, one a sample, or `None`
-        for torch's global one. A generator given to `step` goes first."""
+        """Set the noise source of `step` for pipelines that pass none, as many do. A generator given to `step` takes precedence.
+
+        Args:
+            generator: one generator, a list of one for each sample, or `None` for torch's global generator.
+        """
         self._generator = generator
 
     @property
     def table(self) -> TransitionTable:
-        """Coefficients of the present grid.
+        """Coefficients of the current grid.
 
         Raises:
             ValueError: before `set_timesteps`.
@@ -156,10 +159,10 @@ class MemorylessStep:
 
     @property
     def posterior_stds(self) -> Tensor:
-        """s_k of the integrator "posterior" on the present grid, shape (K,), float64, CPU; 0 only at a step of no length.
+        """s_k of the integrator "posterior" on the current grid, shape (K,), float64, CPU; 0 only at a step of length 0.
 
-        In this metric the KL of paths of "ancestral" and "posterior" is near that of the laws for data of about unit variance,
-        and too small for narrower ones (docs/theory.md).
+        With these stds, the path KL of "ancestral" and "posterior" is near the KL of the end points' distributions for data of
+        about unit variance, and too small for narrower data (docs/theory.md).
         """
         return self.table.posterior_std
 
@@ -174,10 +177,12 @@ class MemorylessStep:
         return self.table.alpha / (self.table.alpha + self.table.beta)
 
     def transition(self, model_output: Tensor, sample: Tensor, index: int) -> Transition:
-        """Law of the next state, N(A_k x + C_k m, s_k² I); pure, differentiable in both tensors, steps in any order.
+        """The distribution N(A_k x + C_k m, s_k² I) of the next state.
+
+        A pure function, differentiable in both tensors; steps may be taken in any order.
 
         Args:
-            model_output: m(x_k, t_k), the (guided) prediction that the pipeline hands to `step`, shape (B, …).
+            model_output: m(x_k, t_k), the (guided) prediction that the pipeline passes to `step`, shape (B, …).
             sample: x_k, same shape.
             index: k, 0 … K − 1.
 
@@ -207,9 +212,9 @@ class MemorylessStep:
         return _combined(self.table.alpha[index], clean, self.table.beta[index], noise)
 
     def toward(self, clean: Tensor, sample: Tensor, index: int) -> Tensor:
-        """The mean that step k has from x_k when the clean prediction is x_1; affine in both.
+        """The mean of step k from x_k if the clean prediction is x_1; affine in both.
 
-        `toward(x̂_1, x_k, k)` with x̂_1 that of a network is the mean of `transition`.
+        With the clean prediction x̂_1 of a network, `toward(x̂_1, x_k, k)` is the mean of `transition`.
 
         Args:
             clean: x_1, shape (B, …).
@@ -224,7 +229,7 @@ class MemorylessStep:
         return _combined(of_sample, sample, of_clean, clean)
 
     def clean(self, mean: Tensor, sample: Tensor, index: int) -> Tensor:
-        """The clean prediction x̂_1 that gives step k this mean from x_k: the inverse of `toward` in its first argument.
+        """The clean prediction x̂_1 with which step k from x_k has this mean: the inverse of `toward` in its first argument.
 
         Args:
             mean: μ_k(x_k), shape (B, …).
@@ -232,23 +237,23 @@ class MemorylessStep:
             index: k, 0 … K − 1.
 
         Raises:
-            ValueError: as `noised`, and for a step that starts without noise and goes nowhere.
+            ValueError: as `noised`, and for a step that starts without noise, whose mean does not depend on the prediction.
         """
         self._check_step(index, mean=mean, sample=sample)
         of_sample, of_clean = self._toward(index)
         if of_clean == 0:
-            raise ValueError(f"step {index} does not move its state, whatever the prediction; take an earlier step.")
+            raise ValueError(f"step {index} does not move its state, whatever the prediction; pass an earlier step.")
         return _combined(-of_sample / of_clean, sample, 1 / of_clean, mean)
 
     def _toward(self, index: int) -> tuple[Tensor, Tensor]:
         """μ_k's coefficients of x_k and of x̂_1, from m = (x̂_1 − clean_state · x)/clean_output."""
         table = self.table
-        # Without noise left (β = 0) the step does nothing, whatever m.
+        # From a state without noise (β = 0) the step does nothing, whatever m is.
         pull = table.output[index] / table.clean_output[index] if table.beta[index] > 0 else torch.zeros_like(table.beta[index])
         return table.state[index] - pull * table.clean_state[index], pull
 
     def score(self, clean: Tensor, sample: Tensor, index: int) -> Tensor:
-        """∇ log p_k(x_k) = (α_k x̂_1 − x_k)/β_k², Tweedie's formula, for the law whose clean prediction is x̂_1.
+        """The score ∇ log p_k(x_k) = (α_k x̂_1 − x_k)/β_k² by Tweedie's formula, from the clean prediction x̂_1.
 
         Args:
             clean: x̂_1 at x_k, shape (B, …).
@@ -261,19 +266,19 @@ class MemorylessStep:
         self._check_step(index, clean=clean, sample=sample)
         alpha, beta = self.table.alpha[index], self.table.beta[index]
         if beta == 0:
-            raise ValueError(f"step {index} starts without noise, where the data have no score; take an earlier step.")
+            raise ValueError(f"step {index} starts without noise, where the data have no score; pass an earlier step.")
         return _combined(alpha / beta**2, clean, -1 / beta**2, sample)
 
     def ending_at(self, noise: float) -> MemorylessStep:
-        """A copy whose last step starts with this share of noise, β/(α + β), or the nearest that the model knows.
+        """A copy whose last step starts at the noise share β/(α + β) = `noise`, or the nearest one that the model knows.
 
-        One level near the data, beside the grid: the score of almost clean data is asked there. All other steps are this grid's.
+        It is for the score of almost clean data, at one level beside the grid. All other steps are those of this grid.
 
         Raises:
             ValueError: before `set_timesteps`, or for a share that is not between 0 and 1.
         """
         if not 0 < noise < 1:
-            raise ValueError(f"noise={noise} is no share of noise; pass a number between 0 and 1, such as 0.02.")
+            raise ValueError(f"noise={noise} is not a share of noise; pass a number between 0 and 1, such as 0.02.")
         table, ending = self.table, copy.copy(self)
         timestep, alpha, beta = self._end_at(ending, noise)
         ending.timesteps = torch.cat([self.timesteps[:-1], self.timesteps.new_tensor([timestep])])
@@ -289,21 +294,21 @@ class MemorylessStep:
         raise NotImplementedError
 
     def _end_at(self, ending: Any, noise: float) -> tuple[float, float, float]:
-        """Timestep, α and β of a share of noise; what else of the grid tells the level is changed in `ending`."""
+        """Timestep, α and β at this share of noise. Other attributes of the grid that contain the level are set in `ending`."""
         raise NotImplementedError
 
     @property
     def gains(self) -> Tensor:
-        """g_k = ∂μ_k/∂score, shape (K,), float64, CPU: what a change of the score at x_k moves the mean of step k by.
+        """g_k = ∂μ_k/∂score, shape (K,), float64, CPU: by how much the score at x_k changes the mean of step k.
 
-        From x̂_1 = (x + β² score)/α; infinite where the step starts from pure noise (α_k = 0), whose score says nothing of data.
+        It follows from x̂_1 = (x + β² score)/α. It is infinite at pure noise (α_k = 0), whose score does not depend on the data.
         """
         pulls = torch.stack([self._toward(index)[1] for index in range(len(self.table.std))])
         return pulls * self.table.beta**2 / self.table.alpha
 
     def _check_step(self, index: int, **given: Tensor) -> None:
         if not 0 <= index < len(self.table.std):
-            raise ValueError(f"index={index} is off the grid; pass a step from 0 to {len(self.table.std) - 1}.")
+            raise ValueError(f"index={index} is not on the grid; pass a step from 0 to {len(self.table.std) - 1}.")
         (name, tensor), (other, reference) = given.items()
         if tensor.shape != reference.shape:
             raise ValueError(
@@ -312,7 +317,7 @@ class MemorylessStep:
             )
 
     def _index_of(self, timestep: float | Tensor) -> int:
-        """k of a timestep of the grid, for hosts whose timesteps are all different."""
+        """k of a timestep of the grid, for schedulers whose timesteps are all different."""
         found = (self.timesteps == timestep).nonzero()
         if len(found) == 0:
             raise ValueError(f"timestep={float(timestep):g} is not on the grid; pass one of scheduler.timesteps.")
@@ -321,7 +326,7 @@ class MemorylessStep:
     def _next_sample(
         self, model_output: Tensor, sample: Tensor, index: int, generator: torch.Generator | list[torch.Generator] | None
     ) -> Tensor:
-        """Draw from the transition, in the sample's dtype; the last step returns the mean: the noiseless end point x̂_K."""
+        """Sample from the transition, in the sample's dtype. The last step returns its mean, the noiseless end point x̂_K."""
         step = self.transition(model_output, sample, index)
         if index == len(self.table.std) - 1:
             return step.mean.to(sample.dtype)
@@ -330,12 +335,12 @@ class MemorylessStep:
             self._warned = True
             warnings.warn(
                 f"{type(self).__name__} draws its noise from torch's global generator, because the pipeline passed none to step; "
-                f"for images that a seed repeats, call set_generator(generator) or torch.manual_seed.",
+                f"for reproducible images, call set_generator(generator) or torch.manual_seed.",
                 stacklevel=3,
             )
         if isinstance(generator, list) and len(generator) != len(sample):
             raise ValueError(
-                f"{len(generator)} generators cannot serve a batch of {len(sample)}; pass one, or one for each sample."
+                f"{len(generator)} generators do not fit a batch of {len(sample)}; pass one, or one for each sample."
             )
         noise = randn_tensor(step.mean.shape, generator=generator, device=sample.device, dtype=step.mean.dtype)
         return step.sample(noise).to(sample.dtype)

@@ -17,19 +17,20 @@ from .memoryless import MemorylessStep, check_integrator, require_unused, transi
 
 __all__ = ["MemorylessDDIMScheduler"]
 
-# A saved pipeline names this module, and diffusers then looks `SchedulerMixin` up in it before it loads the scheduler.
+# When diffusers loads a saved pipeline that names this module, it first looks up `SchedulerMixin` in it.
 
 
 class MemorylessDDIMScheduler(DDIMScheduler, MemorylessStep):
-    """x = √ᾱ X_1 + √(1 − ᾱ) X_0 with the memoryless noise σ² = 2η (2409.08861, Prop. 1); `integrator="ancestral"` is DDIM, η = 1.
+    """Sampler of x = √ᾱ X_1 + √(1 − ᾱ) X_0 with the memoryless noise σ² = 2η (2409.08861, Prop. 1).
 
-    Drop-in for its parent: the same ᾱ table and timesteps, and the same `step`, which draws x_{k+1} = μ_k + s_k ξ and returns
-    the mean μ_{K−1} without noise at the last step (paper, app. G.1). The timestep after each is read off the grid, whatever
-    the spacing. `clip_sample` and `thresholding` are switched off: they would cut the gradient of the step.
+    It replaces its parent: the same ᾱ table and timesteps, and a `step` with the same signature, which samples
+    x_{k+1} = μ_k + s_k ξ and at the last step returns the mean μ_{K−1} without noise (paper, app. G.1). With
+    `integrator="ancestral"` it is DDIM with η = 1. The next timestep is taken from the grid, for every spacing. `clip_sample` and
+    `thresholding` are switched off, because they would cut the gradient of the step.
 
     Args:
-        variance_type: that the noise is not a learned one; pipelines read it before they hand over the network's output.
-        integrator: discretisation of the SDE, a key of `integrators.INTEGRATORS`. All others as the parent's.
+        variance_type: "fixed_small"; pipelines read it to see that no variance is learned.
+        integrator: discretisation of the SDE, a key of `integrators.INTEGRATORS`. All others as in the parent.
 
     Raises:
         ValueError: for an unknown integrator or prediction type.
@@ -82,8 +83,8 @@ class MemorylessDDIMScheduler(DDIMScheduler, MemorylessStep):
         if clip_sample or thresholding:
             name = "clip_sample" if clip_sample else "thresholding"
             warnings.warn(
-                f"{name}=True is switched off: cutting the predicted data would cut the gradient of a step; samples may leave "
-                f"the range that the original scheduler kept them in.",
+                f"{name}=True is switched off, because clipping the predicted data would cut the gradient of a step; samples may "
+                f"leave the range in which the original scheduler kept them.",
                 stacklevel=3,
             )
         super().__init__(
@@ -105,19 +106,19 @@ class MemorylessDDIMScheduler(DDIMScheduler, MemorylessStep):
         )
 
     def set_timesteps(self, num_inference_steps: int, device: str | torch.device | None = None) -> None:
-        """The parent's timesteps, and the transition of each step.
+        """Set the parent's timesteps, and compute the transition of each step.
 
         Raises:
             ValueError: for more steps than trained timesteps, a timestep beyond the table, or an epsilon model at zero
                 terminal SNR.
         """
         super().set_timesteps(num_inference_steps, device=device)
-        # With "trailing" and some K the parent's floating-point range runs one step too far, to timestep −1.
+        # With "trailing" and some K, rounding makes the parent's list one step too long, to timestep −1.
         self.timesteps = self.timesteps[:num_inference_steps]
         if int(self.timesteps[0]) >= len(self.alphas_cumprod):
             raise ValueError(
                 f"{num_inference_steps} steps with steps_offset={self.config.steps_offset} reach timestep "
-                f"{int(self.timesteps[0])}, but the model knows {len(self.alphas_cumprod)}; take fewer steps or steps_offset=0."
+                f"{int(self.timesteps[0])}, but the model has {len(self.alphas_cumprod)}; pass fewer steps or steps_offset=0."
             )
         kept = torch.cat([self.alphas_cumprod[self.timesteps.cpu()].cpu(), self.final_alpha_cumprod.cpu().view(1)]).double()
         self._table = transition_table(kept.sqrt(), (1 - kept).sqrt(), self.config.prediction_type, self.config.integrator)

@@ -17,24 +17,25 @@ from .memoryless import MemorylessStep, check_integrator, require_unused, transi
 
 __all__ = ["MemorylessEDMEulerScheduler"]
 
-# A saved pipeline names this module, and diffusers then looks `SchedulerMixin` up in it before it loads the scheduler.
+# When diffusers loads a saved pipeline that names this module, it first looks up `SchedulerMixin` in it.
 
 
 class MemorylessEDMEulerScheduler(EDMEulerScheduler, MemorylessStep):
-    """x = (X_1 + σ X_0)/√(1 + σ²) with the memoryless noise σ² = 2η (2409.08861, Prop. 1) in place of the ODE.
+    """Sampler of x = (X_1 + σ X_0)/√(1 + σ²) with the memoryless noise σ² = 2η (2409.08861, Prop. 1) instead of the ODE.
 
-    The parent carries X_1 + σ X_0 and divides it for the network (2206.00364, table 1). Here the state is what the network sees:
-    α² + β² = 1 with α = 1/√(1 + σ²), and the network's output is the v-prediction of that path. So the start has unit variance
-    and nothing is scaled between steps; at σ = 0 both are the data. The grid of σ is the parent's.
+    The parent's state is X_1 + σ X_0, which it divides for the network (2206.00364, table 1). Here the state is the network's
+    input: α² + β² = 1 with α = 1/√(1 + σ²), and the network's output is the v-prediction of that path. So the start has unit
+        variance, and
+    nothing is scaled between steps. At σ = 0 both states are the data. The grid of σ is the parent's.
 
     Args:
-        noise_conditioning: what the network takes for σ: "log", ln(σ)/4 as in the parent, or "atan", 2/π · atan(σ) as in
+        noise_conditioning: how σ is passed to the network: "log", as ln(σ)/4 like the parent; or "atan", as 2/π · atan(σ) like
             `CosineDPMSolverMultistepScheduler`.
-        integrator: discretisation of the SDE, a key of `integrators.INTEGRATORS`. All others as the parent's.
+        integrator: discretisation of the SDE, a key of `integrators.INTEGRATORS`. All others as in the parent.
 
     Raises:
-        ValueError: for an unknown integrator or noise conditioning, or where the path above does not hold: another prediction
-            type, sigma_data other than 1, a grid that ends before the data.
+        ValueError: for an unknown integrator or noise conditioning, another prediction type, sigma_data other than 1, or a grid
+            that ends before the data.
     """
 
     _compatibles = ["EDMEulerScheduler", "EDMDPMSolverMultistepScheduler"]
@@ -74,13 +75,13 @@ class MemorylessEDMEulerScheduler(EDMEulerScheduler, MemorylessStep):
         )
 
     def precondition_noise(self, sigma: float | Tensor) -> Tensor:
-        """What the network takes for σ."""
+        """The network's conditioning for σ."""
         if self.config.noise_conditioning == "log":
             return super().precondition_noise(sigma)
         return torch.as_tensor(sigma).atan() / math.pi * 2
 
     def scale_model_input(self, sample: Tensor, timestep: float | Tensor | None = None) -> Tensor:
-        """The state is scaled already."""
+        """Return the sample: the state is already scaled."""
         return sample
 
     def set_timesteps(
@@ -89,7 +90,7 @@ class MemorylessEDMEulerScheduler(EDMEulerScheduler, MemorylessStep):
         device: str | torch.device | None = None,
         sigmas: Tensor | list[float] | None = None,
     ) -> None:
-        """The parent's grid (see there), and the transition of each of its steps."""
+        """Set the parent's grid (see there), and compute the transition of each step."""
         super().set_timesteps(num_inference_steps, device=device, sigmas=sigmas)
         levels = self.sigmas.double()
         alphas = (1 + levels**2).rsqrt()

@@ -17,21 +17,21 @@ from .memoryless import MemorylessStep, check_integrator, require_unused, transi
 
 __all__ = ["MemorylessFlowMatchEulerDiscreteScheduler"]
 
-# A saved pipeline names this module, and diffusers then looks `SchedulerMixin` up in it before it loads the scheduler.
+# When diffusers loads a saved pipeline that names this module, it first looks up `SchedulerMixin` in it.
 
 
 class MemorylessFlowMatchEulerDiscreteScheduler(FlowMatchEulerDiscreteScheduler, MemorylessStep):
-    """Flow matching x = (1 − σ) X_1 + σ X_0 with the memoryless noise σ² = 2η (2409.08861, Prop. 1) in place of the ODE.
+    """Sampler of flow matching, x = (1 − σ) X_1 + σ X_0, with the memoryless noise σ² = 2η (2409.08861, Prop. 1).
 
-    Drop-in for its parent: the same σ grid, every shift, and the same `step`, which draws x_{k+1} = μ_k + s_k ξ and returns
-    the mean μ_{K−1} without noise at the last step (paper, app. G.1).
+    It replaces its parent: the same σ grid with every shift, and a `step` with the same signature, which samples
+    x_{k+1} = μ_k + s_k ξ and at the last step returns the mean μ_{K−1} without noise (paper, app. G.1).
 
     Args:
-        integrator: discretisation of the SDE, a key of `integrators.INTEGRATORS`. All others as the parent's.
+        integrator: discretisation of the SDE, a key of `integrators.INTEGRATORS`. All others as in the parent.
 
     Raises:
-        ValueError: for an unknown integrator, or `stochastic_sampling=True`, which is another sampler (it re-noises the estimate
-            of the data and does not keep the model's law).
+        ValueError: for an unknown integrator, or `stochastic_sampling=True`, which is another sampler: it adds noise to the
+            estimate of the data, and does not keep the model's distribution.
     """
 
     _compatibles = ["FlowMatchEulerDiscreteScheduler", "FlowMatchHeunDiscreteScheduler"]
@@ -86,10 +86,10 @@ class MemorylessFlowMatchEulerDiscreteScheduler(FlowMatchEulerDiscreteScheduler,
         mu: float | None = None,
         timesteps: list[float] | np.ndarray | None = None,
     ) -> None:
-        """The parent's grid (see there), and the transition of each of its steps.
+        """Set the parent's grid (see there), and compute the transition of each step.
 
         Raises:
-            ValueError: if the noise grows along the grid, or a σ is no share of noise.
+            ValueError: if the noise grows along the grid, or a σ is not between 0 and 1.
         """
         super().set_timesteps(num_inference_steps, device=device, sigmas=sigmas, mu=mu, timesteps=timesteps)
         if self.sigmas.max() > 1.001:
@@ -97,7 +97,7 @@ class MemorylessFlowMatchEulerDiscreteScheduler(FlowMatchEulerDiscreteScheduler,
                 f"the grid starts at σ = {float(self.sigmas.max()):g}, but flow matching mixes (1 − σ) data and σ noise; pass "
                 f"sigmas from 1 to 0, or use a model that is trained on that path."
             )
-        share = self.sigmas.double().cpu().clamp(0, 1)  # some spacings start at 1 + rounding
+        share = self.sigmas.double().cpu().clamp(0, 1)  # rounding makes some spacings start slightly above 1
         # Inverted σ counts the data instead of the noise, and the network then predicts X_1 − X_0.
         alphas, betas = (share, 1 - share) if self.config.invert_sigmas else (1 - share, share)
         self._table = transition_table(alphas, betas, self._prediction_type, self.config.integrator)
@@ -112,7 +112,7 @@ class MemorylessFlowMatchEulerDiscreteScheduler(FlowMatchEulerDiscreteScheduler,
         return sigma * self.config.num_train_timesteps, 1 - noise, noise
 
     def scale_model_input(self, sample: Tensor, timestep: float | Tensor | None = None) -> Tensor:
-        """The sample: pipelines exist that ask every scheduler but the host's flow-match one for it."""
+        """Return the sample. Some pipelines call this method of every scheduler except diffusers' flow-match one."""
         return sample
 
     def step(
