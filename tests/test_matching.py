@@ -105,8 +105,8 @@ def test_step_kl_is_the_divergence_of_the_two_gaussian_steps():
     [
         (lambda: control(MEAN, BASE[:1], STD), r"mean has shape \(5, 2, 3\) but base_mean \(1, 2, 3\)"),
         (lambda: matching_loss(MEAN, BASE, STD, ADJOINT[:1]), r"mean has shape \(5, 2, 3\) but adjoint \(1, 2, 3\)"),
-        (lambda: matching_loss(MEAN, BASE, 0.0, ADJOINT), "std is 0.0; a step without noise carries no control"),
-        (lambda: step_kl(MEAN, BASE, torch.tensor(-1.0)), "a step without noise carries no control"),
+        (lambda: matching_loss(MEAN, BASE, 0.0, ADJOINT), "std is 0.0; leave steps without noise out of the loss steps"),
+        (lambda: step_kl(MEAN, BASE, torch.tensor(-1.0)), "leave steps without noise out of the loss steps"),
         (lambda: control(MEAN, BASE, math.nan), "std is nan"),
     ],
 )
@@ -208,7 +208,7 @@ def test_stated_inclusion_probabilities_are_the_frequencies(selection):
         (torch.ones(8), 0, "uniform", "num_loss_steps=0 does not fit a grid with 8 noisy steps; pass 1 to 8"),
         (torch.ones(8), 9, "paper", "num_loss_steps=9 does not fit a grid with 8 noisy steps"),
         (torch.tensor([1.0, 1.0, 0.0]), 3, "uniform", "num_loss_steps=3 does not fit a grid with 2 noisy steps"),
-        (torch.ones(40), 10, "paper", "num_loss_steps=10 leaves no draw beside the last 10 steps"),
+        (torch.ones(40), 10, "paper", "num_loss_steps=10 is too few, .* always uses the last 10 steps"),
         (torch.ones(8), 4, "latest", "loss_step_selection='latest' is unknown; pass 'uniform' or 'paper'"),
     ],
 )

@@ -126,7 +126,9 @@ def test_a_list_of_images_that_are_references_of_every_sample(samples):
     if samples == 1:
         check_replay(replay, columns, generators((1,)))
     else:
-        with pytest.raises(ValueError, match="shows a sample the images of the others; use per_device_train_batch_size=1"):
+        with pytest.raises(
+            ValueError, match="makes the samples of a batch depend on each other's images; use per_device_train_batch_size=1"
+        ):
             check_replay(replay, columns, generators())
 
 
@@ -314,7 +316,7 @@ def test_a_pipeline_that_takes_one_sample_is_told_from_one_that_fails():
     pipeline = StableDiffusionImg2ImgPipeline(**sd15(DDIMScheduler()).components, requires_safety_checker=False)
     replay = make_replay(pipeline, {"strength": 0.1})  # of 4 steps none is left
     with pytest.raises(
-        ValueError, match=r"because it fails in its own call too \(RuntimeError: .*\); mend pipeline_kwargs"
+        ValueError, match=r"because it fails in its own call too \(RuntimeError: .*\); fix pipeline_kwargs"
     ) as told:
         check_replay(replay, {"prompt": PROMPTS, "image": [picture(1), picture(2)]}, generators())
     assert str(told.value).count("\n") == 0
@@ -371,7 +373,7 @@ def test_a_grid_that_only_the_pipelines_own_scheduler_takes():
 def test_a_call_that_fails_with_its_own_scheduler_too():
     pipeline = hooked(lambda output: output)
     pipeline.transformer.register_forward_pre_hook(lambda module, args: 1 / 0)
-    expect(r"fails in its own call too \(ZeroDivisionError: division by zero\); mend pipeline_kwargs", pipeline)
+    expect(r"fails in its own call too \(ZeroDivisionError: division by zero\); fix pipeline_kwargs", pipeline)
 
 
 class InsistsOnItsChecker(StableDiffusion3Pipeline):

@@ -457,7 +457,7 @@ def test_the_sound_problem_is_solved():
     ("build", "error", "message"),
     [
         (lambda: make(noise=lambda x, t: x), TypeError, "a σ that depends on the state is not covered"),
-        (lambda: make(noise=lambda t: 0.0), ValueError, "σ is 0 at every step, so there is nothing to control with"),
+        (lambda: make(noise=lambda t: 0.0), ValueError, "σ is 0 at every step, so no step can be controlled"),
         (lambda: make(noise=lambda t: -1.0), ValueError, r"σ\(0\) = -1.0; pass a finite σ"),
         (lambda: make(noise=lambda t: tensor([1.0, 0.0])), ValueError, "positive in every component, or 0 in all of them"),
         (lambda: make(noise=lambda t: 1 / t), ValueError, r"σ\(0\) = inf; pass a finite σ"),

@@ -36,8 +36,8 @@ class AdjointPath:
     """Lean or full adjoints, and the base means met on the way.
 
     Args:
-        adjoints: ã_0 … ã_K, shape (K + 1, B, …); NaN below the lowest step asked for, so that nobody uses it by
-            accident.
+        adjoints: ã_0 … ã_K, shape (K + 1, B, …); NaN below the lowest step that was asked for, so that using one by mistake
+            shows.
         base_means: μ_k^base(x_k), shape (K, B, …), for the loss; NaN where the base was not evaluated.
     """
 
@@ -51,7 +51,7 @@ class StepGraph:
 
     Args:
         x: x_k, shape (B, …), a leaf.
-        mean: μ_k of the process that carries the adjoint.
+        mean: μ_k of the process along which the adjoint is computed.
         base_mean: μ_k^base; the same tensor for the lean adjoint.
     """
 
@@ -62,11 +62,11 @@ class StepGraph:
 
 @dataclass(frozen=True)
 class EndPoint:
-    """Where a path's reward is taken.
+    """The end point of a path, at which the reward is evaluated.
 
     Args:
-        state: shape (B, …), detached: x̂_K, or x_K.
-        last: the evaluation of step K − 1 that x̂_K came from, for the adjoint to go on with; `None` for x_K.
+        state: x̂_K or x_K, shape (B, …), detached.
+        last: the evaluation of step K − 1 that gave x̂_K, from which the adjoint continues; `None` for x_K.
     """
 
     state: Tensor
@@ -160,7 +160,7 @@ def full_adjoint(
 
     def both(k: int, x: Tensor) -> tuple[Tensor, Tensor]:
         base = _checked(base_mean(k, x), x, "base_mean")
-        carries = k >= lowest or k == len(trajectory) - 1  # below, the base's mean alone is asked for
+        carries = k >= lowest or k == len(trajectory) - 1  # below `lowest` only the base's mean is needed
         return _checked(mean(k, x), x, "mean") if carries else base, base
 
     return _solve(both, trajectory, terminal, lowest, end, lowest_base_mean, running_cost_grad)
@@ -175,7 +175,7 @@ def _solve(
     lowest_base_mean: int | None,
     running_cost_grad: Callable[[int, Tensor], Tensor] | None,
 ) -> AdjointPath:
-    """Both adjoints; `means` gives the mean that carries the adjoint and the base's, which are one tensor for the lean one."""
+    """Solve either adjoint; `means` returns the mean along which it is computed and the base's, the same for the lean one."""
     states, steps = trajectory.states, len(trajectory)
     last_mean = max(lowest - 1, 0) if lowest_base_mean is None else lowest_base_mean
     for name, step in (("lowest", lowest), ("lowest_base_mean", last_mean)):
@@ -186,7 +186,7 @@ def _solve(
     adjoints[steps] = _checked_terminal(terminal, states[0])
     last = None if end is None else end.last
     if last is not None:
-        last_mean = min(last_mean, steps - 1)  # it is there already
+        last_mean = min(last_mean, steps - 1)  # `end` has already evaluated step K − 1
     for k in range(steps - 1, min(lowest, last_mean) - 1, -1):
         with_graph = k >= lowest
         if k == steps - 1 and last is not None:
@@ -201,12 +201,12 @@ def _solve(
             adjoints[k] = _carry(found, trajectory.stds[k], adjoints[k + 1])
             if running_cost_grad is not None:
                 adjoints[k] += running_cost_grad(k, found.x.detach()).detach()
-        del found  # the next step must not be evaluated beside this one's activations
+        del found  # frees this step's activations before the next step is evaluated
     return AdjointPath(adjoints, base_means)
 
 
 def _carry(step: StepGraph, std: Tensor, adjoint: Tensor) -> Tensor:
-    """(∂μ/∂x)ᵀ adjoint, with the slope of the control's cost where there is a control."""
+    """(∂μ/∂x)ᵀ adjoint, plus the gradient of the control's cost if there is a control."""
     mean, base, x = step.mean, step.base_mean, step.x
     if mean is base or not std.any():
         return pulled_back(mean, x, adjoint)
@@ -248,16 +248,16 @@ def pulled_back(mean: Tensor, x: Tensor, cotangent: Tensor) -> Tensor:
 def vector_jacobian(output: Tensor, x: Tensor, cotangent: Tensor) -> Tensor | None:
     """(∂output/∂x)ᵀ cotangent, `None` if `output` does not depend on `x`; frees the graph of `output`.
 
-    Samples must be independent. Each one's cotangent is brought to size 1 by a power of two and its product back: exact in floats
-    of 32 bits, and what keeps the cotangents of a network of 16 bits, often 1e-6 a value, from being rounded to nothing.
+    Samples must be independent. Each sample's cotangent is scaled to size 1 by a power of two, and the product is scaled back.
+    This is exact in float32. In a 16-bit network it keeps cotangents, often 1e-6, from being rounded to 0.
 
     Args:
         output: (B, …).
-        x: (B, …), a leaf that `output` was computed from.
+        x: (B, …), a leaf from which `output` was computed.
         cotangent: shape of `output`.
     """
     size = cotangent.reshape(len(cotangent), -1).abs().amax(1)
-    exponent = torch.frexp(size).exponent.clamp(-100, 100)  # 2^±127 is where float32 ends
+    exponent = torch.frexp(size).exponent.clamp(-100, 100)  # float32 ends at 2^±127
     scaled = torch.ldexp(cotangent, -exponent.view(-1, *[1] * (cotangent.ndim - 1)))
     # `allow_unused`: trained weights may give the output a graph that never meets x.
     product = torch.autograd.grad(output, x, scaled, allow_unused=True)[0]

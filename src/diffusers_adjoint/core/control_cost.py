@@ -34,7 +34,7 @@ def continuous_adjoint_loss(mean: Tensor, base_mean: Tensor, std: float | Tensor
         adjoint: the full adjoint a_{k+1}, shape (B, …).
 
     Returns:
-        Shape (B,); no distance, it may be negative. Gradient reaches `mean` only.
+        Shape (B,); it may be negative. Gradient reaches `mean` only.
 
     Raises:
         ValueError: if shapes differ or s_k is not positive.
@@ -47,7 +47,7 @@ def continuous_adjoint_loss(mean: Tensor, base_mean: Tensor, std: float | Tensor
 
 @dataclass(frozen=True)
 class ChainLoss:
-    """What a pass down a chain found on its way, detached."""
+    """Result of a pass down a chain; all tensors are detached."""
 
     loss: Tensor  # the weighed objective, 0-dimensional; of `discrete_adjoint` with g to first order around the end point
     kl: Tensor  # Σ_k ½‖√Δ u_k‖², shape (B,)
@@ -102,26 +102,27 @@ def discrete_adjoint(
 ) -> ChainLoss:
     """Add the gradient of Σ_k ½‖√Δ u_k‖² + f_k(x_k) + g(x_K), with the paths' noise held fixed, to the parameters.
 
-    This is back-propagation through the chain with every step a checkpoint: the rollout was the forward pass, its states are all
-    that is kept of it, and each step is evaluated once more, from the last to the first, with one step's activations alive.
+    This is back-propagation through the chain with a checkpoint at every step. The rollout was the forward pass, of which only
+    the states are kept. Each step is evaluated again, from the last to the first, so that one step's activations are in memory.
 
     Args:
         mean: (k, x) → μ_k^θ(x), with gradient to x and the parameters; evaluated once a step, down to the first of `steps`.
         base_mean: (k, x) → μ_k^base(x), differentiable in x; evaluated once for each of `steps`.
         trajectory: paths of the controlled process.
         terminal: the tensor ∇g at the paths' end, or a callable x̂_K → ∇g(x̂_K) that receives step K − 1's mean, detached.
-        steps: those with a control, increasing; others carry the state and teach nothing. `None` for all with s_k > 0.
+        steps: the controlled steps, increasing; the gradient passes through the others, but they have no loss. `None` for all
+            with s_k > 0.
         running_cost: (k, x_k) → f_k(x_k), shape (B,), the step's Δt included; `None` for f = 0.
-        weigh: costs (B,) → the number whose gradient is wanted, linear in them; first called after `terminal`.
-        backward: called with the loss of each step; it must not scale it.
-        around: k → the context in which one of `steps` is evaluated, so that processes need not synchronise each of them.
+        weigh: costs (B,) → the scalar whose gradient is computed, linear in them; first called after `terminal`.
+        backward: called with the loss of each step, which it must not scale.
+        around: k → the context in which one of `steps` is evaluated, so that processes can synchronise once only.
     """
     states, carried = trajectory.states, None
     steps = noisy_steps(trajectory.stds) if steps is None else steps
     total, kl = states.new_zeros(()), states.new_zeros(states.shape[1])
     for k in reversed(range(steps[0], len(trajectory))):
         taught = k in steps
-        x = states[k].detach().requires_grad_(k > steps[0])  # before the first control nothing is to be learnt
+        x = states[k].detach().requires_grad_(k > steps[0])  # steps before the first controlled one need no gradient
         with around(k) if taught else nullcontext():
             moved = mean(k, x)
             cost = step_kl(moved, base_mean(k, x), trajectory.stds[k]) if taught else moved.new_zeros(len(x))
@@ -132,7 +133,7 @@ def discrete_adjoint(
                 adjoint = terminal if isinstance(terminal, Tensor) else terminal(moved.detach().to(states.dtype))
                 cost = cost + (moved * adjoint.detach()).reshape(len(x), -1).sum(1)
             own = weigh(cost)
-            # What the later steps make of this one's mean has been weighed already.
+            # The adjoint from the later steps is weighted already.
             loss = own if carried is None else own + (moved * carried).sum()
             if taught:
                 backward(loss)

@@ -36,20 +36,20 @@ def control(mean: Tensor, base_mean: Tensor, std: float | Tensor) -> Tensor:
     if mean.shape != base_mean.shape:
         raise ValueError(f"mean has shape {tuple(mean.shape)} but base_mean {tuple(base_mean.shape)}; they must agree.")
     if not torch.all(torch.as_tensor(std) > 0):
-        raise ValueError(f"std is {std}; a step without noise carries no control, so leave it out of the loss steps.")
+        raise ValueError(f"std is {std}; leave steps without noise out of the loss steps, because they have no control.")
     return (mean - base_mean) / std
 
 
 def regression_loss(mean: Tensor, base_mean: Tensor, shift: Tensor, scale: float | Tensor) -> Tensor:
-    """½‖((μ^θ − μ^base) − δ)/scale‖²: what every objective that wishes for a shift δ of the mean regresses on.
+    """½‖((μ^θ − μ^base) − δ)/scale‖², the loss of all objectives that have a target shift δ of the step mean.
 
-    The shift is given, never μ^base + δ: in float32 that sum would swallow a small δ.
+    The target is the shift and not μ^base + δ, because in float32 that sum would lose a small δ to rounding.
 
     Args:
         mean: μ_k^θ(x), shape (B, …), with gradient to the trained parameters.
         base_mean: μ_k^base(x), same shape.
-        shift: δ, the wished μ_k − μ_k^base, same shape.
-        scale: above 0, state units; with s_k, step k's noise, the loss is one of nats.
+        shift: δ, the target for μ_k − μ_k^base, same shape.
+        scale: above 0, state units; with s_k, step k's noise, the loss is in nats.
 
     Returns:
         Loss per sample, shape (B,), summed over all other dimensions. Gradient reaches `mean` only.
@@ -59,7 +59,7 @@ def regression_loss(mean: Tensor, base_mean: Tensor, shift: Tensor, scale: float
     """
     if mean.shape != shift.shape:
         raise ValueError(f"mean has shape {tuple(mean.shape)} but shift {tuple(shift.shape)}; they must agree.")
-    # Detached on purpose: base and shift are targets, a gradient through them would change the fixed point.
+    # Detached, because base and shift are targets: a gradient through them would change the fixed point.
     return half_square(control(mean, base_mean.detach(), scale) - shift.detach() / scale)
 
 
@@ -86,7 +86,7 @@ def matching_loss(mean: Tensor, base_mean: Tensor, std: float | Tensor, adjoint:
 def clip_loss(loss: Tensor, loss_clip: float | None) -> Tensor:
     """The paper's loss clipping threshold LCT (app. G): per sample and step, min(LCT, ‖·‖²) on the *un-halved* norm.
 
-    A clipped term has zero gradient, so an outlier is ignored rather than shortened. `None` leaves the loss as it is.
+    A clipped term has gradient 0, so an outlier is ignored instead of reduced. `None` does not clip.
     """
     return loss if loss_clip is None else loss.clamp(max=0.5 * loss_clip)
 
@@ -110,10 +110,10 @@ def half_square(values: Tensor) -> Tensor:
 
 
 def bounded(costs: Tensor) -> Tensor:
-    """Which costs are numbers small enough to be squared, same shape, bool; 1.8e19 is the limit of float32.
+    """Which costs are finite when squared, same shape, bool; in float32 the limit is 1.8e19.
 
-    A gradient grows like the root of its cost, so the norm of such an image's gradient is a number, too. One of a larger cost
-    might not be, and would cost the update of all images.
+    A gradient grows like the square root of its cost, so the norm of such an image's gradient is finite, too. The gradient of an
+    image with a larger cost might not be, and then the update of all images would be dropped.
     """
     return costs.abs() <= torch.finfo(costs.dtype).max ** 0.5
 
@@ -175,7 +175,7 @@ def _always_chosen(noisy: list[int], num_loss_steps: int, selection: str) -> lis
     quarter = max(len(noisy) // 4, 1)
     if num_loss_steps <= quarter:
         raise ValueError(
-            f"num_loss_steps={num_loss_steps} leaves no draw beside the last {quarter} steps that 'paper' always "
-            f"takes; pass at least {quarter + 1}, or loss_step_selection='uniform'."
+            f"num_loss_steps={num_loss_steps} is too few, as loss_step_selection='paper' always uses the last {quarter} steps "
+            f"and draws others; pass at least {quarter + 1}, or loss_step_selection='uniform'."
         )
     return noisy[-quarter:]

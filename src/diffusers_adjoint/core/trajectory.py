@@ -25,7 +25,7 @@ class Trajectory:
             the loss reads x_K. Detached.
         timesteps: the scheduler's timesteps, shape (K,), noise to data.
         stds: s_k, shape (K,), or (K, …) where the noise is diagonal and not one number; 0 where the step adds no noise.
-        means: μ_k(x_k) that x_{k+1} was drawn about, one for each state but the first; `None` where they were not kept.
+        means: μ_k(x_k), about which x_{k+1} was drawn, one for each state but the first; `None` if they were not kept.
 
     Raises:
         ValueError: if the lengths disagree or the states carry a graph.
@@ -44,7 +44,7 @@ class Trajectory:
                 f"but got {len(self.timesteps)} timesteps and {len(self.states)} states."
             )
         if self.states.requires_grad:
-            raise ValueError("trajectory states carry a graph; pass states.detach(), the loss must not reach the rollout.")
+            raise ValueError("trajectory states have a graph; pass states.detach(), because the loss must not reach the rollout.")
 
     def __len__(self) -> int:
         return len(self.stds)
@@ -63,13 +63,13 @@ def rollout(
     """Run x_{k+1} = μ_k(x_k) + s_k ξ_k from `start`, without gradient (2409.08861, Alg. 1, eq. 40; Alg. 2, eq. 219).
 
     Args:
-        mean: (k, x_k) → μ_k(x_k) of the model whose paths are wanted.
+        mean: (k, x_k) → μ_k(x_k) of the model whose paths are sampled.
         start: x_0, shape (B, …).
         timesteps: shape (K,), copied into the result.
         stds: s_k, shape (K,), or (K, …) for diagonal noise.
         noise: k → ξ_k of `start`'s shape; called once a step, in order.
-        keep_last: also take step K − 1. Training never does: x_K is not needed, so K − 1 evaluations are enough.
-        keep_means: keep the means that the states were drawn about, too: twice the memory of the path.
+        keep_last: also take step K − 1. Training does not need x_K, so K − 1 evaluations are enough.
+        keep_means: also keep the step means, which doubles the memory of the path.
 
     Returns:
         Trajectory with K states, or K + 1 with `keep_last`.

@@ -2,7 +2,7 @@ r"""One step of a memoryless sampler: a Gaussian whose mean is affine in the sta
 
     x_{k+1} = μ_k(x_k) + s_k ξ,      μ_k(x) = A_k x + C_k m(x, t_k),      ξ ~ N(0, I)
 
-Which way time runs, said once for the whole package: **k = 0 is noise, k = K is data**. The paper's time is t = k/K on
+The direction of time in the whole package: **k = 0 is noise, k = K is data**. The paper's time is t = k/K on
 a uniform grid (0 noise, 1 data); diffusers' timesteps and σ = 1 − t run down from 1 to 0.
 
 | symbol | name here | shape | meaning |
@@ -28,7 +28,7 @@ __all__ = ["Transition"]
 
 @dataclass(frozen=True)
 class Transition:
-    """Law N(mean, std² I) of the next state given the present one.
+    """The distribution N(mean, std² I) of the next state given the current one.
 
     Args:
         mean: μ_k(x_k), shape (B, …).

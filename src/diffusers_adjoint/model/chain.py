@@ -138,7 +138,7 @@ class PipelineChain:
         return Media(self.frames.shown(images), audio)
 
     def decode_all(self, x: Tensor) -> Tensor:
-        """As `decode`, with all frames."""
+        """The images of `decode`, with all frames."""
         return self.denoiser.replay.decode(x, self.conditioning)
 
     @property

@@ -1,4 +1,4 @@
-"""The pipeline's own code as a differentiable function m(x, t): no line of it is written again here."""
+"""Replay: a pipeline's own code as a differentiable function m(x, t), without reimplementing any of it."""
 
 from .conditioning import Conditioning
 from .pipeline import PipelineReplay

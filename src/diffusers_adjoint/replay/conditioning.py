@@ -1,4 +1,4 @@
-"""What a batch of prompts fixes before the pipeline's loop starts, recorded once and replayed at every evaluation."""
+"""The conditioning of a batch: everything that the pipeline computes before its loop, recorded once and replayed."""
 
 from __future__ import annotations
 
@@ -149,7 +149,7 @@ def latents_in(value: Any) -> Tensor:
 
 
 class Preparations:
-    """Records what the wrapped functions return to the pipeline's call; what they call among themselves is their own affair.
+    """Records what the wrapped functions return to the pipeline's call; nested calls are not recorded.
 
     Args:
         generators: those of the call.
@@ -234,7 +234,7 @@ def place_of(x: Tensor, latents: Tensor, digits: list[Tensor]) -> Tensor | None:
 
 
 def copied(generators: Iterable[torch.Generator]) -> list[torch.Generator]:
-    """Generators that go on as these would."""
+    """Copies of the generators in the same state."""
     return [torch.Generator(generator.device).set_state(generator.get_state()) for generator in generators]
 
 

@@ -1,4 +1,4 @@
-"""What the pipeline raised during the check, in one sentence that blames the right one: the call, the scheduler or the replay."""
+"""Explain an error of the pipeline during the start check: whether the call, the scheduler or the replay caused it."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def refusal(replay: PipelineReplay, broken: str, way_out: str) -> ValueError:
 
 
 def said(error: BaseException) -> str:
-    """The error's kind and the first line of its message."""
+    """Type and first line of an error."""
     return f"{type(error).__name__}: {next(iter(str(error).splitlines()), '').rstrip('.')}"
 
 
@@ -56,7 +56,7 @@ def _explanation(
                 f"fails in its own call too ({raised}), where {', '.join(absent)} are not loaded",
                 "call load_components() before",
             )
-        return f"fails in its own call too ({raised})", "mend pipeline_kwargs or the dataset's columns"
+        return f"fails in its own call too ({raised})", "fix pipeline_kwargs or the dataset's columns"
     if _fails(lambda: replay.memoryless_sample(columns, copied(generators))):
         own, memoryless = type(replay.pipeline.scheduler).__name__, type(replay.scheduler).__name__
         return (

@@ -76,7 +76,7 @@ class FrameChoice:
 
     @classmethod
     def of(cls, text: str) -> FrameChoice:
-        """Raises ValueError for a text that says nothing of the kind."""
+        """Parse the text; raise ValueError if it is not one of these choices."""
         if text in _WORDS:
             return cls(text)
         if found := _COUNTED.fullmatch(text):

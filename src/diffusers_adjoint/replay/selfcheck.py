@@ -1,4 +1,4 @@
-"""A check at the start of training that the replayed pipeline is the function it is taken for.
+"""A check at the start of training that the replay computes the same function as the pipeline.
 
 Replay rests on conventions that nearly all pipelines keep and none promises. Each is tried here against the pipeline's own call
 on a small batch, with about 30 predictions, so that a pipeline that breaks one is refused instead of trained wrongly.
@@ -99,7 +99,7 @@ class _Check:
             replay.find_frames(self.x, self.conditioning)
 
     def decoding_has_a_gradient(self) -> None:
-        """Back through the decoder once; first of all, because it is what no setting can mend."""
+        """Back through the decoder once; checked first, because no setting can fix a missing gradient."""
         leaf = self.x.clone().requires_grad_()
         if self.replay.runs_safety_checker:
             way_out = (
@@ -148,7 +148,7 @@ class _Check:
             )
 
     def samples_are_apart(self) -> None:
-        """Another image in the last row changes nothing for the first: a list may mean several references of every sample."""
+        """The first sample must not depend on the last one's image; a list may mean several references for every sample."""
         taken = self.replay.arguments.taken(self.columns)
         others = {name: other for name, values in taken.items() if (other := _another(values[-1])) is not None}
         if len(self.x) == 1 or not others:
@@ -160,7 +160,7 @@ class _Check:
         start, conditioning = self.replay.prepare(columns, self._generators(), **modes)
         prediction = self.replay.predict(self.x, 0, conditioning, guided=self.guided)
         if not (_equal(start[0], self.x[0]) and _equal(prediction[0], self._predict(self.x, 0)[0])):
-            raise self._error("shows a sample the images of the others", ONE_SAMPLE)
+            raise self._error("makes the samples of a batch depend on each other's images", ONE_SAMPLE)
 
     def loop_starts_from_prepared_latents(self, first: RecordedStep) -> None:
         if not _equal(self.conditioning.start, first.sample):
@@ -213,7 +213,7 @@ class _Check:
         return acting
 
     def derivative_is_right(self, x: Tensor) -> None:
-        """Autograd against finite differences: a network under no_grad still has a derivative, a wrong one."""
+        """Compare autograd with finite differences: with a part under no_grad, autograd returns a wrong derivative silently."""
         (tolerance, sizes), same = (_FINE, _SAME_FINE) if self._is_fine else (_COARSE, _SAME_COARSE)
         errors, index, leaf = [], self._step_of_the_trained_network(), x.to(self.x.dtype, copy=True).requires_grad_()
         way_out = self._way_out_of_quantisation() or _OTHER_KERNELS
@@ -263,7 +263,7 @@ class _Check:
             )
 
     def warn_of_a_flow_map(self) -> None:
-        """Its training samples something else than its own steps do; nothing is wrong with the replay."""
+        """Warn of a model whose network predicts the way to the next timestep; the replay itself is correct."""
         if len(self.replay.timesteps) > 1 and self.replay.looks_ahead(
             self.x, self.conditioning, self.prediction, guided=self.guided
         ):

@@ -93,7 +93,7 @@ def _enumerate(iterable: Iterable[Any], start: int = 0) -> Iterator[Any]:
 
 
 def _filter(function: Any, iterable: Iterable[Any]) -> Iterator[Any]:
-    """To look at a grid is not to loop over it."""
+    """Filter the grid without visiting it: a pipeline that only inspects its timesteps must not trigger the replay."""
     return builtins.filter(function, iterable.as_subclass(Tensor) if isinstance(iterable, ReplayedTimesteps) else iterable)
 
 
@@ -107,7 +107,7 @@ def replayable(function: Any) -> Any:
 
 
 class StandIn:
-    """What holds for every memoryless scheduler, also where the pipeline was written for schedulers that scale."""
+    """Attributes that pipelines written for scaling schedulers (Euler, LMS) expect, with values for memoryless schedulers."""
 
     init_noise_sigma = 1.0
     captured: Tensor | None = None

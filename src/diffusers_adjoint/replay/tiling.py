@@ -1,4 +1,4 @@
-"""Whether a VAE decodes in tiles: their borders are in every gradient, and training would teach them to the weights."""
+"""Detect a VAE that decodes in tiles: the tiles' borders appear in every gradient, and the weights may learn them."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def _size(z: Tensor) -> tuple[int, ...]:
 
 
 def warn_of_tiles(vae: ModelMixin) -> None:
-    """Say what tiles do, and what saves memory without them."""
+    """Warn of tiled decoding, and say what else saves memory."""
     if vae._supports_gradient_checkpointing:
         memory = "vae.enable_gradient_checkpointing(), which leaves the images as they are"
     else:

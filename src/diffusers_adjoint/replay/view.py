@@ -1,4 +1,4 @@
-"""A copy of the pipeline that shares its networks and owns everything else: replaying leaves no trace on the user's object."""
+"""A copy of the pipeline that shares its networks and owns everything else, so that replay does not change the user's object."""
 
 from __future__ import annotations
 

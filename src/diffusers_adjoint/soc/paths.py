@@ -1,19 +1,19 @@
-r"""Paths from noise to data, the noise schedules that keep their marginals, and what two checks say of a schedule.
+r"""Paths from noise to data, noise schedules that keep their marginals, and checks of two properties of a schedule.
 
 X_t = α(t) X_1 + β(t) X_0 with X_0 ~ N(0, I), t from 0 (noise) to 1 (data). With κ = α̇/α and η = β (κβ − β̇), the process
 
     dX = (κX + (σ²/2 + η) ∇log p_t) dt + σ dB
 
-has these marginals for *every* σ(t) ≥ 0 (2409.08861, eqs. 10–11). What differs is how much X_1 remembers of X_0:
+has these marginals for *every* σ(t) ≥ 0 (2409.08861, eqs. 10–11). A schedule may have two properties:
 
-- **memoryless**: not at all. Prop. 1 asks that lim_{t'→0} α_{t'} exp(−∫_{t'}^t χ/2β² ds) = 0 with χ = σ² − 2η. Since
-  η/β² = κ − β̇/β, the expression is a constant times β_{t'} exp(−∫_{t'}^t σ²/2β² ds): α cancels, and all that counts is whether
+- **memoryless**: X_1 is independent of X_0. Prop. 1 requires lim_{t'→0} α_{t'} exp(−∫_{t'}^t χ/2β² ds) = 0 with χ = σ² − 2η.
+  Since η/β² = κ − β̇/β, the expression is a constant times β_{t'} exp(−∫_{t'}^t σ²/2β² ds). α cancels, and the condition is
 
-      ∫_0^t σ²/2β² ds = ∞,
+      ∫_0^t σ²/2β² ds = ∞.
 
-  whether the noise near t = 0 has no finite sum. Only then does a reward tilt p_base, and not p_base·e^{V(x_0)}.
-- **transferable**: σ² = 2η. Only then may a network fine-tuned with this σ be sampled with another one, none included (Thm. 1).
-  σ² = ρ·2η is memoryless for every ρ > 0 and transferable for ρ = 1 only.
+  Only then does a reward tilt p_base, and not p_base·e^{V(x_0)}.
+- **transferable**: σ² = 2η. Only then may a network fine-tuned with this σ be sampled with another one, including σ = 0 (Thm. 1).
+  σ² = ρ·2η is memoryless for every ρ > 0, and transferable for ρ = 1 only.
 """
 
 from __future__ import annotations
@@ -68,10 +68,10 @@ def memoryless_noise(path: GaussianPath) -> Noise:
 
 
 def require_time_alone(noise: Noise) -> None:
-    """Raises TypeError if σ wants more than the time; a function of the state alone cannot be told apart."""
+    """Raise TypeError if σ takes more than one argument. A function of the state alone cannot be detected."""
     try:
         signature = inspect.signature(noise)
-    except ValueError:  # of a builtin: it is called, and says itself what it wants
+    except ValueError:  # a builtin without a signature; calling it shows whether it fits
         return
     try:
         signature.bind(torch.tensor(0.5))
@@ -85,7 +85,7 @@ def noise_at(noise: Noise, t: Tensor) -> Tensor:
     """σ(t), shape and dtype of `t`.
 
     Raises:
-        TypeError: if σ wants more than the time.
+        TypeError: if σ takes more than the time.
         ValueError: if σ is negative or NaN, or does not have the shape of `t`.
     """
     require_time_alone(noise)
@@ -116,9 +116,9 @@ _EARLIEST = 1e-12
 
 
 def correlation(start: Tensor, end: Tensor) -> float:
-    """Estimate of the memory from samples: the correlation of x_0 and x_K over all values of both, tensors of one shape.
+    """Estimate the memory from samples: the correlation of x_0 and x_K over all their values; tensors of one shape.
 
-    Its standard error is 1/√n for n independent values. It sees linear memory only, which is all there is for Gaussians.
+    Its standard error is 1/√n for n independent values. It detects linear memory only, which for Gaussians is all memory.
 
     Raises:
         ValueError: if the shapes differ.
@@ -131,11 +131,11 @@ def correlation(start: Tensor, end: Tensor) -> float:
 
 @dataclass(frozen=True)
 class NoiseReport:
-    """What holds of a noise schedule.
+    """The properties of a noise schedule.
 
     Args:
-        memoryless: X_1 is independent of X_0, so that a reward tilts the base law itself.
-        transferable: σ² = 2η, so that the tuned network may be sampled with any noise.
+        memoryless: whether X_1 is independent of X_0, so that a reward tilts the base distribution itself.
+        transferable: whether σ² = 2η, so that the tuned network may be sampled with any noise.
         leftover_memory: correlation of X_0 and X_1 for data of variance 1.
     """
 
@@ -154,10 +154,10 @@ class NoiseReport:
 
 
 def check_noise(path: GaussianPath, noise: Noise) -> NoiseReport:
-    """Which of the two properties a noise schedule has (2409.08861, Prop. 1 and Thm. 1), by its values.
+    """Check numerically which of the two properties a noise schedule has (2409.08861, Prop. 1 and Thm. 1).
 
-    Memoryless: t·σ²/2β², whose integral over log t must diverge at 0, does not die out from t ~ 10⁻⁴ to t ~ 10⁻¹⁰. (Schedules on
-    the very edge, like σ² = 1/(t log²t), cannot be told apart in this way.) Transferable: σ² = 2η to one part in 10⁶.
+    Memoryless: the integral of t·σ²/2β² over log t must diverge at 0, so the integrand must not decrease from t ~ 10⁻⁴ to
+    t ~ 10⁻¹⁰. (Borderline schedules like σ² = 1/(t log²t) cannot be distinguished in this way.) Transferable: σ² = 2η to 10⁻⁶.
     """
 
     def density(low: float, high: float) -> float:

@@ -6,7 +6,7 @@ With steps h_k = t_{k+1} − t_k, s_k = √h_k σ(t_k) and √Δ u_k = √h_k u(
 
     x_{k+1} = μ_k(x_k) + s_k (√Δ u_k + ξ_k),     cost Σ_k ½‖√Δ u_k‖² + f_k(x_k) + g(x_K),
 
-with μ_k(x) = x + h_k b(x, t_k) and f_k = h_k f(·, t_k). σ may be a number or diagonal, but knows nothing of the state.
+with μ_k(x) = x + h_k b(x, t_k) and f_k = h_k f(·, t_k). σ may be a number or diagonal, but must not depend on the state.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ Control = Callable[[Tensor, Tensor], Tensor]
 
 @dataclass(frozen=True)
 class ControlProblem:
-    """A base chain and the costs of leaving it.
+    """A control problem: a base chain, and the terminal and running costs.
 
     Args:
         base_mean: (k, x) → μ_k(x), differentiable in x.
@@ -55,7 +55,7 @@ class ControlProblem:
         for k, std in enumerate(self.stds):
             _require_usable(std, f"the std of step {k}")
         if not noisy_steps(self.stds):
-            raise ValueError("σ is 0 at every step, so there is nothing to control with; pass noise that is positive somewhere.")
+            raise ValueError("σ is 0 at every step, so no step can be controlled; pass noise that is positive somewhere.")
 
     @classmethod
     def euler(
@@ -116,7 +116,7 @@ class ControlProblem:
 
     @property
     def checked_running_cost(self) -> Callable[[int, Tensor], Tensor] | None:
-        """`running_cost`, which raises as `terminal_adjoint` does where a state with gradient gives a cost without."""
+        """`running_cost`, with the error of `terminal_adjoint` if the state requires a gradient and the cost does not."""
         running = self.running_cost
         return None if running is None else lambda k, x: _checked_cost(running(k, x), x, "running_cost")
 
@@ -153,7 +153,7 @@ def _gradient(cost: Callable[[Tensor], Tensor], x: Tensor, name: str) -> Tensor:
         leaf = x.detach().requires_grad_()
         values = _checked_cost(cost(leaf), leaf, name)
         gradient = torch.autograd.grad(values.sum(), leaf, allow_unused=True)[0]
-    if gradient is None:  # its graph leads to weights of its own
+    if gradient is None:  # its graph leads to other tensors only
         raise ValueError(_NO_GRADIENT.format(name))
     return gradient
 

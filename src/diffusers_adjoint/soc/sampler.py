@@ -44,7 +44,7 @@ class PathSampler:
     """x_{k+1} ~ N(μ_k(x_k), s_k² I) with the marginals of a path, for a network that predicts the velocity.
 
     Args:
-        path: from noise to data.
+        path: the path from noise to data.
         noise: σ(t); `lambda t: 0.0` for the ODE, `memoryless_noise(path)` for fine-tuning.
         times: t_0 < … < t_K in [0, 1], shape (K + 1,).
 
@@ -107,12 +107,12 @@ class PathSampler:
         if (self.times[0] > 0 or self.times[-1] < 1) and not allow_biased_schedule:
             raise ValueError(
                 f"times run from {self.times[0].item():g} to {self.times[-1].item():g}, not from noise to data, which "
-                f"biases the tuned law; pass times from 0 to 1, or allow_biased_schedule=True."
+                f"biases the tuned distribution; pass times from 0 to 1, or allow_biased_schedule=True."
             )
         report = check_noise(self.path, self.noise)
         if not report.memoryless and not allow_biased_schedule:
             raise ValueError(
-                f"the noise is {report} The tuned law would be biased by what x_1 remembers of x_0; "
+                f"the noise is {report} The tuned distribution would be biased, because x_1 depends on x_0; "
                 f"pass memoryless_noise(path), or allow_biased_schedule=True."
             )
         if not (report.memoryless and report.transferable):

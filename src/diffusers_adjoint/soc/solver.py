@@ -47,7 +47,7 @@ def solve(
         optimizer: over the parameters; its learning rate may be changed by a scheduler in `on_update`.
         start: generator → x_0, shape (B, …): the batch of one update.
         updates: number of updates.
-        objective: an object of `objectives` that asks for no clean data, such as `BasicAdjointMatching()`; or the function
+        objective: an object of `objectives` that needs no clean data, such as `BasicAdjointMatching()`; or the function
             `discrete_adjoint` or `continuous_adjoint`.
         num_loss_steps: S, steps of each path that carry the loss; all of them if `None`, as the two functions take.
         seed: of paths and loss steps.
@@ -57,9 +57,9 @@ def solve(
         Mean loss of each update, shape (updates,).
 
     Raises:
-        TypeError: for anything else in place of an objective, such as its class.
-        ValueError: for an objective that asks for clean data, no updates, S that does not fit, states whose shape the noise does
-            not have, or a loss that is not finite.
+        TypeError: if `objective` is anything else, such as a class.
+        ValueError: for an objective that needs clean data, no updates, an S that does not fit, states of another shape than the
+            noise, or a loss that is not finite.
     """
     if isinstance(objective, type) or not (callable(objective) or hasattr(objective, "targets")):
         raise TypeError(f"objective={objective!r} is no objective; pass an object, such as AdjointMatching().")
