@@ -1,4 +1,4 @@
-r"""Efficient Adjoint Matching on the digits: what its variance, its noise and its steps change; rows that are kept.
+r"""Efficient Adjoint Matching on the digits: the effect of its variance, its noise and its steps.
 
     python benchmarks/efficient_adjoint_matching.py           # every run that has no row yet, then the table
     python benchmarks/efficient_adjoint_matching.py --table   # the table alone
@@ -78,7 +78,7 @@ class Setting:
 
 
 def settings() -> list[Setting]:
-    """The most wanted first; about 120 000 evaluations each."""
+    """The most important first; about 120 000 evaluations each."""
     return [
         Setting(),
         Setting(variance="covariance", share=0.3),

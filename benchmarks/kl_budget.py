@@ -1,4 +1,4 @@
-r"""Does `target_kl` end where it says? Digits, both rewards of the demo, budgets from a quarter of a nat to two.
+r"""Does training with `target_kl` reach that KL? Digits, both rewards of the demo, budgets from a quarter of a nat to two.
 
     python benchmarks/kl_budget.py                  # every row that is not recorded yet, then the table
     python benchmarks/kl_budget.py --only ink       # of one reward: ink, three

@@ -1,4 +1,4 @@
-r"""Every objective at equal work: rows that are kept, and tables of them.
+r"""All objectives with the same number of network evaluations: rows on disk, and tables of them.
 
     python benchmarks/objectives.py                     # every row that is not recorded yet, then the tables
     python benchmarks/objectives.py --only mixture      # of one problem: mixture, digits-ink, costs, or a data set of the gallery
@@ -99,7 +99,7 @@ UPDATES = {
 
 
 def settings() -> list[Setting]:
-    """Every run of the benchmark, the most wanted first."""
+    """Every run of the benchmark, the most important first."""
     return [*mixture(), *costs(), *digits(), *gallery()]
 
 
@@ -185,7 +185,7 @@ RUN: dict[str, Callable[[Any], dict[str, Any]]] = {
 
 
 def shortened(setting: Setting) -> Setting:
-    """The same with counts so small that it takes seconds."""
+    """The same setting with small counts, for a test of seconds."""
     return replace(setting, steps=4, loss_steps=2, updates=min(setting.updates, 2), batch=2, samples=16)
 
 

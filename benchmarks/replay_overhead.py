@@ -1,4 +1,4 @@
-"""What replaying the pipeline's `__call__` costs beside the denoiser call itself.
+"""The cost of replaying the pipeline's `__call__`, compared with the denoiser call itself.
 
     python benchmarks/replay_overhead.py [name …]
 

@@ -1,4 +1,4 @@
-"""Rows of a benchmark: one JSON line a run, appended when the run is done, so that one that was stopped goes on."""
+"""Rows of a benchmark: one JSON line for each run, appended when it is done, so that a stopped benchmark can continue."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ Row = dict[str, Any]
 
 
 def read(path: Path) -> list[Row]:
-    """The rows of a file that are whole; none if there is no file."""
+    """The complete rows of a file; none if there is no file."""
     rows = []
     for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
         try:

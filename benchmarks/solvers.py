@@ -1,4 +1,4 @@
-r"""Four objectives for one control problem: how near the optimum a given amount of network work brings each of them.
+r"""Four objectives for one control problem: how near the optimum each comes with the same number of network evaluations.
 
     python benchmarks/solvers.py [--quick] [--learning-rate 0.003]
 

@@ -1,4 +1,4 @@
-r"""What a choice of frames (`decode_frames`) spares the reward phase of a video: memory and time, as shares of all frames'.
+r"""Memory and time that `decode_frames` saves in the reward phase of a video, as shares of those for all frames.
 
     python benchmarks/video_memory.py               # every row that is not recorded yet, then the table
     python benchmarks/video_memory.py --table       # the table alone

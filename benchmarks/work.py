@@ -1,4 +1,4 @@
-r"""How near the tilt a given amount of network work brings each way of matching: rows that are kept, and tables of them.
+r"""How near the tilt each kind of matching comes with the same number of network evaluations: rows on disk, and tables of them.
 
     python benchmarks/work.py                       # every row that is not recorded yet, then the tables
     python benchmarks/work.py --only digits-ink     # of one problem: digits-ink, digits-three, mixture, gradients
@@ -104,7 +104,7 @@ def score(cap: float | None = 1.2) -> dict[str, Any]:
 
 
 def settings() -> list[Setting]:
-    """Every run of the benchmark, the most wanted first."""
+    """Every run of the benchmark, the most important first."""
     return [*ink(), *three(), *mixture(), *gradients()]
 
 
@@ -151,7 +151,7 @@ def gradients() -> list[Setting]:
 
 
 def shortened(setting: Setting) -> Setting:
-    """The same with counts so small that it takes seconds."""
+    """The same setting with small counts, for a test of seconds."""
     return replace(setting, steps=4, loss_steps=2, updates=2, batch=2, samples=16)
 
 

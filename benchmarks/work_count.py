@@ -1,4 +1,4 @@
-"""Counts the work of networks by what their evaluations are used for."""
+"""Count network evaluations, weighted by what they are used for."""
 
 from __future__ import annotations
 

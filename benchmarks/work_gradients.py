@@ -1,4 +1,4 @@
-r"""Where the loss looks: the variance of the gradient at a fixed model, by the way in which S of n steps are drawn.
+r"""The variance of the gradient at a fixed model, for several ways to draw S of n loss steps.
 
 With g_k the gradient of step k's loss over a batch, Σ_{k drawn} g_k/π_k estimates Σ_k g_k, π_k the probability that k is drawn.
 Its variance over batches and draws is E‖Σ g_k/π_k‖² − ‖E Σ g_k‖²: of every batch only the products g_k·g_l are needed, and the

@@ -1,4 +1,4 @@
-"""Most memory that torch holds at once during a call."""
+"""Peak memory of torch's CPU tensors during a call."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from torch.profiler import ProfilerActivity, profile
 
 
 def peak_memory(call: Callable[[], object]) -> int:
-    """Bytes beyond those that were held before the call, CPU tensors."""
+    """Peak bytes of CPU tensors, minus those before the call."""
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
         call()
     events = [event for event in seen.profiler.kineto_results.events() if event.name() == "[memory]"]

@@ -1,4 +1,4 @@
-"""A reward that only counts: the holes in a handwritten digit. A zero, a six and a nine have one, an eight has two.
+"""A reward without a gradient: the number of holes in a handwritten digit. A zero, a six and a nine have one, an eight has two.
 
     python examples/black_box.py                        # settings: recipes/black_box.yaml
     python examples/black_box.py --smoke                # two updates and a few images, seconds on a CPU
@@ -34,18 +34,18 @@ from diffusers_adjoint import AdjointMatchingTrainer
 from diffusers_adjoint.cli.commands import load_prompts, lora_config
 from diffusers_adjoint.metrics import TiltReport, tilt_shift
 
-BATCH = 250  # images a pipeline call
+BATCH = 250  # images in one call of the pipeline
 
 
 @dataclass
 class MeasureArguments(ScriptArguments):
-    """The options of TRL's scripts, and how many images tell where the model is."""
+    """The options of TRL's scripts, and the number of images that measure the model."""
 
     measured_images: int = field(default=2000, metadata={"help": "Images of the base, and of the tuned model."})
 
 
 def holes(images: list[Image], prompts: list[str]) -> list[int]:
-    """How many dark regions of each image the bright strokes enclose.
+    """The number of dark regions in each image that bright strokes enclose.
 
     A number of NumPy or Python is enough: nothing is differentiated. Other tools for this place are a detector, a text reader, or
     a server that is asked; `reward_workers` asks several questions at once.
@@ -55,12 +55,12 @@ def holes(images: list[Image], prompts: list[str]) -> list[int]:
         prompts: one for each image; unused here.
     """
     dark = [np.asarray(image.convert("L")) < 102 for image in images]  # of 255
-    # The frame joins all that reaches the border into one region, the outside.
+    # The frame connects all regions at the border into one, the outside.
     return [label(np.pad(region, 1, constant_values=True))[1] - 1 for region in dark]
 
 
 def draw(pipe: StableDiffusion3Pipeline, count: int) -> list[Image]:
-    """Images as a user draws them, of the same seeds at each call."""
+    """Images from the pipeline's ordinary call, with the same seeds at each call."""
     images: list[Image] = []
     for first in range(0, count, BATCH):
         prompts = [OPEN_PROMPT] * min(BATCH, count - first)
@@ -70,7 +70,7 @@ def draw(pipe: StableDiffusion3Pipeline, count: int) -> list[Image]:
 
 
 def report(before: list[Image], after: list[Image], reward_scale: float) -> str:
-    """Means and class shares, beside those of the tilt: the base's images weighted by exp(λr)."""
+    """Means and class shares of base and model, and those of the target: the base's images weighted by exp(λr)."""
     counts = [torch.tensor(holes(images, [])).double() for images in (before, after)]
     digits = [read_digits(as_tensor(images)) for images in (before, after)]
     statistics = {"holes": counts, "share with a hole": [(count > 0).double() for count in counts]}
@@ -80,13 +80,13 @@ def report(before: list[Image], after: list[Image], reward_scale: float) -> str:
 
 
 def as_tensor(images: list[Image]) -> Tensor:
-    """(B, 3, H, W) in [0, 1]."""
+    """Images as a tensor (B, 3, H, W) in [0, 1]."""
     return torch.from_numpy(np.stack([np.asarray(image) for image in images])).permute(0, 3, 1, 2) / 255
 
 
 def main() -> None:
     arguments = read_arguments("black_box", MeasureArguments)
-    torch.set_num_threads(1)  # on tensors this small a second thread costs more than it gives
+    torch.set_num_threads(1)  # on tensors this small, a second thread makes it slower
     pipe = StableDiffusion3Pipeline.from_pretrained(arguments.model.model_name_or_path, **arguments.config.model_init_kwargs)
     pipe.set_progress_bar_config(disable=True)
     trainer = AdjointMatchingTrainer(

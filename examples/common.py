@@ -1,4 +1,4 @@
-"""What every example does first: read its recipe, then `--smoke`, then the command line."""
+"""Read an example's settings: from its recipe, then `--smoke`, then the command line, each overriding those before."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ RECIPES = Path(__file__).parent / "recipes"
 
 
 def read_arguments(name: str, script_type: type = TrainArguments) -> Arguments:
-    """Settings of `recipes/<name>.yaml` (or of `--config`), changed by `--smoke` and by the command line, which wins.
+    """Settings from `recipes/<name>.yaml` (or `--config`), overridden by `--smoke`, and both by the command line.
 
     Args:
         name: of the example.
@@ -21,7 +21,7 @@ def read_arguments(name: str, script_type: type = TrainArguments) -> Arguments:
     if not any(word == "--config" or word.startswith("--config=") for word in argv):
         argv = ["--config", str(RECIPES / f"{name}.yaml"), *argv]
     if "--smoke" in argv:
-        from smoke import smoke_options  # of a checkout: it takes its tiny pipelines from the tests
+        from smoke import smoke_options  # only in a checkout: it builds its tiny pipelines with code of the tests
 
         argv.remove("--smoke")
         argv = [*smoke_options(name), *argv]

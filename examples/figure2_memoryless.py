@@ -91,7 +91,7 @@ class TunedVelocity(nn.Module):
 
 
 def fine_tune(law: MixtureSameFamily, name: str, updates: int, steps: int, batch: int, seed: int) -> TunedVelocity:
-    """Adjoint Matching on r(x) = SLOPE·x with one of the noises."""
+    """Adjoint Matching on r(x) = SLOPE·x with one of the noise schedules."""
     torch.manual_seed(seed)
     base = exact_velocity(law)
     model, sampler = TunedVelocity(base), PathSampler(FLOW, NOISES[name], torch.linspace(0, 1, steps + 1))
@@ -158,7 +158,7 @@ class Row:
 
 
 def run(updates: int, samples: int, steps: int = 40, batch: int = 512, seed: int = 0) -> list[Row]:
-    """The base, and what each of the noises makes of it."""
+    """The base, and the model that is fine-tuned with each noise schedule."""
     rows, target = [], tilted(BASE)
     for name in ("base", *NOISES):
         velocity = exact_velocity(BASE) if name == "base" else fine_tune(BASE, name, updates, steps, batch, seed)
@@ -170,7 +170,7 @@ def run(updates: int, samples: int, steps: int = 40, batch: int = 512, seed: int
 
 
 def gaussian_shares(updates: int, samples: int, steps: int = 40, seed: int = 0) -> dict[str, tuple[float, float]]:
-    """Of each noise, the share of the tilt's shift SLOPE·s² that training reaches, and that of the formula (continuous time)."""
+    """For each noise schedule, the share of the tilt's shift SLOPE·s² that is reached, and the formula's (continuous time)."""
     shares, variance = {}, GAUSSIAN.variance.item()
     for name, noise in NOISES.items():
         model = fine_tune(GAUSSIAN, name, updates, steps, batch=32, seed=seed)  # the adjoint is the same on all paths
@@ -181,7 +181,7 @@ def gaussian_shares(updates: int, samples: int, steps: int = 40, seed: int = 0) 
 
 
 def save_picture(rows: list[Row], path: Path, shown: int = 40) -> None:
-    """For each noise: paths, coloured by where they start, and the densities where they end."""
+    """For each noise: paths, coloured by where they start, and the densities of their end points."""
     figure, axes = plt.subplots(1, 6, figsize=(11, 4.2), sharey=True, layout="constrained", width_ratios=[3, 1.2] * 3)
     x, target = torch.linspace(-3.2, 4.2, 400, dtype=torch.float64), tilted(BASE)
     for row, left, right in zip(rows[1:], axes[::2], axes[1::2], strict=True):

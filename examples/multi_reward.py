@@ -1,4 +1,4 @@
-"""Several rewards at once: PickScore, and a price on what it likes too much.
+"""Several rewards at once: PickScore, and a penalty on saturated pixels, which it prefers too much.
 
     python examples/multi_reward.py                        # settings: recipes/multi_reward.yaml
     accelerate launch examples/multi_reward.py --max_steps 500
@@ -26,7 +26,7 @@ from diffusers_adjoint.rewards import PickScore
 
 @dataclass
 class RewardArguments(ScriptArguments):
-    """The options of TRL's scripts, and where PickScore is."""
+    """The options of TRL's scripts, and the name or folder of PickScore."""
 
     reward_model: str = field(default="yuvalkirstain/PickScore_v1", metadata={"help": "CLIPModel of PickScore."})
     reward_processor: str = field(
@@ -35,7 +35,7 @@ class RewardArguments(ScriptArguments):
 
 
 def unsaturated(images: Tensor, prompts: list[str]) -> Tensor:
-    """Minus the mean excess of pixels beyond [0.05, 0.95], 0 at best: rewards for looks tend towards glaring images."""
+    """Minus the mean excess of pixels beyond [0.05, 0.95], 0 at best: aesthetic rewards tend towards glaring images."""
     return -((0.05 - images).relu() + (images - 0.95).relu()).mean((1, 2, 3))
 
 
@@ -43,7 +43,7 @@ def main() -> None:
     arguments = read_arguments("multi_reward", RewardArguments)
     script = arguments.script
     pipe = StableDiffusion3Pipeline.from_pretrained(arguments.model.model_name_or_path, **arguments.config.model_init_kwargs)
-    pipe.vae.enable_slicing()  # one image at a time through the decoder, and back
+    pipe.vae.enable_slicing()  # decodes one image at a time, which saves memory in both passes
     trainer = AdjointMatchingTrainer(
         model=pipe,
         reward_funcs=[PickScore(script.reward_model, script.reward_processor), unsaturated],

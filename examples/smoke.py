@@ -31,7 +31,7 @@ FAMILY = {
     "full_finetuning": "Stable Diffusion 1.5",
     "z_image_modular": "Z-Image, modular",
 }
-OWN_PICK_SCORE = {"wan_video", "multi_reward"}  # they build PickScore themselves
+OWN_PICK_SCORE = {"wan_video", "multi_reward"}  # these examples make PickScore themselves
 SETTINGS = {
     "dtype": "float32",
     "bf16": "false",
@@ -48,7 +48,7 @@ SETTINGS = {
     "save_strategy": "no",
     "report_to": "none",
 }
-# Its own pipeline is tiny: only the sizes change.
+# The pipeline of this example is tiny already, so only sizes change.
 BLACK_BOX = {"num_generations": 4, "measured_images": 20, "warmup_steps": 0}
 FOLDER = tempfile.TemporaryDirectory()  # removed when the script ends
 
@@ -67,7 +67,7 @@ def smoke_options(name: str) -> list[str]:
         return _words(SETTINGS | BLACK_BOX | {"output_dir": "out/smoke/black_box"})
     family = next(family for family in FAMILIES if family.name == FAMILY[name])
     model = Path(FOLDER.name) / name
-    family.build().save_pretrained(str(model))  # a modular pipeline takes no Path
+    family.build().save_pretrained(str(model))  # a modular pipeline accepts no Path
     settings = SETTINGS | {"model_name_or_path": model, "output_dir": f"out/smoke/{name}"}
     settings["pipeline_kwargs"] = json.dumps(family.kwargs)
     if name in OWN_PICK_SCORE:

@@ -43,7 +43,7 @@ DIRECTION = torch.tensor([0.8, 0.6])
 
 @dataclass(frozen=True)
 class Settings:
-    """How much of everything; the defaults are those of the picture."""
+    """Sizes and numbers of updates; the defaults make the published picture."""
 
     base_updates: int = 2000
     classifier_updates: int = 400
@@ -66,7 +66,7 @@ def checkerboard(count: int, generator: torch.Generator) -> tuple[Tensor, Tensor
 
 
 def two_moons(count: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Two half circles that reach into each other, labelled 1 for the upper one."""
+    """Two interleaved half circles, labelled 1 for the upper one."""
     upper = torch.randint(2, (count,), generator=generator)
     angle = math.pi * torch.rand(count, generator=generator)
     circle = torch.stack([angle.cos(), angle.sin()], 1)
@@ -119,7 +119,7 @@ def flow_matching_loss(net: nn.Module, points: Tensor, _: Tensor, generator: tor
 
 
 def classifier_loss(net: nn.Module, points: Tensor, labels: Tensor, generator: torch.Generator) -> Tensor:
-    """Of a logit. Noise on the inputs gives it a slope between the classes, where a reward needs one."""
+    """Cross-entropy of a logit. Noise on the inputs gives it a slope between the classes, which a reward needs."""
     noisy = points + 0.3 * torch.randn(points.shape, generator=generator)
     return nn.functional.binary_cross_entropy_with_logits(net(noisy)[:, 0], labels.float())
 
@@ -185,7 +185,7 @@ def sample(net: Velocity, count: int, seed: int) -> Tensor:
 
 
 def resample(points: Tensor, log_weights: Tensor, seed: int) -> Tensor:
-    """As many points again, drawn with weights e^r."""
+    """As many points, drawn from these with weights e^r."""
     return points[log_weights.softmax(0).multinomial(len(points), True, generator=torch.Generator().manual_seed(seed))]
 
 

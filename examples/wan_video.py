@@ -26,7 +26,7 @@ from diffusers_adjoint.rewards import PickScore, per_frame
 
 @dataclass
 class VideoArguments(ScriptArguments):
-    """The options of TRL's scripts, and where PickScore is."""
+    """The options of TRL's scripts, and the name or folder of PickScore."""
 
     reward_model: str = field(default="yuvalkirstain/PickScore_v1", metadata={"help": "CLIPModel of PickScore."})
     reward_processor: str = field(

@@ -1,4 +1,4 @@
-"""Handwritten digits as images, prompts and labels, and two classifiers that know nothing of each other.
+"""Handwritten digits as images, prompts and labels, and two classifiers that are trained on different images.
 
 The images are scikit-learn's `load_digits` (UCI Optical Recognition of Handwritten Digits, 1797 images of 8×8), enlarged to
 32×32. `read_digits` is the referee: a support vector machine on 8×8 pixels, fitted on the images with an even index. It never

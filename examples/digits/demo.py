@@ -43,15 +43,16 @@ from diffusers_adjoint.model.denoiser import PipelineDenoiser
 from diffusers_adjoint.model.paths import sample_trajectory
 from diffusers_adjoint.replay import PipelineReplay
 
-diffusers.utils.logging.set_verbosity_error()  # one line a call about the text cut to one token
+diffusers.utils.logging.set_verbosity_error()  # else each call prints a line about a prompt that was cut to one token
 
-torch.set_num_threads(1)  # on tensors this small a second thread costs up to five times what it gives, on a shared machine
+torch.set_num_threads(1)  # on tensors this small, a second thread can make it five times slower on a shared machine
 
 HERE = Path(__file__).parent
 CALL = {"guidance_scale": 1.0, "max_sequence_length": 1, "output_type": "pt"}
 STEPS = {"ODE": 20, "memoryless": 10}
-BATCH = 250  # images a pipeline call
-BASE_IMAGES, TUNED_IMAGES = 5000, 2000  # of each sampler; the target is known by the first, and is the less certain
+BATCH = 250  # images in one call of the pipeline
+# For each sampler. The target is estimated from the base's images, and has the larger error.
+BASE_IMAGES, TUNED_IMAGES = 5000, 2000
 LINEAR_LAYERS = ["to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"]
 LINEAR_LAYERS += ["ff.net.0.proj", "ff.net.2", "proj_out"]
 
@@ -64,15 +65,15 @@ class Task:
     reward: Callable[..., Tensor]
     reward_scale: float  # λ, nats per unit of reward
     steps: int  # K of the paths of training
-    loss_steps: int  # S of them
-    images: int  # in a rollout
+    loss_steps: int  # S, steps of each path that carry the loss
+    images: int  # images in a rollout
     updates: int
     rank: int
     learning_rate: float
 
 
 def edges(images: Tensor) -> Tensor:
-    """Mean absolute difference between neighbouring pixels: the statistic that is not the reward."""
+    """Mean absolute difference between neighbouring pixels: a statistic that is not the reward."""
     down, right = images.diff(dim=2).abs().mean((1, 2, 3)), images.diff(dim=3).abs().mean((1, 2, 3))
     return down + right
 
@@ -110,7 +111,7 @@ def draw(pipeline: StableDiffusion3Pipeline, sampler: str, count: int, seed: int
 def fine_tune(
     pipeline: StableDiffusion3Pipeline, task: Task, folder: Path, seed: int, pairing: str = "score"
 ) -> AdjointMatchingTrainer:
-    """The public trainer, on one prompt."""
+    """Fine-tune with the public trainer, on one prompt."""
     args = AdjointMatchingConfig(
         output_dir=str(folder),
         reward_scale=task.reward_scale,
@@ -129,9 +130,9 @@ def fine_tune(
         logging_steps=1,
         save_strategy="no",
         report_to="none",
-        disable_tqdm=True,  # our own bar takes the place of the host's
+        disable_tqdm=True,  # replaced by our own bar
         seed=seed,
-        use_cpu=True,  # 2 MB of weights: a GPU would wait for Python
+        use_cpu=True,  # 2 MB of weights: a GPU would be no faster
     )
     trainer = AdjointMatchingTrainer(
         model=pipeline,
@@ -166,7 +167,7 @@ def measure_path_kl(trainer: AdjointMatchingTrainer, count: int, seed: int) -> T
 
 @dataclass(frozen=True)
 class Result:
-    """What the demo measured."""
+    """The measurements of the demo."""
 
     report: TiltReport
     shares: dict[str, Tensor]  # digit classes read by the referee: before, target, after; each (10,), ODE
@@ -210,7 +211,7 @@ def run(task: Task, folder: Path, seed: int = 0, pairing: str = "score", base: d
 
 
 def draw_both(pipeline: StableDiffusion3Pipeline, count: int, label: str) -> dict[str, Tensor]:
-    """Images of either sampler, on fixed seeds: tuned and base images correspond one to one."""
+    """Images of both samplers from fixed seeds, so that tuned and base images correspond one to one."""
     return {sampler: draw(pipeline, sampler, count, seed=20_000, label=label) for sampler in STEPS}
 
 

@@ -40,7 +40,7 @@ def sample(pipe: StableDiffusion3Pipeline, prompt: str, count: int, seed: int, *
 
 
 def sample_digits(pipe: StableDiffusion3Pipeline, per_digit: int, **settings: object) -> tuple[Tensor, Tensor]:
-    """`per_digit` images of each digit prompt, digit after digit, and the digits asked for."""
+    """`per_digit` images of each digit prompt, digit after digit, and the digits that their prompts name."""
     images = [sample(pipe, prompt, per_digit, seed=digit, **settings) for digit, prompt in enumerate(DIGIT_PROMPTS)]
     return torch.cat(images), torch.arange(10).repeat_interleave(per_digit)
 

@@ -1,4 +1,4 @@
-"""What the demo draws: grids of digits, the reward curve, class shares."""
+"""The demo's figures: grids of digits, the reward curve, class shares."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from torch import Tensor
 
 
 def save_grid(images: Tensor, path: Path, columns: int = 12, scale: int = 2) -> None:
-    """Images (N, 3, H, W) in [0, 1], row by row, with a thin border."""
+    """Save images (N, 3, H, W) in [0, 1] row by row, with a thin border."""
     bordered = np.pad(images.mean(1).numpy(), ((0, 0), (1, 1), (1, 1)), constant_values=0.5)
     rows = [np.concatenate(bordered[i : i + columns], axis=1) for i in range(0, len(bordered) - columns + 1, columns)]
     grid = Image.fromarray((255 * np.concatenate(rows)).round().astype(np.uint8))
@@ -24,7 +24,7 @@ def save_grid(images: Tensor, path: Path, columns: int = 12, scale: int = 2) -> 
 
 
 def save_reward_curve(rewards: list[float], target: float, path: Path, name: str) -> None:
-    """Mean reward of each update's rollouts, and where the exact tilt has it."""
+    """Plot the mean reward of each update's rollouts, and the mean reward of the exact tilt."""
     figure, axes = plt.subplots(figsize=(6, 3.2), layout="constrained")
     axes.plot(range(1, len(rewards) + 1), rewards, marker=".", linewidth=1)
     axes.axhline(target, color="black", linestyle="--", linewidth=1, label="exact tilt (importance weights)")
@@ -36,7 +36,7 @@ def save_reward_curve(rewards: list[float], target: float, path: Path, name: str
 
 
 def save_class_shares(shares: dict[str, Tensor], path: Path) -> None:
-    """Which digits are drawn: base, target (importance-weighted base), fine-tuned."""
+    """Plot the shares of the digits for base, target (importance-weighted base) and fine-tuned model."""
     figure, axes = plt.subplots(figsize=(7, 3.2), layout="constrained")
     for i, (name, row) in enumerate(shares.items()):
         axes.bar(np.arange(10) + 0.27 * (i - 1), row.numpy(), width=0.25, label=name)

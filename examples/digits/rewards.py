@@ -1,4 +1,4 @@
-"""Rewards of the demo, and what its samples are measured by; `diffusers-adjoint` finds them as examples/digits/rewards.py:ink."""
+"""The demo's rewards, which also measure its samples; on the command line, examples/digits/rewards.py:ink for example."""
 
 from __future__ import annotations
 
@@ -27,5 +27,5 @@ def as_asked(images: Tensor, prompts: list[str]) -> list[Tensor | None]:
 
 @lru_cache(maxsize=1)
 def _classifier() -> DigitClassifier:
-    with torch.enable_grad():  # it is trained when it is first needed, in an evaluation perhaps
+    with torch.enable_grad():  # the classifier is trained at its first use, which may be in an evaluation without gradients
         return train_digit_classifier()[0]

@@ -1,4 +1,4 @@
-"""What the demo says: a bar and a table while it trains, and five sentences at the end."""
+"""The demo's output: a progress bar and a table of the training, and five sentences at the end."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ ROWS = 8
 
 
 class TrainingBar(TrainerCallback):
-    """One bar for all updates, with the last numbers, in place of the host's bar and its line for each update."""
+    """One bar for all updates with the last log line's numbers, instead of `Trainer`'s bar and a line for each update."""
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.bar = tqdm(total=state.max_steps, desc="fine-tuning", unit=" updates")
@@ -39,7 +39,7 @@ class TrainingBar(TrainerCallback):
 
 
 def training_table(history: Sequence[Mapping[str, float]]) -> str:
-    """Some lines of the trainer's log, the first and the last among them, as a table."""
+    """A table of some lines of the trainer's log, including the first and the last."""
     lines = [line for line in history if "reward" in line]
     chosen = sorted({round(i * (len(lines) - 1) / max(ROWS - 1, 1)) for i in range(ROWS)})
     rows = [["update", *SHOWN.values()]]
@@ -48,7 +48,7 @@ def training_table(history: Sequence[Mapping[str, float]]) -> str:
 
 
 def five_sentences(name: str, report: TiltReport, shares: Mapping[str, Tensor]) -> list[str]:
-    """What came out, without a table.
+    """The result in five sentences.
 
     Args:
         name: of the reward.
