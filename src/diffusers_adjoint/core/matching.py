@@ -120,12 +120,12 @@ def bounded(costs: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class LossSteps:
-    """The steps that carry the loss in one update.
+    """The steps of the sampler that carry the loss in one update.
 
     Args:
-        indices: chosen steps k, increasing.
-        inclusion: probability with which each of them is chosen, same length; Σ term/inclusion over the chosen steps is
-            an unbiased estimate of the sum over all steps with noise.
+        indices: the drawn steps k, increasing; k = 0 starts from pure noise.
+        inclusion: probability with which each of them was drawn, same length. Dividing each step's term by it makes the sum over
+            the drawn steps an unbiased estimate of the sum over all steps.
     """
 
     indices: tuple[int, ...]

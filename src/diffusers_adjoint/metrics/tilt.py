@@ -244,7 +244,10 @@ def _path_mean(path_kl: Tensor, prompts: int) -> Estimate:
 
 @dataclass(frozen=True)
 class TiltReport:
-    """A report that shows whether the model has reached the tilt or has hacked the reward.
+    """A report that shows whether the model has reached its target, the tilt p* ∝ p_base e^{λr}, or has hacked the reward r.
+
+    At the target each statistic has its mean under p*. If the reward is hacked, it may exceed its mean under p*, and other
+    statistics move away from theirs.
 
     Args:
         shifts: one for each statistic and sampler: the reward first, then at least one statistic that is not the reward.

@@ -62,10 +62,14 @@ dimensions reach a W2 distance of .09 with it, and .4 without (`benchmarks/objec
 
 @dataclass(frozen=True)
 class Ram:
-    """Reinforce Adjoint Matching, by default with the correction by the paths' cost, with which the tilt is its fixed point.
+    """Reinforce Adjoint Matching (RAM): for rewards r without a gradient.
 
-    It needs no derivative of the reward, of the decoder or with respect to the state. A path and its R take 2K − 1 evaluations.
-    Each point takes 2 of the model ("plain": and 1 of the base), one of them with a backward pass to the weights.
+    It compares a prompt's images by R = λr minus the cost of the image's path, which is the log ratio of the path's density under
+    model and base. The target shift is (c + γ (R − R̄)) times the direction towards the image, where R̄ is the mean of R over the
+    prompt's other images. Its fixed point is the tilted distribution p_base·exp(λr).
+
+    It needs no derivative of the reward, of the decoder or with respect to the state. With K steps, a path and its R take 2K − 1
+    evaluations. Each point of the loss takes 2 of the model ("plain": and 1 of the base), one with a backward pass.
 
     Args:
         mode: "path_corrected"; "plain", without the paths' cost, the paper's main loss, for comparison; or "tilt_matching", which

@@ -21,12 +21,12 @@ __all__ = ["MemorylessDDIMScheduler"]
 
 
 class MemorylessDDIMScheduler(DDIMScheduler, MemorylessStep):
-    """Sampler of x = √ᾱ X_1 + √(1 − ᾱ) X_0 with the memoryless noise σ² = 2η (2409.08861, Prop. 1).
+    """Sampler of β-schedule models by a memoryless SDE (2409.08861, Prop. 1): images do not depend on the start noise.
 
-    It replaces its parent: the same ᾱ table and timesteps, and a `step` with the same signature, which samples
-    x_{k+1} = μ_k + s_k ξ and at the last step returns the mean μ_{K−1} without noise (paper, app. G.1). With
-    `integrator="ancestral"` it is DDIM with η = 1. The next timestep is taken from the grid, for every spacing. `clip_sample` and
-    `thresholding` are switched off, because they would cut the gradient of the step.
+    The state is x = √ᾱ X_1 + √(1 − ᾱ) X_0, of data X_1 and noise X_0. It replaces its parent: the same ᾱ table and timesteps, and
+    a `step` with the same signature. Step k samples x_{k+1} = μ_k + s_k ξ with fresh noise ξ; the last of the K steps returns its
+    mean without noise (paper, app. G.1). With `integrator="ancestral"` it is DDIM with η = 1. The next timestep is taken from the
+    grid, for every spacing. `clip_sample` and `thresholding` are switched off, because they would cut the gradient of the step.
 
     Args:
         variance_type: "fixed_small"; pipelines read it to see that no variance is learned.

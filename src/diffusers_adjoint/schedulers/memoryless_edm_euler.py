@@ -21,7 +21,9 @@ __all__ = ["MemorylessEDMEulerScheduler"]
 
 
 class MemorylessEDMEulerScheduler(EDMEulerScheduler, MemorylessStep):
-    """Sampler of x = (X_1 + σ X_0)/√(1 + σ²) with the memoryless noise σ² = 2η (2409.08861, Prop. 1) instead of the ODE.
+    """Sampler of EDM v-prediction models by a memoryless SDE (2409.08861, Prop. 1): images do not depend on the start noise.
+
+    At the noise level σ the state is x = (X_1 + σ X_0)/√(1 + σ²), of data X_1 and noise X_0.
 
     The parent's state is X_1 + σ X_0, which it divides for the network (2206.00364, table 1). Here the state is the network's
     input: α² + β² = 1 with α = 1/√(1 + σ²), and the network's output is the v-prediction of that path. So the start has unit

@@ -21,10 +21,11 @@ __all__ = ["MemorylessFlowMatchEulerDiscreteScheduler"]
 
 
 class MemorylessFlowMatchEulerDiscreteScheduler(FlowMatchEulerDiscreteScheduler, MemorylessStep):
-    """Sampler of flow matching, x = (1 − σ) X_1 + σ X_0, with the memoryless noise σ² = 2η (2409.08861, Prop. 1).
+    """Sampler of flow-matching models by a memoryless SDE (2409.08861, Prop. 1): images do not depend on the start noise.
 
-    It replaces its parent: the same σ grid with every shift, and a `step` with the same signature, which samples
-    x_{k+1} = μ_k + s_k ξ and at the last step returns the mean μ_{K−1} without noise (paper, app. G.1).
+    At the noise level σ the state is x = (1 − σ) X_1 + σ X_0, of data X_1 and noise X_0. It replaces its parent: the same grid of
+    σ with every shift, and a `step` with the same signature. Step k samples x_{k+1} = μ_k + s_k ξ with fresh noise ξ; the last of
+    the K steps returns its mean without noise (paper, app. G.1).
 
     Args:
         integrator: discretisation of the SDE, a key of `integrators.INTEGRATORS`. All others as in the parent.

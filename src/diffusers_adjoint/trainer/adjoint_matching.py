@@ -35,7 +35,10 @@ __all__ = ["AdjointMatchingTrainer"]
 
 
 class AdjointMatchingTrainer(RewardTrainer):
-    """Fine-tune a diffusers pipeline on a differentiable reward with Adjoint Matching (arXiv 2409.08861).
+    """Fine-tune a diffusers pipeline on a reward r with Adjoint Matching (arXiv 2409.08861).
+
+    After training the pipeline samples from p_base(x)·exp(λ r(x)), where λ is `AdjointMatchingConfig.reward_scale`: images with a
+    higher reward are more likely, and the pipeline stays near its base.
 
     ```python
     trainer = AdjointMatchingTrainer(
