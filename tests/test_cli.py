@@ -307,7 +307,7 @@ def test_the_top_command_answers_without_torch(option):
         (["train", "--config", "unknown.yaml"], "unknown options --colour blue"),
         (["train", "--config", "recipe.yaml", "--max_steps", "many"], "invalid int value: 'many'"),
         (["train", "--config", "recipe.yaml", "--reward_scale", "-1"], "reward_scale=-1.0 is not a scale"),
-        (["train", "--config", "recipe.yaml", "--target_kl", "1"], "target_kl=1.0 and reward_scale=10.0 both set λ"),
+        (["train", "--config", "recipe.yaml", "--target_kl", "1"], "target_kl=1.0 and reward_scale=10 both set λ"),
         (["train", "--config", "recipe.yaml", "--dtype", "auto"], "dtype='auto' is not one of diffusers"),
         (["train", "--config", "recipe.yaml", "--load_in_4bit"], "load_in_4bit is no option for a pipeline; leave it out."),
         (

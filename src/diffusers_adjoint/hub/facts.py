@@ -129,7 +129,7 @@ def text_of(function: Any) -> str | None:
 
 
 def output_of(pipeline_class: type[DiffusionPipeline]) -> str | None:
-    """Name of the first field of a pipeline's output, such as `images`, `frames` or `audios`; `None` if it cannot be told."""
+    """Name of the first field of a pipeline's output, such as `images`, `frames` or `audios`; `None` if it is not known."""
     return next(iter(outputs_of(pipeline_class)), None)
 
 

@@ -66,7 +66,7 @@ class EfficientAdjointMatching:
         numbers = self.variance if isinstance(self.variance, list | tuple) else [self.variance]
         for number in [*numbers, self.noise]:
             if isinstance(number, bool) or not isinstance(number, int | float):
-                raise TypeError(f"{number!r} is not a number; pass numbers such as variance=0.1 (or a list) and noise=0.1.")
+                raise TypeError(f"{number!r} is not a number; pass variance=0.1 or a list of numbers, and noise=0.1.")
         if not numbers or not all(0 < number < math.inf for number in numbers):
             raise ValueError(
                 f"variance={self.variance!r} is not a variance; pass a number above 0, or a list of one per channel."
