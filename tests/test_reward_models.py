@@ -272,8 +272,8 @@ def test_aesthetic_head_from_a_folder_or_file_pickled_or_not(models, tmp_path):
     "head, message",
     [
         ({"linear.weight": torch.ones(1, 32)}, "holds linear.weight, …; pass the head's file, with layers.0"),
-        (aesthetic_head((16, 8, 6, 5, 4, 1)), "does not take 32 features to one number; pass"),
-        (aesthetic_head((32, 8, 6, 5, 4, 2)), "does not take 32 features to one number; pass"),
+        (aesthetic_head((16, 8, 6, 5, 4, 1)), "does not map 32 features to one number; pass"),
+        (aesthetic_head((32, 8, 6, 5, 4, 2)), "does not map 32 features to one number; pass"),
     ],
 )
 def test_other_heads_are_refused(models, tmp_path, head, message):
