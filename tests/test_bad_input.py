@@ -175,7 +175,7 @@ BEST = {"eval_strategy": "steps", "eval_steps": 1, "save_steps": 1, "load_best_m
 CASES = {
     "misspelt metric": Case(
         "metric_for_best_model='eval_rewards'",
-        "take 'eval_reward' if that is meant",
+        "pass 'eval_reward' if that is meant",
         BEST | {"metric_for_best_model": "eval_rewards"},
         {"eval_dataset": prompts_only()},
     ),

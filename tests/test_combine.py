@@ -163,7 +163,8 @@ def test_a_modules_forward_gets_the_columns_that_it_names(wants_target, expected
 
 
 def test_a_missing_column_is_told_before_training():
-    with pytest.raises(ValueError, match="^reward 'Module' cannot be called .*'caption'.* 'target'.*; give it .*\\.$"):
+    told = "^reward 'Module' cannot be called .*'caption'.* 'target'.*; give the function these arguments, .*\\.$"
+    with pytest.raises(ValueError, match=told):
         WeightedReward(Module(wants_target=True)).require_arguments({"caption": ["x"]})
 
 

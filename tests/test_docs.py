@@ -334,7 +334,7 @@ def hooks():
         ("https://github.com/me/diffusers_adjoint.git", "https://github.com/me/diffusers_adjoint"),
         ("https://name:token@github.com/me/diffusers_adjoint", "https://github.com/me/diffusers_adjoint"),
         ("git@github.com:me/diffusers_adjoint.git", "https://github.com/me/diffusers_adjoint"),
-        ("/home/me/diffusers_adjoint", None),
+        ("/srv/clones/diffusers_adjoint", None),
         ("", None),
     ],
 )

@@ -43,6 +43,7 @@ from diffusers_adjoint.model.paths import sample_trajectory
 from diffusers_adjoint.model.randomness import Stream, seeded_generators
 from diffusers_adjoint.pictures.pixels import fitted
 from diffusers_adjoint.replay import PipelineReplay
+from diffusers_adjoint.replay.plain import Media
 from diffusers_adjoint.rewards import PickScore, WeightedReward
 
 PROMPTS = ["a cat", "two dogs", "a tree"]
@@ -848,7 +849,8 @@ def test_black_images_have_a_diversity_but_no_direction():
 def measured(images, count, **features):
     """What `measure` says of a pipeline that gives these images, one a sample, whatever it is asked for."""
     given = iter(images)
-    replay = SimpleNamespace(sample=lambda columns, generators, noise: torch.stack([next(given) for _ in generators]))
+    made = lambda columns, generators, noise: Media(torch.stack([next(given) for _ in generators]))  # noqa: E731
+    replay = SimpleNamespace(sample_media=made)
     reward = WeightedReward(lambda images, prompts: images.flatten(1).mean(1))
     plan = Plan(len(images), 2, 0, 0, reward, {"mean": lambda shown: shown.mean((2, 3))} | features)
     model = Model("base", None)
