@@ -6,6 +6,7 @@ WORKERS ?= 2
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
+RECOGNISERS := $(VENV)/.recognisers
 
 # Nothing here downloads a model or reports usage; what is needed is in the repository.
 export HF_HUB_OFFLINE := 1
@@ -19,13 +20,13 @@ export OMP_NUM_THREADS ?= 1
 demo: $(INSTALLED)
 	REWARD=$(REWARD) $(BIN)/python examples/digits/demo.py
 
-words: $(INSTALLED)
+words: $(RECOGNISERS)
 	$(BIN)/python examples/words/demo_words.py
 
-test: $(INSTALLED)
+test: $(RECOGNISERS)
 	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile -m "not slow"
 
-test-slow: $(INSTALLED)
+test-slow: $(RECOGNISERS)
 	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile -m slow
 
 lint: $(INSTALLED)
@@ -44,11 +45,15 @@ clean:
 	rm -rf $(VENV) build dist out src/*.egg-info .pytest_cache .ruff_cache .mypy_cache
 
 # torch alone first: the pinned release is taken from wherever pip is told to look, a local CPU build included,
-# before anything else can ask for another one. Last the recognisers of examples/words, whose weights are all that is used:
-# without what their programs need, onnxruntime and OpenCV.
+# before anything else can ask for another one.
 $(INSTALLED): setup.py constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install -c constraints.txt torch
 	$(BIN)/python -m pip install -c constraints.txt -e '.[dev,docs]'
+	touch $@
+
+# The recognisers of examples/words, whose weights are all that is used: without what their programs need, onnxruntime and
+# OpenCV. Apart from the rest, because rapidocr-onnxruntime has no release for Python 3.13.
+$(RECOGNISERS): $(INSTALLED)
 	$(BIN)/python -m pip install -c constraints.txt --no-deps rapidocr rapidocr-onnxruntime
 	touch $@

@@ -37,7 +37,7 @@ EXTRAS: dict[str, list[str]] = {
     # bring torchvision, which the package itself does without.
     "rewards": ["open-clip-torch>=3.3", "protobuf>=7.36", "sentencepiece>=0.2"],
     "metrics": ["dreamsim>=0.2.1", "lpips>=0.1.4"],
-    # The weights of two text recognisers, and what reads their graphs; examples/words. The first has no release for Python 3.13.
+    # The weights of two text recognisers, and what reads their graphs; examples/words. rapidocr-onnxruntime: up to Python 3.12.
     "words": ["matplotlib>=3.10", "onnx>=1.20", "rapidocr==3.10.0", "rapidocr-onnxruntime==1.4.4"],
     "docs": [
         "latex2mathml>=3.81",
@@ -70,7 +70,7 @@ EXTRAS: dict[str, list[str]] = {
 setup(
     name="diffusers-adjoint",
     version=version(),
-    description="Adjoint Matching: reward fine-tuning for any DiffusionPipeline, to p_base(x)·exp(r(x))",
+    description="Adjoint Matching: reward fine-tuning for any DiffusionPipeline, to p_base(x)·exp(λ r(x))",
     long_description=(ROOT / "README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     license="Apache-2.0",

@@ -299,7 +299,10 @@ def test_the_top_command_answers_without_torch(option):
         (["train", "--config", "none.yaml"], "No such file"),
         (["train", "--config", "broken.yaml"], "while parsing"),
         (["train", "--config", "recipe.yaml", "--max_stepz", "3"], "unknown options --max_stepz 3"),
-        (["train", "--config", "recipe.yaml", "--reward_scal", "3"], "unknown options --reward_scal 3"),
+        (
+            ["train", "--config", "recipe.yaml", "--reward_scal", "3"],
+            "unknown options --reward_scal 3 (did you mean --reward_scale?); diffusers-adjoint train --help-all",
+        ),
         (["train", "--config", "recipe.yaml", "--neftune-noise-alpha=5"], "neftune_noise_alpha is no option for a pipeline"),
         (["evaluate", "--config", "unknown.yaml"], "unknown options --colour blue; diffusers-adjoint evaluate --help lists"),
         (["evaluate", "--config", "recipe.yaml", "--learning_rate", "1"], "unknown options --learning_rate 1"),

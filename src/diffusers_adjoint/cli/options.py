@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import copy
 import dataclasses
+import difflib
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -100,7 +101,9 @@ class OptionParser(TrlParser):
             raise ValueError(f"{refused[0]} is no option for a pipeline; leave it out.")
         if words:
             help_option = "--help-all" if HOST in self.sections else "--help"
-            raise ValueError(f"unknown options {' '.join(words)}; {self.prog} {help_option} lists all of them.")
+            near = difflib.get_close_matches(words[0], self._option_string_actions, 1, cutoff=0.8)
+            meant = f" (did you mean {near[0]}?)" if near else ""
+            raise ValueError(f"unknown options {' '.join(words)}{meant}; {self.prog} {help_option} lists all of them.")
 
     def format_help(self) -> str:
         """The help, with the sections in their order; the section of TrainingArguments is shown by `--help-all` only."""
