@@ -617,6 +617,7 @@ def test_a_tilt_report_needs_enough_samples(here):
     evaluate(reward_scale=2.0, num_generations_eval=4, num_prompts=1)
     text = Path("evaluation/results.md").read_text()
     assert "## Tilt report, λ = 2" in text and "not estimable" in text
+    assert "fewer than 100 effective samples of the base; draw more with --num_generations_eval" in text
     options = {"num_generations_eval": 128, "num_prompts": 1, "batch_size": 64}
     options |= {"sampler": "sde", "num_inference_steps": 2, "kl_paths": 2}
     results = evaluate("many", reward_scale=0.5, **options)

@@ -17,6 +17,7 @@ from torch import Tensor
 from ..metrics import Estimate, TiltReport, markdown_table, prompt_difference, prompt_mean, tilt_gap, tilt_shift
 from ..metrics.estimate import prompt_differences, prompt_means
 from ..metrics.table import escaped
+from ..metrics.tilt import MIN_EFFECTIVE_SAMPLES
 from ..rewards.combine import total_reward
 from .measure import Measured, Setting, mapped
 from .models import BASE
@@ -170,6 +171,11 @@ class Report:
         for tilt in self.tilts:
             text = "not estimable: samples without a reward, or too few of them." if tilt.report is None else tilt.report.format()
             parts += [f"{escaped(tilt.model)}, {title_of(tilt.setting)}", text]
+        if any(not shift.target.estimable for tilt in self.tilts if tilt.report for shift in tilt.report.shifts):
+            parts.append(
+                f"Not estimable: a prompt has fewer than {MIN_EFFECTIVE_SAMPLES} effective samples of the base; draw more with "
+                "--num_generations_eval, or take a smaller λ."
+            )
         return "\n\n".join(parts) + "\n"
 
     def json(self) -> str:
