@@ -8,13 +8,16 @@ import torch
 from diffusers import StableDiffusion3Pipeline
 from diffusers.utils import BaseOutput
 from peft import LoraConfig
+from test_quantised import quantise
 from tiny_joint import LTX2, ltx2
 from tiny_pipelines import generators, sd3
-from torch import Tensor
+from torch import Tensor, nn
 
 from diffusers_adjoint import AdjointMatchingConfig, AdjointMatchingTrainer, memoryless_scheduler
 from diffusers_adjoint.replay import PipelineReplay, check_replay
-from diffusers_adjoint.rewards import WeightedReward, gradient_clipped, per_frame, reward_gradient, smoothed
+from diffusers_adjoint.replay.plain import Media
+from diffusers_adjoint.rewards import WeightedReward, gradient_clipped, per_frame, reward_gradient, smoothed, weighted_sum
+from diffusers_adjoint.rewards.quantised import warn_of_quantised_rewards
 
 PROMPTS = ["a cat", "two dogs"]
 COLUMNS = {"prompt": PROMPTS}
@@ -383,6 +386,50 @@ def test_threads_get_their_part_of_the_sound():
     reward = WeightedReward(loudness, workers=2)
     values = reward(torch.rand(4, 3, 4, 4), ["a"] * 4, audio=audio)["loudness"]
     torch.testing.assert_close(values, audio.square().mean(1))
+
+
+class Ear(nn.Module):
+    """A linear layer stands beside a path that needs none."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(SOUND, SOUND)
+        self.layer.weight.data.mul_(5)
+
+    def forward(self, images, prompts, audio):
+        return (audio + self.layer(audio).tanh()).sum(1)
+
+
+class EarAndEye(Ear):
+    def forward(self, images, prompts, audio=None):
+        return super().forward(images, prompts, audio) + brightness(images, prompts)
+
+
+AROUND = {
+    "bare": lambda reward: reward,
+    "smoothed": lambda reward: smoothed(reward, num_copies=2),
+    "summed": lambda reward: weighted_sum([reward, brightness], [1.0, 1.0]),
+}
+
+
+@pytest.mark.parametrize("wrap", AROUND.values(), ids=AROUND.keys())
+@pytest.mark.parametrize("cls", [Ear, EarAndEye])
+@pytest.mark.parametrize("rounds_inputs", [False, True])
+def test_a_quantised_reward_that_hears_is_compared_in_the_sound(caplog, rounds_inputs, cls, wrap):
+    ear = cls()
+    quantise(ear, rounds_inputs)
+    made = Media(torch.rand(2, 3, 8, 8).round(), torch.rand(2, SOUND) - 0.5)  # black and white: differences leave the range
+    warn_of_quantised_rewards(WeightedReward(wrap(ear)), lambda: made, PROMPTS, {})
+    told = [message for message in caplog.messages if "differs from finite differences" in message]
+    assert len(told) == rounds_inputs
+
+
+def test_a_quantised_reward_around_the_sound_trains(tmp_path):
+    ear = Ear()
+    quantise(ear, rounds_inputs=False)
+    trainer = make_trainer(tmp_path, smoothed(ear, num_copies=2))
+    trainer.train()
+    assert trainer.state.log_history[0]["grad_norm"] > 0
 
 
 # --------------------------------------------------------------------------------------------------------------- in training

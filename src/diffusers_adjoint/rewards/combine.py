@@ -17,7 +17,7 @@ from ..core.adjoint import vector_jacobian
 from .black_box import asked_in_threads
 from .calling import AUDIO, call_reward, naming
 
-__all__ = ["RewardFunction", "RewardGradient", "WeightedReward", "needs_audio", "reward_gradient", "total_reward"]
+__all__ = ["RewardFunction", "RewardGradient", "WeightedReward", "reward_gradient", "total_reward"]
 __all__ += ["with_graph"]
 
 RewardFunction = Callable[..., Tensor]
@@ -90,7 +90,7 @@ class WeightedReward:
                 asked |= function.require_arguments(columns, with_audio=with_audio)
                 continue
             signature = _signature(function)
-            if AUDIO not in given and needs_audio(function):
+            if AUDIO not in given and _needs_audio(function):
                 raise ValueError(
                     f"reward {name!r} asks for audio=, but the pipeline makes no sound with its images; take audio out of its "
                     f"arguments (a pipeline that makes nothing but sound hands it over as images=), or take another pipeline."
@@ -179,7 +179,7 @@ def _where(rows: Tensor, values: Any, other: float) -> Any:
     return torch.where(rows.view(-1, *[1] * (values.ndim - 1)), values, other)
 
 
-def needs_audio(function: RewardFunction) -> bool:
+def _needs_audio(function: RewardFunction) -> bool:
     """Whether it cannot be called without the sound of the videos."""
     asked = _signature(function).parameters.get(AUDIO)
     return asked is not None and asked.default is asked.empty

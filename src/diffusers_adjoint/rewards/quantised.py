@@ -9,8 +9,10 @@ import torch
 from torch import Tensor, nn
 from transformers.utils import logging
 
+from ..replay.plain import Media
 from ..replay.quantised import quantisation_of
-from .combine import WeightedReward, needs_audio
+from .calling import AUDIO
+from .combine import WeightedReward
 
 __all__ = ["gradient_error", "warn_of_quantised_rewards"]
 
@@ -24,34 +26,52 @@ _DIRECTIONS, _SIZES = 8, (1e-2, 3e-2, 1e-1)
 _TOLERANCE = 0.15
 
 
-def warn_of_quantised_rewards(reward: WeightedReward, images: Tensor, prompts: list[str], columns: dict[str, list[Any]]) -> None:
+def warn_of_quantised_rewards(
+    reward: WeightedReward, decode: Callable[[], Media], prompts: list[str], columns: dict[str, list[Any]]
+) -> None:
     """Warn if the gradient of a reward module with quantised weights differs from finite differences.
 
-    It costs 49 evaluations of such a reward, on one image. One of the sound is left out.
+    It costs 49 evaluations of such a reward, on one image, and 49 more on the sound of a video that has one.
 
     Args:
         reward: the weighted reward functions.
-        images: (B, …), of which the first is used.
+        decode: makes B images, of which the first is used, with its sound; called once if there is such a reward.
         prompts: B prompts.
         columns: further columns, name → B values.
     """
-    for name, function in zip(reward.names, reward.functions, strict=True):
-        stored = quantisation_of(function) if isinstance(function, nn.Module) else None
-        if stored is None or name not in reward.aimed_at or needs_audio(function):
-            continue
-        first = {column: values[:1] for column, values in columns.items()}
-        alone = WeightedReward(function)
-
-        def score(image: Tensor, alone: WeightedReward = alone, first: dict[str, list[Any]] = first) -> Tensor:
-            return alone.total(alone(image, prompts[:1], **first)).sum()
-
-        error = gradient_error(score, images[:1])
-        if error > _TOLERANCE:
+    held = {
+        name: (function, stored)
+        for name, function in zip(reward.names, reward.functions, strict=True)
+        if name in reward.aimed_at and isinstance(function, nn.Module) and (stored := quantisation_of(function))
+    }
+    if not held:
+        return
+    with torch.no_grad():
+        shown = [part[:1].to(torch.promote_types(part.dtype, torch.float32)) for part in decode() if part is not None]
+    if shown[0].ndim >= 4:  # pictures: half the contrast, for rewards that refuse what a difference takes out of [0, 1]
+        shown[0] = 0.25 + 0.5 * shown[0].clamp(0, 1)
+    first = {column: values[:1] for column, values in columns.items()}
+    for name, (function, stored) in held.items():
+        errors = [_error_in(part, WeightedReward(function), shown, prompts[:1], first) for part in range(len(shown))]
+        lost = [error for error in errors if error > _TOLERANCE]
+        if lost:
             logger.warning(
-                f"reward {name!r} holds {stored}, and its gradient differs from finite differences by {error:.0%}; load it "
+                f"reward {name!r} holds {stored}, and its gradient differs from finite differences by {max(lost):.0%}; load it "
                 f"unquantised, or with quantised weights only, such as torchao's Int8WeightOnlyConfig, because quantised "
                 f"activations have no gradient."
             )
+
+
+def _error_in(part: int, reward: WeightedReward, shown: list[Tensor], prompts: list[str], columns: dict[str, list[Any]]) -> float:
+    """The error of the gradient in the images (0) or in their sound (1) while the other one stays as it is."""
+    given = [tensor.clone().requires_grad_() for tensor in shown]  # a reward may have its gradient in the other one alone
+
+    def score(x: Tensor) -> Tensor:
+        images, *sounds = [*given[:part], x, *given[part + 1 :]]
+        audio: dict[str, Any] = dict(zip([AUDIO], sounds, strict=False))
+        return reward.total(reward(images, prompts, **columns, **audio)).sum()
+
+    return gradient_error(score, shown[part])
 
 
 def gradient_error(function: Callable[[Tensor], Tensor], x: Tensor) -> float:
@@ -68,7 +88,8 @@ def gradient_error(function: Callable[[Tensor], Tensor], x: Tensor) -> float:
     leaf = x.detach().clone().requires_grad_()
     with torch.enable_grad():
         value = function(leaf)
-    gradient = torch.autograd.grad(value, leaf)[0].double() if value.requires_grad else torch.zeros_like(leaf).double()
+    found = torch.autograd.grad(value, leaf, allow_unused=True)[0] if value.requires_grad else None
+    gradient = torch.zeros_like(leaf).double() if found is None else found.double()
     directions = [_smooth_direction(x, seed) for seed in range(_DIRECTIONS)]
     slopes = torch.stack([(gradient * u.double()).sum() for u in directions])
     errors = []

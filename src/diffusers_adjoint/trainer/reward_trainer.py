@@ -373,7 +373,8 @@ class RewardTrainer(PipelineTrainer):
         scored = score_images(chain.start, chain, self.reward, 1.0, differentiate=self.method.needs_gradient)
         if self.method.needs_gradient:
             warn_of_flat_rewards(scored.norms)
-            warn_of_quantised_rewards(self.reward, scored.images, prompts_of(columns), without_prompt(columns))
+            decode = partial(chain.decode, scored.end_point)
+            warn_of_quantised_rewards(self.reward, decode, prompts_of(columns), without_prompt(columns))
         return columns.keys()
 
     def _probe_before_training(self) -> None:
