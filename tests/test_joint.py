@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from diffusers_adjoint import AdjointMatchingConfig, AdjointMatchingTrainer, memoryless_scheduler
 from diffusers_adjoint.replay import PipelineReplay, check_replay
+from diffusers_adjoint.replay.conditioning import joined, separated
 from diffusers_adjoint.replay.plain import Media
 from diffusers_adjoint.rewards import WeightedReward, gradient_clipped, per_frame, reward_gradient, smoothed, weighted_sum
 from diffusers_adjoint.rewards.quantised import warn_of_quantised_rewards
@@ -278,6 +279,27 @@ def test_a_copy_that_steps_nothing_is_no_second_latent():
         assert torch.equal(replay.decode(steps[-1].prev_sample, conditioning), made.images)
 
 
+class CopiesOfAnotherGrid(CopiesForNothing):
+    """The copy that steps nothing gets its grid after the scheduler has its own."""
+
+    def encode_prompt(self, *args, **kwargs):
+        copy.deepcopy(self.scheduler).set_timesteps(7)
+        return super().encode_prompt(*args, **kwargs)
+
+
+def test_a_copys_grid_is_not_that_of_the_scheduler():
+    replay, _, _ = prepared(CopiesOfAnotherGrid)
+    assert len(replay.timesteps) == len(replay.stds) == 4
+
+
+def test_each_latent_lies_in_memory_as_it_would_by_itself():
+    """Kernels may round by it, and predictions would differ in the last bit from the pipeline's own."""
+    parts = [torch.rand(2, 4, 3, 3), torch.rand(2, SOUND)]
+    found = separated(joined(parts), [part.shape for part in parts])
+    assert all(torch.equal(one, other) for one, other in zip(found, parts, strict=True))
+    assert all(one.stride() == other.stride() for one, other in zip(found, parts, strict=True))
+
+
 # ----------------------------------------------------------------------------------------------------------- rewards that hear
 
 
@@ -323,6 +345,8 @@ def test_weights_of_several_rewards_hold_for_both():
     seen, heard = (gradient_of(WeightedReward(function), x).gradient for function in (brightness, loudness))
     found = gradient_of(WeightedReward([brightness, loudness], [2.0, -3.0]), x)
     torch.testing.assert_close(found.gradient, 2 * seen - 3 * heard)
+    found = gradient_of(WeightedReward([both, loudness], [2.0, -3.0]), x)
+    torch.testing.assert_close(found.gradient, 2 * seen - heard)
 
 
 def test_a_sound_without_a_value_has_no_gradient():
