@@ -67,9 +67,9 @@ def _error_in(part: int, reward: WeightedReward, shown: list[Tensor], prompts: l
     given = [tensor.clone().requires_grad_() for tensor in shown]  # a reward may have its gradient in the other one alone
 
     def score(x: Tensor) -> Tensor:
-        images, *sounds = [*given[:part], x, *given[part + 1 :]]
-        audio: dict[str, Any] = dict(zip([AUDIO], sounds, strict=False))
-        return reward.total(reward(images, prompts, **columns, **audio)).sum()
+        media = [*given[:part], x, *given[part + 1 :]]
+        audio: dict[str, Any] = dict(zip([AUDIO], media[1:], strict=False))
+        return reward.total(reward(media[0], prompts, **columns, **audio)).sum()
 
     return gradient_error(score, shown[part])
 
