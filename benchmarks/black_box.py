@@ -328,6 +328,7 @@ def table(entries: list[dict[str, Any]]) -> list[str]:
     lines = []
     for entry in entries:
         part, _, name = entry["row"].partition(", ")
+        name = name.replace(", shift", ", time shift").replace(" 1 stages", " 1 stage")
         if part == "digits":
             numbers = [short(entry.get(key)) for key in ("ODE", "memoryless", "KL spent", "gap", "lead")]
             lines.append(f"| {name} | {entry['work'] / 1000:.1f} | {' | '.join(numbers)} |")
