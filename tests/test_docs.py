@@ -35,8 +35,6 @@ ROOT = Path(__file__).parents[1]
 PAGES = {path.name: path for path in [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]}
 BLOCK = re.compile(r"^```(?P<info>[^\n`]+)\n(?P<code>.*?)^```$", re.MULTILINE | re.DOTALL)
 
-NOT_RUN = {"hub.md": 1}  # blocks marked "python no-run": it uploads
-
 # What cannot be had offline, or not in seconds: regular expression on the page → in the test. {sd3} and the like are folders.
 SUBSTITUTIONS = {
     r'"stabilityai/stable-diffusion-3.5-medium"': '"{sd3}"',  # a tiny pipeline of the same class
@@ -112,15 +110,8 @@ def test_python_blocks_run(page, folders, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("sys.argv", ["script.py", *ARGUMENTS.get(page, "").format(**folders).split()])
     namespace = {"__name__": "__main__"}
-    for info, code in blocks(page, "python"):
-        if info == "python":
-            exec(compile(substituted(code, folders), f"{page}: {code.splitlines()[0]}", "exec"), namespace)
-
-
-def test_what_is_not_run_is_counted():
-    assert {info for page in PAGES for info, _ in blocks(page, "python")} <= {"python", "python no-run"}
-    marked = {page: sum(info == "python no-run" for info, _ in blocks(page, "python")) for page in PAGES}
-    assert {page: count for page, count in marked.items() if count} == NOT_RUN
+    for _, code in blocks(page, "python"):
+        exec(compile(substituted(code, folders), f"{page}: {code.splitlines()[0]}", "exec"), namespace)
 
 
 def test_every_substitution_is_needed():
@@ -430,6 +421,12 @@ def test_the_numbers_of_the_readme_are_recorded():
     families = section("pipelines.md", "## Tested families").split("<!-- end of table -->")[0]
     assert f"[{families.count(chr(10) + '| ') - 1} of them]" in readme  # without the row of headings
     assert len(text_of("README.md").splitlines()) <= 120
+
+
+def test_the_share_of_shortened_shifts_is_recorded():
+    rows = re.findall(r"^\| \**score, cap 1\.2\**.*?\| (\d+) % \|", section("results.md", "## Error against work"), re.MULTILINE)
+    shares = sorted(map(int, rows))
+    assert f"On the digits it is {shares[0]} to {shares[-1]} %" in " ".join(text_of("theory.md").split())
 
 
 def numbers(row: str) -> list[str]:
