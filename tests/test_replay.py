@@ -748,3 +748,15 @@ def test_an_index_off_the_grid_is_refused():
     for index in (-1, STEPS):
         with pytest.raises(ValueError, match=f"index={index} is not on the grid; pass 0 to 3"):
             replay.predict(x, index, conditioning)
+
+
+def test_an_ordinary_sample_leaves_the_noise_source_of_the_users_scheduler_where_it_is():
+    """So that an evaluation during training draws the same as the one before; SD3 passes its scheduler no generator."""
+    pipeline = sd3()
+    pipeline.scheduler = memoryless_scheduler(pipeline.scheduler)
+    pipeline.scheduler.set_generator(generators())
+    replay = PipelineReplay(pipeline, memoryless_scheduler(pipeline.scheduler), STEPS)
+    first, again = (replay.sample({"prompt": PROMPTS}, generators()) for _ in range(2))
+    assert torch.equal(first, again)
+    (untouched, *_), (mine, *_) = generators(), pipeline.scheduler.generator
+    assert torch.equal(mine.get_state(), untouched.get_state())

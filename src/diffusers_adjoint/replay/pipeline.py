@@ -17,6 +17,7 @@ from diffusers import DiffusionPipeline, ModularPipeline
 from torch import Tensor, nn
 
 from ..core.transition import Transition
+from ..schedulers.memoryless import MemorylessStep
 from .arguments import CallArguments
 from .calls import PipelineCalls
 from .conditioning import (
@@ -355,8 +356,13 @@ class PipelineReplay:
         guided: bool = True,
     ) -> Media:
         """As `sample`, with the sound where the pipeline makes one with its videos."""
-        own = self.pipeline.scheduler
-        scheduler = copy.deepcopy(own) if noise is None else make_recorder(self.scheduler, noise, kept=1)
+        if noise is None:
+            scheduler = copy.deepcopy(self.pipeline.scheduler)
+            if isinstance(scheduler, MemorylessStep):
+                # Copies share their noise source. The user's own stays where it is: two calls then draw the same.
+                scheduler.set_generator(copy.deepcopy(scheduler.generator))
+        else:
+            scheduler = make_recorder(self.scheduler, noise, kept=1)
         return self._calls.ordinary(scheduler, self.arguments(columns, len(generators), guided=guided), generators)
 
     def memoryless_sample(

@@ -142,6 +142,11 @@ class MemorylessStep:
         self._generator = generator
 
     @property
+    def generator(self) -> torch.Generator | list[torch.Generator] | None:
+        """What `set_generator` was given."""
+        return self._generator
+
+    @property
     def table(self) -> TransitionTable:
         """Coefficients of the current grid.
 
