@@ -1,4 +1,4 @@
-"""The conditioning of a batch: everything that the pipeline computes before its loop, recorded once and replayed."""
+"""The conditioning of a batch: what the pipeline computes before its denoising loop. It is recorded once and then replayed."""
 
 from __future__ import annotations
 
@@ -17,7 +17,12 @@ __all__ += ["Numbering", "joined", "latents_in", "origin_of", "place_of", "remem
 
 @dataclass(frozen=True)
 class Returned:
-    """What a preparing method returned, and the states of the samples' generators after it."""
+    """One call of a preparing method.
+
+    Args:
+        value: the value that the method returned.
+        states: the states of the samples' generators after the call, one for each generator.
+    """
 
     value: Any
     states: tuple[Tensor, ...]
@@ -29,8 +34,8 @@ class Recording:
 
     Args:
         call_kwargs: arguments of the pipeline's `__call__`.
-        returns: name of a preparing method → what it returned, call by call.
-        vae_dtype: of the VAE's weights when the loop starts, which a preparing method may have cast; `None` without a VAE.
+        returns: name of a preparing method → its recorded calls, in order.
+        vae_dtype: dtype of the VAE's weights when the loop starts; a preparing method may have cast them. `None` without a VAE.
     """
 
     call_kwargs: dict[str, Any]
@@ -40,14 +45,14 @@ class Recording:
 
 @dataclass(frozen=True)
 class Origin:
-    """Where a latent that a scheduler steps comes from.
+    """The origin of a latent that a scheduler steps.
 
     Args:
-        source: what draws it, such as "prepare_latents" or "randn_tensor"; the first tensor it returned holds it, whatever it
-            returned beside it (image latents, masks) is condition.
-        call: which of the calls of this name, from 0.
-        place: where the elements of a sample's latent lie among those of that tensor, beside condition frames or channels, shape
-            that of the latent without its batch, int64; `None` if the tensor is the latent.
+        source: name of the function that draws the latent, such as "prepare_latents" or "randn_tensor". The first tensor that it
+            returns contains the latent; its other values (image latents, masks) are conditions.
+        call: number of the call of this function, from 0.
+        place: indices of the latent's elements in one flattened sample of that tensor, int64, shape of the latent without its
+            batch axis. Needed where the tensor also contains condition frames or channels; `None` if the tensor is the latent.
     """
 
     source: str
@@ -55,16 +60,22 @@ class Origin:
     place: Tensor | None = None
 
     def latent(self, recording: Recording) -> Tensor:
-        """Shape (B, …), in the pipeline's dtype."""
+        """The latent in this recording, shape (B, …), in the pipeline's dtype."""
         latents = self._prepared(recording)
         return latents if self.place is None else latents.flatten(1)[:, self.place]
 
     def replaced(self, recording: Recording, returns: dict[str, tuple[Returned, ...]], latent: Tensor) -> None:
-        """Put a latent of this shape in its place in `returns`, rounded to the pipeline's dtype."""
+        """Replace the recorded latent in `returns`, which is changed in place.
+
+        Args:
+            recording: the dry run that `returns` was copied from.
+            returns: name of a preparing method → its recorded calls.
+            latent: the new latent, of the recorded one's shape (B, …); it is rounded to the pipeline's dtype.
+        """
         latents = self._prepared(recording)
         whole = latent.to(latents.dtype)
         if self.place is not None:
-            whole = latents.clone()  # as it lies in memory, by which kernels may round
+            whole = latents.clone()  # keeps the memory layout, on which the rounding of kernels may depend
             index: tuple[slice | Tensor, ...] = (slice(None), *torch.unravel_index(self.place, latents.shape[1:]))
             whole[index] = latent.to(latents.dtype)
         calls = list(returns[self.source])
@@ -78,12 +89,13 @@ class Origin:
 
 @dataclass(frozen=True)
 class Conditioning:
-    """Recorded by `PipelineReplay.prepare`. It belongs to one batch as a whole: rows cannot be taken out of it.
+    """The conditioning of one batch, made by `PipelineReplay.prepare`. It holds for the whole batch; no rows can be selected.
 
     Args:
-        recordings: guided or not → what the pipeline's call prepared; both the same where no guidance acts.
-        origins: of x_0; several where the state is several latents, each stepped by a scheduler of its own.
-        generators: of the samples, copies, as they were before the call.
+        recordings: guided (True) or not (False) → what the pipeline's call prepared. Both are the same where no guidance acts.
+        origins: origin of each latent of x_0. There are several if the state consists of several latents, each stepped by its own
+            scheduler.
+        generators: copies of the samples' generators, in their state before the call.
     """
 
     recordings: dict[bool, Recording]
@@ -91,20 +103,32 @@ class Conditioning:
     generators: tuple[torch.Generator, ...]
 
     def recording(self, guided: bool) -> Recording:
+        """The dry run with or without guidance.
+
+        Raises:
+            ValueError: if `prepare` did not make this recording.
+        """
         if guided not in self.recordings:
             raise ValueError(f"the conditioning was prepared without guided={guided}; ask prepare for it.")
         return self.recordings[guided]
 
     @property
     def start(self) -> Tensor:
-        """x_0 in the pipeline's dtype, shape (B, …); of several latents (B, N), see `joined`."""
+        """x_0 in the pipeline's dtype, shape (B, …), or (B, N) if it consists of several latents; see `joined`."""
         return joined(self._latents(next(iter(self.recordings.values()))))
 
     def returns_with(self, x: Tensor, guided: bool) -> dict[str, tuple[Returned, ...]]:
-        """The returns of the dry run with x in place of x_0, rounded to the pipeline's dtype (states are kept in float32).
+        """The recorded calls of the dry run, with x_0 replaced by x.
+
+        Args:
+            x: state, of the shape of x_0. States are kept in float32; here x is rounded to the pipeline's dtype.
+            guided: whether the dry run is the one with guidance.
+
+        Returns:
+            Name of a preparing method → its calls, in order.
 
         Raises:
-            ValueError: if x has another shape than x_0.
+            ValueError: if the shape of x is not that of x_0, or `prepare` did not make this recording.
         """
         if x.shape != self.start.shape:
             raise ValueError(f"x has shape {tuple(x.shape)}; it must be that of x_0, {tuple(self.start.shape)}.")
@@ -119,21 +143,21 @@ class Conditioning:
 
 
 def joined(parts: Sequence[Tensor]) -> Tensor:
-    """A tensor alone as it is; several of shapes (B, …) as one of shape (B, N), in their order."""
+    """Flatten tensors of shapes (B, …) and join them, in their order, to shape (B, N). A single tensor is returned as it is."""
     return parts[0] if len(parts) == 1 else torch.cat([part.flatten(1) for part in parts], 1)
 
 
 def separated(x: Tensor, shapes: Sequence[torch.Size]) -> list[Tensor]:
-    """The tensors of these shapes that `joined` made x of."""
+    """The inverse of `joined`: split x into tensors of these shapes (B, …)."""
     if len(shapes) == 1:
         return [x]
     sizes = [shape[1:].numel() for shape in shapes]
-    # Each as it would lie in memory by itself, by which kernels may round.
+    # Contiguous, as a separate tensor would be: the rounding of kernels may depend on the memory layout.
     return [part.reshape(shape).contiguous() for part, shape in zip(x.split(sizes, 1), shapes, strict=True)]
 
 
 def origin_of(latent: Tensor, returns: Mapping[str, Sequence[Returned]]) -> Origin | None:
-    """The call that returned this latent, as its first tensor; `None` if none did."""
+    """Find the call whose first returned tensor equals this latent; `None` if there is none."""
     for source, calls in returns.items():
         for number, returned in enumerate(calls):
             found = latents_in(returned.value)
@@ -143,16 +167,19 @@ def origin_of(latent: Tensor, returns: Mapping[str, Sequence[Returned]]) -> Orig
 
 
 def latents_in(value: Any) -> Tensor:
-    """The first of what prepare_latents returns holds x_0."""
+    """The tensor that contains x_0: the first value that a preparing method returned."""
     latents: Tensor = value[0] if isinstance(value, tuple) and value else value
     return latents
 
 
 class Preparations:
-    """Records what the wrapped functions return to the pipeline's call; nested calls are not recorded.
+    """Records what the wrapped functions return to the pipeline's call, but not what they return to each other.
 
     Args:
-        generators: those of the call.
+        generators: the generators of the call, one for each sample.
+
+    Attributes:
+        returns: name of a function → its recorded calls, in order.
     """
 
     def __init__(self, generators: list[torch.Generator]) -> None:
@@ -161,11 +188,11 @@ class Preparations:
         self._depth = 0
 
     def recording(self, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
-        """`function`, recorded under `name`."""
+        """Wrap `function` so that its calls are recorded under `name`."""
 
         @functools.wraps(function)
         def recorded(*args: Any, **kwargs: Any) -> Any:
-            """The value, noted if the call is the pipeline's own, and where the generators stand after it."""
+            """Call the function; record its value and the generators' states unless another wrapped function called it."""
             self._depth += 1
             try:
                 value = function(*args, **kwargs)
@@ -180,19 +207,21 @@ class Preparations:
 
 
 class Numbering:
-    """In place of `Preparations`: latents that say which of a sample's elements they are, in one digit of their numbers.
+    """Replaces `Preparations` to find which prepared elements the loop starts from: each latent element becomes its own index.
+
+    A half-precision latent cannot represent large indices. So one instance writes one digit of the indices, in base `BASE`.
 
     Args:
-        digit: 0 for the last one; to a base that is exact in every dtype of latents.
+        digit: position of the digit; 0 is the least significant one.
     """
 
-    BASE = 256
+    BASE = 256  # integers below it are exact in every floating dtype of latents, bfloat16 included
 
     def __init__(self, digit: int) -> None:
         self._unit = self.BASE**digit
 
     def recording(self, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
-        """`function`, whose first returned latents become numbers."""
+        """Wrap `function` so that the latents of its first call are replaced by digits. Later calls are not changed."""
         calls: list[None] = []
 
         @functools.wraps(function)
@@ -210,17 +239,21 @@ class Numbering:
 
     @classmethod
     def digits_of(cls, latents: Tensor) -> range:
-        """As many as it takes to number a sample's elements."""
+        """The digits that are needed to number the elements of one sample, from 0."""
         return range(max(1, math.ceil(math.log(latents[0].numel(), cls.BASE))))
 
 
 def place_of(x: Tensor, latents: Tensor, digits: list[Tensor]) -> Tensor | None:
-    """Where the elements of a sample of x lie among those of `latents`; `None` if x is no selection of them.
+    """Find the elements of `latents` that x consists of.
 
     Args:
-        x: what the loop starts from, shape (B, …).
-        latents: what was prepared, shape (B, …).
-        digits: what the loop started from when `Numbering` prepared the latents, the last digit first.
+        x: the state that the loop starts from, shape (B, …).
+        latents: the prepared latents, shape (B, …).
+        digits: the states that the loop started from with `Numbering`, one for each digit, least significant first; shapes as x.
+
+    Returns:
+        Index of each element of x in one flattened sample of `latents`, int64, shape of x without the batch axis. `None` if x is
+        not a selection of different elements, the same for all samples.
     """
     if len(x) != len(latents) or any(found.shape != x.shape for found in digits):
         return None
@@ -234,14 +267,18 @@ def place_of(x: Tensor, latents: Tensor, digits: list[Tensor]) -> Tensor | None:
 
 
 def copied(generators: Iterable[torch.Generator]) -> list[torch.Generator]:
-    """Copies of the generators in the same state."""
+    """Copies of the generators, on the same devices and in the same states."""
     return [torch.Generator(generator.device).set_state(generator.get_state()) for generator in generators]
 
 
 def remembering(function: Callable[..., Any], calls: list[tuple[Any, Any]]) -> Callable[..., Any]:
-    """`function`, evaluated once for the same arguments; `calls` is its memory of (arguments, output).
+    """Wrap `function` so that it is evaluated once for the same arguments.
 
-    The output itself is given out again: pipelines leave what an encoder returned as it is.
+    The output is not copied, because pipelines do not write into the outputs of their encoders.
+
+    Args:
+        function: the function to wrap.
+        calls: cache of ((args, kwargs), output); new calls are appended.
     """
 
     def remembered(*args: Any, **kwargs: Any) -> Any:
@@ -267,7 +304,7 @@ def _same(a: Any, b: Any) -> bool:
 
 
 def fresh(value: Any) -> Any:
-    """The same leaves in new tuples, lists and dicts: pipelines exist that write into the lists they are given."""
+    """Copy nested tuples, lists and dicts, but not the objects in them: some pipelines write into the lists that they get."""
     if type(value) is dict:
         return {key: fresh(item) for key, item in value.items()}
     if type(value) in (tuple, list):
@@ -276,12 +313,17 @@ def fresh(value: Any) -> Any:
 
 
 def in_order(name: str, returns: tuple[Returned, ...], generators: list[torch.Generator]) -> Callable[..., Any]:
-    """A function that ignores its arguments and gives the recorded `returns` one after the other.
+    """Make a function that ignores its arguments and returns the recorded values in order.
 
-    It leaves the generators as the recorded call did: the pipeline may go on to draw from them.
+    Each call also sets the generators to their recorded states, because the pipeline may draw from them afterwards.
+
+    Args:
+        name: name of the replaced method, for messages.
+        returns: its recorded calls, in order.
+        generators: the generators of the replay, one for each sample.
 
     Raises:
-        ValueError: (when called) if nothing is left to give.
+        ValueError: by the returned function, if it is called more often than was recorded.
     """
     remaining = iter(returns)
 
