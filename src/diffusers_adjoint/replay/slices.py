@@ -1,8 +1,8 @@
-"""The decoder of a video VAE, slice by slice: which frames a slice makes, and one slice's graph at a time.
+"""Decode a video VAE slice by slice, with gradient checkpointing of each slice, and find which frames a slice makes.
 
-Video VAEs call their decoder for a few latent frames after the other and hand on what the next slice needs of the last (a cache
-of convolutions' inputs). Nothing of them is written again here: their own `decode` runs, on fewer latent frames and with a
-decoder in its place that is evaluated again in the backward pass. The gradient is that of the whole, through the caches too.
+Many video VAEs call their decoder for one slice of a few latent frames after the other. A cache of the convolutions' inputs
+carries what the next slice needs. This module calls the VAE's own `decode`, on fewer latent frames, and replaces the decoder by a
+checkpointed one. Values and gradients are those of decoding the whole video, including the gradient through the caches.
 """
 
 from __future__ import annotations
@@ -24,19 +24,29 @@ from .view import called_in_place_of
 __all__ = ["Decode", "decoding", "has_decoder", "measuring", "same"]
 
 Decode = Callable[..., Any]
-"""The `decode` of a VAE: (z, …) → a tuple, or an object with a `sample`."""
+"""The `decode` of a VAE: latents z (B, C, T, H, W) and further arguments → a tuple, or an object with a `sample`."""
 
-# How far the beginning of a video may be from the same frames of the whole: rounding, where a kernel sees another length.
+# Relative tolerances of `same`, for float32 or better and for half precision: kernels may round differently at another length.
 _SAME_FINE, _SAME_COARSE = 1e-4, 3e-2
 
 
 def has_decoder(vae: Any) -> bool:
-    """Whether its `decode` can be expected to call its `decoder`."""
+    """Whether `vae` is a diffusers model with a `decoder` module, which its `decode` can be expected to call."""
     return isinstance(vae, ModelMixin) and isinstance(getattr(vae, "decoder", None), nn.Module)
 
 
 def decoding(layout: FrameLayout, frames: Sequence[int]) -> Callable[[Any], Decode]:
-    """VAE → its `decode` as it is for these frames of a video: no latent frame after those that they need, and less memory."""
+    """Make a function that maps a VAE to a `decode` of the chosen frames of a video.
+
+    That `decode` leaves out the latent frames after the last one needed. If the VAE decodes in slices, it checkpoints each slice.
+
+    Args:
+        layout: the layout found by `measuring`.
+        frames: numbers of the frames, ascending.
+
+    Raises:
+        ValueError: by that `decode`, if the number of latent frames is not the layout's.
+    """
 
     def of(vae: Any) -> Decode:
         own = vae.decode
@@ -59,11 +69,17 @@ def decoding(layout: FrameLayout, frames: Sequence[int]) -> Callable[[Any], Deco
 
 
 def measuring(pipeline: str, found: list[FrameLayout]) -> Callable[[Any], Decode]:
-    """VAE → its `decode`, which adds to the list what it finds out about videos, by decodings of the one that it is given.
+    """Make a function that maps a VAE to a `decode` that also measures the layout of a video's frames.
+
+    The layout is found by a few more decodings of the latents, of their beginning, and of changed latents.
+
+    Args:
+        pipeline: the pipeline's name, for messages.
+        found: the layout of each decoded video is appended; latents without a time axis are decoded as usual.
 
     Raises:
-        ValueError: (when called) naming the pipeline, if a slice is not a function of what the decoder is given, or the frames of
-            a latent frame cannot be told.
+        ValueError: by that `decode`, if the decoder keeps a state in its modules, so that a second evaluation of a slice differs;
+            or if the latent frames after the first do not all become the same number of frames, and the first no more.
     """
 
     def of(vae: Any) -> Decode:
@@ -80,10 +96,11 @@ def measuring(pipeline: str, found: list[FrameLayout]) -> Callable[[Any], Decode
 
 
 def _layout(pipeline: str, vae: Any, decode: Callable[[Tensor], Tensor], z: Tensor) -> FrameLayout:
+    """Measure the layout of z, shape (B, C, T, H, W); `decode` maps latents to frames (B, 3, F, H, W)."""
     calls: list[tuple[int, int]] = []
     repeatable: list[bool] = []
     with _decoder_replaced(vae, _observed(vae.decoder, calls, repeatable)):
-        whole = decode(z)  # to its end, where a VAE clears its memory
+        whole = decode(z)  # not interrupted: VAEs clear their caches at the end
     if not all(repeatable):
         raise ValueError(
             f"the {type(vae).__name__} of {pipeline} remembers earlier frames in its modules, so that no slice can be "
@@ -99,16 +116,21 @@ def _layout(pipeline: str, vae: Any, decode: Callable[[Tensor], Tensor], z: Tens
         first = decode(z[:, :, :1]).shape[2]
         parts = [(1, first), (count - 1, frames - first)] if count > 1 else [(1, frames)]
     sizes = _sizes(pipeline, parts)
-    # The first and the last beginning speak for those between.
+    # Only the first and the last proper beginning are tested, to save decodings; those between are assumed to behave alike.
     if not all(_stands_alone(decode, z, whole, sizes, end) for end in {beginnings[0], beginnings[-2:][0]} - {count}):
         beginnings = (count,)
     return FrameLayout(sizes, beginnings, sliced=len(calls) > 1)
 
 
 def _parts(calls: Sequence[tuple[int, int]], latent_frames: int, frames: int) -> list[tuple[int, int]]:
-    """The calls that one after the other make the whole video, (latent frames, frames) each; the whole if they do not.
+    """Find the decoder calls that make the video once, each as (latent frames, frames).
 
-    They are repeated where the VAE decodes the samples of a batch, or tiles, one after the other.
+    A VAE that decodes the samples of a batch, or tiles, one after the other repeats this sequence of calls. If no sequence adds
+    up to the whole video, the result is a single part: the whole video.
+
+    Args:
+        calls: (latent frames, frames) of all calls of the decoder, in order.
+        latent_frames, frames: numbers of the whole video.
     """
     for end in range(1, len(calls) + 1):
         if sum(before for before, _ in calls[:end]) == latent_frames:
@@ -119,10 +141,14 @@ def _parts(calls: Sequence[tuple[int, int]], latent_frames: int, frames: int) ->
 
 
 def _sizes(pipeline: str, parts: Sequence[tuple[int, int]]) -> tuple[int, ...]:
-    """Frames of each latent frame: the same number of all, or fewer of the first one.
+    """Number of frames of each latent frame: the same for all, or fewer for the first.
+
+    Args:
+        pipeline: the pipeline's name, for messages.
+        parts: (latent frames, frames) of each part of the video.
 
     Raises:
-        ValueError: if the parts are otherwise.
+        ValueError: if the parts' numbers do not agree with that.
     """
     count, frames = (sum(column) for column in zip(*parts, strict=True))
     each = parts[-1][1] // parts[-1][0]
@@ -135,7 +161,17 @@ def _sizes(pipeline: str, parts: Sequence[tuple[int, int]]) -> tuple[int, ...]:
 
 
 def _stands_alone(decode: Callable[[Tensor], Tensor], z: Tensor, whole: Tensor, sizes: Sequence[int], end: int) -> bool:
-    """Whether the frames of the first `end` latent frames depend on no later one, and are what these alone decode to."""
+    """Whether the first `end` latent frames can be decoded alone.
+
+    Two tests: their frames must not change at all with the later latent frames, and decoding them alone must give these frames.
+
+    Args:
+        decode: latents → frames (B, 3, F, H, W).
+        z: latents of the whole video, shape (B, C, T, H, W).
+        whole: its frames, shape (B, 3, F, H, W).
+        sizes: number of frames of each latent frame.
+        end: number of latent frames to test.
+    """
     frames = sum(sizes[:end])
     changed = z.clone()
     changed[:, :, end:] *= -2
@@ -146,17 +182,20 @@ def _stands_alone(decode: Callable[[Tensor], Tensor], z: Tensor, whole: Tensor, 
 
 
 def same(a: Tensor, b: Tensor) -> bool:
-    """Whether these are the same but for rounding."""
+    """Whether two tensors have one shape and differ by rounding only, in the norm relative to b's."""
     tolerance = _SAME_FINE if a.dtype in (torch.float32, torch.float64) else _SAME_COARSE
     return a.shape == b.shape and bool((a.double() - b.double()).norm() <= tolerance * b.double().norm())
 
 
-# ------------------------------------------------------------------------------------------------ the decoder that is called
+# ---------------------------------------------------------------------------------------------------- replacing the decoder
 
 
 @contextmanager
 def _decoder_replaced(vae: Any, function: Callable[..., Any]) -> Iterator[None]:
-    """Within this context the `decode` of this object calls `function`; its modules, which others share, are not touched."""
+    """Within this context `vae.decode` calls `function` instead of the decoder.
+
+    Only the attribute of this object is set, because other objects share its dict of modules.
+    """
     vars(vae)["decoder"] = called_in_place_of(vae.decoder, function)
     try:
         yield
@@ -165,7 +204,7 @@ def _decoder_replaced(vae: Any, function: Callable[..., Any]) -> Iterator[None]:
 
 
 def _checkpointed(decoder: nn.Module) -> Callable[..., Any]:
-    """The decoder, evaluated again in the backward pass; of a call only its inputs are kept, the caches among them."""
+    """Wrap the decoder in gradient checkpointing: a call keeps only its inputs and caches, and is recomputed in backward."""
 
     def call(*args: Any, **kwargs: Any) -> Any:
         given = _own(args), _own(kwargs)
@@ -177,9 +216,14 @@ def _checkpointed(decoder: nn.Module) -> Callable[..., Any]:
 
 
 def _observed(decoder: nn.Module, calls: list[tuple[int, int]], repeatable: list[bool]) -> Callable[..., Any]:
-    """The decoder, which adds to the lists how many frames it gets and gives, and whether it gives the same a second time.
+    """Wrap the decoder so that its calls are recorded. Each call is evaluated twice, to see whether it can be repeated.
 
-    One that keeps a cache in its modules does not.
+    A decoder that keeps a cache in its modules cannot: its second output differs.
+
+    Args:
+        decoder: the VAE's decoder.
+        calls: (latent frames, frames) of each call is appended.
+        repeatable: whether both outputs are equal is appended.
     """
 
     def call(*args: Any, **kwargs: Any) -> Any:
@@ -195,13 +239,17 @@ def _observed(decoder: nn.Module, calls: list[tuple[int, int]], repeatable: list
 
 
 def _called(decoder: nn.Module, args: Sequence[Any], kwargs: dict[str, Any]) -> tuple[Any, tuple[Any, Any]]:
-    """The output, and the arguments afterwards: a cache may be a list that is written into, here into a copy."""
+    """Call the decoder on copies of the lists and dicts among its arguments, because it may write its cache into them.
+
+    Returns:
+        The output, and the copied (args, kwargs) after the call.
+    """
     own_args, own_kwargs = _own(args), _own(kwargs)
     return decoder(*own_args, **own_kwargs), (own_args, own_kwargs)
 
 
 def _own(values: Any) -> Any:
-    """The arguments with copies of the lists and dicts among them, which hold the same tensors."""
+    """Shallow copies of the lists and dicts among positional or keyword arguments; the tensors are not copied."""
     if isinstance(values, dict):
         return {name: _copied(value) for name, value in values.items()}
     return tuple(_copied(value) for value in values)
@@ -212,7 +260,7 @@ def _copied(value: Any) -> Any:
 
 
 def _write_back(written: tuple[Any, Any], given: tuple[Any, Any]) -> None:
-    """Into the lists and dicts that were given, what was written into their copies."""
+    """Copy the contents of the lists and dicts in `written` to those in `given`; both are (args, kwargs)."""
     pairs = [*zip(given[0], written[0], strict=True), *((given[1][name], written[1][name]) for name in given[1])]
     for original, own in pairs:
         if isinstance(original, list):
@@ -223,19 +271,19 @@ def _write_back(written: tuple[Any, Any], given: tuple[Any, Any]) -> None:
 
 
 def _first(output: Any) -> Tensor:
-    """A decoder that hands its cache on returns it beside the frames."""
+    """The frames in a decoder's output. A decoder that passes its cache on returns a tuple (frames, cache)."""
     frames: Tensor = output[0] if isinstance(output, tuple) else output
     return frames
 
 
 def _frames_in(decoded: Any) -> Tensor:
-    """(B, 3, F, H, W)."""
+    """The frames in the output of a `decode`, shape (B, 3, F, H, W)."""
     frames: Tensor = decoded[0] if isinstance(decoded, tuple) else decoded.sample
     return frames
 
 
 def _with_frames(decoded: Any, frames: list[int]) -> Any:
-    """The output of a `decode` with these frames only."""
+    """The output of a `decode`, reduced to the frames of these numbers."""
     chosen = _frames_in(decoded)
     chosen = chosen if len(frames) == chosen.shape[2] else chosen[:, :, frames]
     return (chosen, *decoded[1:]) if isinstance(decoded, tuple) else type(decoded)(sample=chosen)
