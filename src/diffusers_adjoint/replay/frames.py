@@ -1,4 +1,4 @@
-"""Which frames of a video are decoded for the rewards: chosen by latent frames, before anything is decoded."""
+"""Choose the frames of a video that are decoded for the rewards. The choice is made by latent frames, before decoding."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ _COUNTED = re.compile(r"(random|even)_([1-9][0-9]*)")
 
 @dataclass(frozen=True)
 class FrameLayout:
-    """How a VAE makes frames of latent frames.
+    """How a VAE decodes T latent frames to the F frames of a video.
 
     Args:
-        sizes: how many frames each of the T latent frames becomes.
-        beginnings: of how many latent frames, ascending, a decoding of these alone has the same frames as that of all; T is the
-            last. Where a frame depends on later latent frames there is no other.
-        sliced: whether the decoder is called for one part after the other, so that it can be evaluated again part by part.
+        sizes: number of frames that each latent frame becomes, T values.
+        beginnings: numbers n of latent frames, ascending, such that the first n decode alone to the same frames as in the whole
+            video. The last one is T, and the only one if the frames depend on later latent frames.
+        sliced: whether the VAE calls its decoder for one slice after the other, so that each slice can be checkpointed.
     """
 
     sizes: tuple[int, ...]
@@ -33,26 +33,28 @@ class FrameLayout:
 
     @property
     def num_frames(self) -> int:
+        """F, the number of frames of the video."""
         return sum(self.sizes)
 
     def frames_of(self, latent_frames: Sequence[int]) -> tuple[int, ...]:
-        """Numbers of the frames that these latent frames become, ascending."""
+        """Numbers of the frames that these latent frames become, ascending, from 0."""
         ends = list(accumulate(self.sizes))
         return tuple(frame for i in sorted(latent_frames) for frame in range(ends[i] - self.sizes[i], ends[i]))
 
     def latent_frames_for(self, last: int) -> int:
-        """How many latent frames are to be decoded for the frames up to number `last`."""
+        """The smallest number of latent frames, from the first, that decodes the frames up to number `last`."""
         ends = list(accumulate(self.sizes))
         return next(count for count in self.beginnings if ends[count - 1] > last)
 
 
 @dataclass(frozen=True)
 class ChosenFrames:
-    """Frames of a video of `of` frames.
+    """The frames of a video that the rewards get.
 
     Args:
-        numbers: ascending.
-        in_place: whether they are given where they are in the whole video, which is grey elsewhere, and not as a shorter video.
+        numbers: numbers of the frames, ascending, from 0.
+        of: number of frames of the whole video.
+        in_place: if True, the rewards get a video of `of` frames, grey but for these; if False, a video of these frames only.
     """
 
     numbers: tuple[int, ...]
@@ -60,7 +62,14 @@ class ChosenFrames:
     in_place: bool = False
 
     def shown(self, frames: Tensor) -> Tensor:
-        """(B, len(numbers), 3, H, W) as it is, or in place: (B, of, 3, H, W)."""
+        """The video that the rewards get.
+
+        Args:
+            frames: the decoded frames, shape (B, len(numbers), 3, H, W), in [0, 1].
+
+        Returns:
+            `frames`, or with `in_place` a video of shape (B, of, 3, H, W), grey (0.5) where no frame was decoded.
+        """
         if not self.in_place or len(self.numbers) == self.of:
             return frames
         grey = frames.new_full((len(frames), self.of, *frames.shape[2:]), 0.5)
@@ -69,14 +78,23 @@ class ChosenFrames:
 
 @dataclass(frozen=True)
 class FrameChoice:
-    """What `decode_frames` says: `kind` "all", "asked", "first", "random" or "even", the last two of `count` latent frames."""
+    """The parsed option `decode_frames`.
+
+    Args:
+        kind: "all", "asked", "first", "random" or "even".
+        count: number of latent frames for "random" and "even".
+    """
 
     kind: str
     count: int = 1
 
     @classmethod
     def of(cls, text: str) -> FrameChoice:
-        """Parse the text; raise ValueError if it is not one of these choices."""
+        """Parse "all", "asked", "first", "random_N" or "even_N".
+
+        Raises:
+            ValueError: if the text is something else.
+        """
         if text in _WORDS:
             return cls(text)
         if found := _COUNTED.fullmatch(text):
@@ -86,9 +104,16 @@ class FrameChoice:
         )
 
     def latent_frames(self, of: int, generator: torch.Generator) -> list[int]:
-        """Numbers of the chosen ones of `of` latent frames; the random ones are drawn without repetition, each as likely.
+        """Choose among `of` latent frames.
 
-        Evenly spaced ones are the middles of `count` equal parts.
+        "random" draws uniformly without replacement. "even" takes the middles of `count` equal parts. "all" and "asked" take all.
+
+        Args:
+            of: number of latent frames of the video.
+            generator: source of the random draw, on the CPU.
+
+        Returns:
+            Numbers of the chosen latent frames, ascending, from 0; no more than `of`.
         """
         count = min(self.count, of)
         if self.kind == "random":
