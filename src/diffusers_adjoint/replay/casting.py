@@ -1,7 +1,7 @@
-"""A VAE that one call of the pipeline may cast, while the user's own stays as it is.
+"""A stand-in for a VAE that a pipeline's call may cast without changing the user's VAE.
 
-Pipelines that decode in float32 cast a float16 VAE up before they decode and back down afterwards (`force_upcast`). Our backward
-pass runs later still: it needs the weights that the decoder ran with, and the user's VAE must not stay in another dtype.
+With `force_upcast`, pipelines cast a float16 VAE to float32 before they decode, and back afterwards. The backward pass runs after
+that. It needs the float32 weights that the decoder ran with. The user's VAE must keep its dtype, also after an error.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ __all__ = ["castable", "vae_dtype"]
 
 
 def castable(vae: Any) -> Any:
-    """A stand-in for `vae` in one call: it shares the weights until it is cast, and each cast gives it weights of its own.
+    """Make a stand-in for `vae`, for one call. It shares the weights of `vae` until it is cast; each cast copies them first.
 
-    What was computed before a cast keeps the weights that it was computed with, and `vae` itself is never cast.
+    So `vae` itself is never cast, and the graph of what was computed before a cast keeps the weights of that computation.
     """
     cls: type = type(vae)
     stand_in = copy.copy(vae)
@@ -33,8 +33,10 @@ def castable(vae: Any) -> Any:
 
 @functools.cache
 def _castable_class(cls: type) -> type:
+    """Subclass of a VAE's class whose `to` copies the weights before it casts them."""
+
     def to(self: Any, *args: Any, **kwargs: Any) -> Any:
-        """The class's own `to`, on a copy of everything that this stand-in holds."""
+        """Replace all that this stand-in holds by copies, then call the class's own `to`."""
         self.__dict__.update(copy.deepcopy(self.__dict__, {id(self): self}))
         with _without_false_warnings():
             return cls.to(self, *args, **kwargs)  # type: ignore[attr-defined]
@@ -44,7 +46,11 @@ def _castable_class(cls: type) -> type:
 
 @contextmanager
 def _without_false_warnings() -> Iterator[None]:
-    """diffusers warns at every cast of modules to be kept in float32, though there are none; here twice for each decoding."""
+    """Suppress a false warning of diffusers within this context.
+
+    At every cast, twice for each decoding here, diffusers warns of modules that should be kept in float32, even if there are
+    none.
+    """
     logger = logging.getLogger("diffusers.models.modeling_utils")
 
     def is_true(record: logging.LogRecord) -> bool:
@@ -58,7 +64,7 @@ def _without_false_warnings() -> Iterator[None]:
 
 
 def vae_dtype(pipeline: DiffusionPipeline | ModularPipeline) -> torch.dtype | None:
-    """Of the weights of its VAE; `None` if it has none."""
+    """The dtype of the weights of the pipeline's VAE; `None` if it has no VAE, or one without weights."""
     vae = getattr(pipeline, "vae", None)
     weight = next(vae.parameters(), None) if isinstance(vae, nn.Module) else None
     return None if weight is None else weight.dtype
