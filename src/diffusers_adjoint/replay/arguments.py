@@ -1,4 +1,4 @@
-"""The arguments of the pipeline's `__call__`: which are ours to set, which a user may set, and which mean guidance."""
+"""The arguments of the pipeline's `__call__`: those that the replay sets, those that a user may set, and guidance scales."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor
 
 __all__ = ["CallArguments"]
 
-# The replay sets these itself; what to do instead of setting them by hand.
+# Arguments that the replay sets or excludes → what a user can do instead, for messages.
 _RESERVED = {
     "guidance_scale": "use the option guidance_scale",
     "num_inference_steps": "use the option num_inference_steps",
@@ -30,32 +30,35 @@ _RESERVED = {
     "output_type": "remove it, images are always tensors",
     "return_dict": "remove it, images are always tensors",
 }
-# Scales of further guidance, and their values that mean none where these are not those of the others.
+# Scales of further kinds of guidance. _NONE has those that are switched off by a value other than `no_guidance`.
 _OF_SOUND = ("audio_guidance_scale", "audio_stg_scale", "audio_modality_scale")
 _FURTHER = ("guidance_scale_2", "pag_scale", "stg_scale", "modality_scale", *_OF_SOUND)
 _NONE = {"pag_scale": 0.0, "stg_scale": 0.0, "audio_stg_scale": 0.0}
-# Lists that are one value for all samples, whatever the annotation says.
+# Arguments whose list is one value for all samples, although the annotation is that of a list with a value for each.
 _GRID = ("sigmas", "timesteps")
-# In the annotation of an argument that takes one value for each sample. Texts may always be a list, whatever it says.
+# An annotation with one of these words, in lower case, is of an argument that takes a value for each sample. "str" is among
+# them because pipelines take lists of texts even if the annotation is just `str`.
 _PER_SAMPLE = ("list[", "tensor", "image", "str")
 
 
 class CallArguments:
-    """Arguments of a pipeline's call, from options, `pipeline_kwargs` and dataset columns.
+    """Makes the arguments of a pipeline's call from options, `pipeline_kwargs` and dataset columns.
 
     Args:
         pipeline: the pipeline's name, for messages.
         call: its `__call__`.
         num_inference_steps, guidance_scale, pipeline_kwargs: as in `PipelineReplay`.
         guidance_embedded: whether `guidance_scale` is an input of the (distilled) network, a condition rather than guidance.
-        no_guidance: value of a guidance scale that means none; some pipelines guide by 1 + scale and take 0.
+        no_guidance: value of a guidance scale that switches guidance off; 0 for pipelines that guide by 1 + scale, else 1.
 
     Attributes:
-        guides: whether classifier-free guidance acts, so that guided and unguided calls differ.
-        takes_prompt: whether there is a prompt to condition on.
+        pipeline: the pipeline's name.
+        guides: whether a guidance scale is on, so that guided and unguided calls differ.
+        takes_prompt: whether the pipeline has an argument `prompt`.
 
     Raises:
-        ValueError: if the pipeline does not take an argument, or the replay sets it itself.
+        ValueError: if `pipeline_kwargs` contains `prompt`, or an argument that the pipeline does not take or that the replay sets
+            itself; or if `guidance_scale` is not 1 and the pipeline takes no such scale.
     """
 
     def __init__(
@@ -76,9 +79,9 @@ class CallArguments:
         true_cfg = "true_cfg_scale" in self._parameters
         if true_cfg and not guidance_embedded:
             self._scale = "true_cfg_scale"
-        else:  # per-frame guidance rises to a maximum, and has no other scale
+        else:  # where guidance rises from frame to frame, only its maximum is set; there is no guidance_scale
             self._scale = "max_guidance_scale" if "max_guidance_scale" in self._parameters else "guidance_scale"
-        if true_cfg:  # beside it, guidance_scale is never more than an embedding
+        if true_cfg:  # a pipeline with both uses guidance_scale as an embedding only
             self._guidance = ["true_cfg_scale", *_FURTHER]
         else:
             self._guidance = list(_FURTHER) if guidance_embedded else [self._scale, *_FURTHER]
@@ -93,20 +96,25 @@ class CallArguments:
         self.guides = any(self._scale_in(options, name) != none for name, none in self._off(options).items())
 
     def __call__(self, columns: Mapping[str, list[Any]], batch_size: int, *, guided: bool = True) -> dict[str, Any]:
-        """All arguments of a call for B samples, but the generators.
+        """All arguments of a call for B samples, without the generators.
 
         Args:
-            columns: a list of B values each; those that the pipeline does not take belong to the reward.
-            guided: False sets every guidance scale to none; one that is embedded as an input of the network stays.
+            columns: name of a column → B values. Columns that the pipeline does not take are ignored; they are for the rewards.
+            batch_size: B.
+            guided: if False, every guidance scale is switched off, except one that is an input of the network.
+
+        Returns:
+            Name of an argument → value; a tensor column is stacked to shape (B, …).
 
         Raises:
-            ValueError: if a needed column is missing or has another length, sets what the replay sets, or would need an
-                argument of one value for each sample where the pipeline takes one for all.
+            ValueError: if a required column is missing; if a column does not have B values, sets an argument that the replay sets
+                itself, or sets one that the pipeline takes once for all samples; or if the pipeline's `true_cfg_scale` is above 1
+                without a negative prompt.
         """
         taken = self.taken(columns)
         for name, values in taken.items():
             self._check_column(name, values, batch_size)
-        # One text for all samples, in the form that goes with a list of prompts, or with a single one.
+        # A text of pipeline_kwargs goes with every prompt: pipelines want a list of texts if the prompts are a list.
         shared = {
             name: _stacked([value] * batch_size) if isinstance(value, str) and "list[str]" in self._annotation(name) else value
             for name, value in self._shared.items()
@@ -118,16 +126,22 @@ class CallArguments:
         return arguments if guided else self._unguided(arguments)
 
     def taken(self, columns: Mapping[str, list[Any]]) -> dict[str, list[Any]]:
-        """The columns that the pipeline takes; a text whose embeddings are there too is for the rewards alone."""
+        """The columns that are arguments of the pipeline.
+
+        If there is a column `NAME_embeds`, the column `NAME` is left out: the rewards get the text, the pipeline its embeddings.
+        """
         names = [name for name in columns if name in self._parameters and f"{name}_embeds" not in columns]
         return {name: columns[name] for name in names}
 
     def require_known(self, columns: Mapping[str, Any], used: set[str]) -> None:
-        """Raise ValueError for a column that looks like a misspelt argument of the pipeline.
+        """Check that no column looks like a misspelt argument of the pipeline.
 
         Args:
-            columns: the dataset's.
-            used: those that a reward asks for by name.
+            columns: the dataset's columns, by name.
+            used: names of the columns that a reward takes.
+
+        Raises:
+            ValueError: for an unused column whose name is close to that of an argument.
         """
         for name in columns.keys() - self._parameters.keys() - used:
             if close := difflib.get_close_matches(name, self._parameters, 1, cutoff=0.85):
@@ -191,7 +205,10 @@ class CallArguments:
         return {**arguments, **self._off(arguments)}
 
     def _off(self, arguments: Mapping[str, Any]) -> dict[str, float]:
-        """The guidance scales of a call, set to none; one that is left at `None` follows another one."""
+        """Name of each guidance scale of a call → the value that switches it off.
+
+        A scale that is `None` is left out: the pipeline then uses the value of another one.
+        """
         names = [name for name in self._guidance if name in self._parameters]
         return {name: _NONE.get(name, self._no_guidance) for name in names if self._scale_in(arguments, name) is not None}
 
@@ -200,10 +217,11 @@ class CallArguments:
 
 
 def _stacked(values: list[Any]) -> Any:
-    """Tensors (precomputed embeddings, images of one size) as one tensor, everything else as a list.
+    """Put the samples' values into the form that a pipeline takes.
 
-    What a single sample has is passed as it is: pipelines exist that take no more than one text, one image, or one list of
-    images. A class label is a number in a list everywhere.
+    Tensors (precomputed embeddings, images of one size) are stacked. Other values are a list. The value of a single sample is
+    passed without a list, because some pipelines take only one text, one image, or one list of images. A number is always passed
+    in a list, because pipelines take class labels as a list.
     """
     if all(isinstance(value, Tensor) for value in values):
         return torch.stack(values)
