@@ -1,4 +1,4 @@
-"""Detect a VAE that decodes in tiles: the tiles' borders appear in every gradient, and the weights may learn them."""
+"""Detect a VAE that decodes in tiles. The borders of the tiles are in every gradient, so the weights may learn them as seams."""
 
 from __future__ import annotations
 
@@ -18,14 +18,20 @@ logger = logging.get_logger(__name__)
 
 @contextmanager
 def noting_tiles(vae: Any) -> Iterator[list[tuple[int, ...]]]:
-    """The sizes, in latents, of what its decoder sees at a time within this context, where that is less than it was given.
+    """Collect the sizes of the tiles that a VAE's decoder gets within this context.
 
-    Height and width count, or the length of a sound. Slices of a batch and chunks of frames are no tiles; nor is an image that
-    fits into one tile.
+    A tile is a decoder input that is smaller than the latents given to `decode`, in height or width, or in length for a sound.
+    Slices of a batch and slices of frames are not tiles.
+
+    Args:
+        vae: any object. Only a diffusers model with tiling enabled and its class's own `decode` is observed.
+
+    Yields:
+        A list to which the size of each tile is appended, in latent pixels: (height, width), or (length,) for a sound.
     """
     tiles: list[tuple[int, ...]] = []
     has_decoder = isinstance(vae, ModelMixin) and isinstance(getattr(vae, "decoder", None), nn.Module)
-    # A `decode` of the user's own is left alone.
+    # A `decode` that the user has set on the object is not replaced.
     observed = has_decoder and getattr(vae, "use_tiling", False) and "decode" not in vars(vae)
     if observed:
         vars(vae)["decode"] = types.MethodType(_noting(tiles), vae)
@@ -37,7 +43,7 @@ def noting_tiles(vae: Any) -> Iterator[list[tuple[int, ...]]]:
 
 
 def _noting(tiles: list[tuple[int, ...]]) -> Callable[..., Any]:
-    """The class's own `decode`, which adds the sizes of its tiles to the list."""
+    """Wrap the class's `decode` so that the sizes of its tiles are appended to the list."""
 
     def decode(self: Any, *args: Any, **kwargs: Any) -> Any:
         whole_size = _size([*args, *kwargs.values()][0])
@@ -57,11 +63,12 @@ def _noting(tiles: list[tuple[int, ...]]) -> Callable[..., Any]:
 
 
 def _size(z: Tensor) -> tuple[int, ...]:
+    """Height and width of latents, or the length of a sound's: the last two axes after batch and channels, as far as present."""
     return tuple(z.shape[2:][-2:])
 
 
 def warn_of_tiles(vae: ModelMixin) -> None:
-    """Warn of tiled decoding, and say what else saves memory."""
+    """Warn that the VAE decodes in tiles, and name another way to save memory."""
     if vae._supports_gradient_checkpointing:
         memory = "vae.enable_gradient_checkpointing(), which leaves the images as they are"
     else:
