@@ -1,4 +1,4 @@
-"""Whether a network's weights are quantised: its activations may be, too, and those have no gradient."""
+"""Detect quantised weights. Such a network may also round its activations, through which no gradient flows."""
 
 from __future__ import annotations
 
@@ -10,10 +10,16 @@ __all__ = ["quantisation_of"]
 
 
 def quantisation_of(network: nn.Module) -> str | None:
-    """What the quantised weights of `network` are, in words; `None` if all are ordinary floats.
+    """Describe the quantised weights of a network, for messages.
 
-    Recognised by how they are stored: in a tensor class that is not of torch, in integers, in floats of 8 bits, or as the
-    network's config says.
+    Weights are quantised if they have a tensor class that is not torch's, an integer dtype, or a float dtype of 8 bits, or if a
+    module's config has a `quantization_config`.
+
+    Args:
+        network: any module; its parameters are inspected, of its buffers only the class.
+
+    Returns:
+        For example "weights of torch.int8"; `None` if all weights are ordinary floats.
     """
     for weight in chain(network.parameters(), network.buffers()):
         if type(weight).__module__.partition(".")[0] != "torch":
@@ -28,4 +34,5 @@ def quantisation_of(network: nn.Module) -> str | None:
 
 
 def _is_coarse(weight: Tensor) -> bool:
+    """Whether the dtype is an integer (or bool), or has one byte, as the 8-bit floats."""
     return not (weight.is_floating_point() or weight.is_complex()) or weight.dtype.itemsize == 1
