@@ -1,4 +1,4 @@
-"""Explain an error of the pipeline during the start check: whether the call, the scheduler or the replay caused it."""
+"""Explain an error of the pipeline during the start check. The cause is the pipeline's own call, the scheduler or the replay."""
 
 from __future__ import annotations
 
@@ -20,10 +20,17 @@ ONE_SAMPLE = "use per_device_train_batch_size=1, per_device_eval_batch_size=1 an
 
 @contextmanager
 def errors_explained(replay: PipelineReplay, columns: dict[str, list[Any]], generators: list[torch.Generator]) -> Iterator[None]:
-    """Within this context what the pipeline raises becomes a ValueError that says where it comes from and what to do.
+    """A context that turns an error of the pipeline into a ValueError that says where it comes from and what to do.
+
+    Out-of-memory errors pass unchanged, as do ValueErrors of the replay that already name the pipeline.
 
     Args:
-        columns, generators: the batch of the check. Copies of the generators are used.
+        replay: the replay that is checked.
+        columns: name of a column → B values; the batch of the check.
+        generators: the B generators of the batch. Copies are used, so their states do not change.
+
+    Raises:
+        ValueError: instead of any other error in the context, which becomes its cause.
     """
     try:
         yield
@@ -35,18 +42,29 @@ def errors_explained(replay: PipelineReplay, columns: dict[str, list[Any]], gene
 
 
 def refusal(replay: PipelineReplay, broken: str, way_out: str) -> ValueError:
+    """The error for a pipeline that cannot be trained.
+
+    Args:
+        replay: the replay of the pipeline, for its name.
+        broken: what is wrong, as a verb phrase that follows "because it".
+        way_out: what to do instead, in the imperative.
+    """
     return ValueError(f"{replay.name} cannot be trained, because it {broken}; {way_out}.")
 
 
 def said(error: BaseException) -> str:
-    """Type and first line of an error."""
+    """The type and the first line of an error's message, for use in another message."""
     return f"{type(error).__name__}: {next(iter(str(error).splitlines()), '').rstrip('.')}"
 
 
 def _explanation(
     replay: PipelineReplay, columns: dict[str, list[Any]], generators: list[torch.Generator], raised: str
 ) -> tuple[str, str]:
-    """(what is broken, the way out), found by running the pipeline's own call with its own scheduler, then with ours."""
+    """Find the cause by running the pipeline's own call, first with its own scheduler, then with the memoryless one.
+
+    Returns:
+        `broken` and `way_out`, as `refusal` takes them.
+    """
     if _fails(lambda: replay.sample(columns, copied(generators))):
         first = {name: rows[:1] for name, rows in columns.items()}
         if len(generators) > 1 and not _fails(lambda: replay.sample(first, copied(generators[:1]))):
@@ -67,6 +85,7 @@ def _explanation(
 
 
 def _fails(call: Callable[[], Any]) -> bool:
+    """Whether the call raises an error, evaluated without gradient."""
     try:
         with torch.no_grad():
             call()
@@ -76,6 +95,6 @@ def _fails(call: Callable[[], Any]) -> bool:
 
 
 def _is_the_replays(error: BaseException) -> bool:
-    """Whether the replay raised it: pipelines, too, name themselves in their errors."""
+    """Whether a file of this folder raised the error. The message cannot tell, because pipelines name themselves, too."""
     raised_in = traceback.extract_tb(error.__traceback__)[-1].filename
     return Path(raised_in).parent == Path(__file__).parent
