@@ -1,4 +1,4 @@
-"""Replay: a pipeline's own code as a differentiable function m(x, t), without reimplementing any of it."""
+"""Replay: run a pipeline's own code as the differentiable function m(x, t), instead of reimplementing it."""
 
 from .conditioning import Conditioning
 from .pipeline import PipelineReplay
