@@ -1,4 +1,4 @@
-"""The call of a `DiffusionPipeline`: one function, which can be rebuilt out of its `torch.no_grad`."""
+"""Call a `DiffusionPipeline`: its `__call__` is one function, which is rebuilt here without its `torch.no_grad` decorator."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from .stand_in import replayable
 
 __all__ = ["AUDIO", "Media", "PlainCall", "outputs_of"]
 
-AUDIO = "audio"  # as hosts call the sound that is made with a video, and rewards that ask for it
+AUDIO = "audio"  # diffusers' name for the sound of a video, and the argument by which rewards ask for it
 
 
 class Media(NamedTuple):
-    """What a pipeline makes of B samples.
+    """The output of a pipeline for B samples.
 
     Args:
-        images: (B, 3, H, W), videos (B, F, 3, H, W) or, where nothing is seen, waveforms (B, …).
-        audio: the sound of videos, (B, …) as the pipeline returns it; `None` where there is none.
+        images: images (B, 3, H, W), videos (B, F, 3, H, W), or waveforms (B, …) if the pipeline makes sound only.
+        audio: the sound of the videos, (B, …) as the pipeline returns it; `None` if there is none.
     """
 
     images: Tensor
@@ -31,25 +31,27 @@ class Media(NamedTuple):
 
 
 class PlainCall:
-    """The call of a pipeline that has a `__call__` of its own.
+    """The call of a pipeline whose class defines `__call__`.
 
-    Calling this runs that function out of `torch.no_grad`, and with an `enumerate` that a replayed loop obeys.
+    Calling this object runs that function without `torch.no_grad`, and with an `enumerate` that visits only the chosen steps of
+    the loop (see `replayable`).
 
     Args:
-        pipeline: never written to.
+        pipeline: the pipeline; it is not modified.
 
     Attributes:
-        source: what draws x_0: "prepare_latents", in pipelines that have none another method that prepares, or "randn_tensor".
-        insists_on_safety_checker: whether it runs its safety checker itself, where others hand over to a method that does
-            without one. It then keeps the user's.
-        exchanges_processors: whether it puts other attention processors in before its loop, and the old ones back after it, as
+        source: name of the function that draws x_0. It is "prepare_latents" if the pipeline has this method; otherwise another
+            prepare_… method that draws noise; otherwise "randn_tensor".
+        insists_on_safety_checker: whether the call uses the safety checker directly, and so may fail without one: views then keep
+            the user's. Other pipelines call it in a method that accepts `None`.
+        exchanges_processors: whether the call replaces the attention processors before its loop and restores them after it, as
             pipelines with perturbed attention do.
-        loggers: of its code.
-        randn_tensor: the function of this name that its code calls; `None` if there is none.
-        outputs: names of what it returns, in their order; none where its code does not name the class of it.
+        loggers: the logger of the module that defines the call.
+        randn_tensor: the function `randn_tensor` in that module; `None` if there is none.
+        outputs: names of the outputs, in order; empty if the code does not name exactly one output class.
 
     Raises:
-        ValueError: if there is no place where a state could be put in.
+        ValueError: if the call has no function that draws x_0 and can be replaced.
     """
 
     def __init__(self, pipeline: DiffusionPipeline) -> None:
@@ -69,30 +71,31 @@ class PlainCall:
             )
 
     def view_class(self, pipeline_class: type[Any]) -> type[Any]:
-        """The class of a view that this call runs on."""
+        """The class of the views that this call runs on: the pipeline's own."""
         return pipeline_class
 
     def undisturbed(self, view: DiffusionPipeline, **arguments: Any) -> Media:
-        """The pipeline's own call."""
+        """Run the pipeline's own call, unchanged."""
         return self._media(type(view).__call__(view, **arguments))
 
     def __call__(self, view: DiffusionPipeline, randn_tensor: Any, **arguments: Any) -> Media:
-        """The same; `randn_tensor`, unless `None`, takes the place of the function of that name."""
+        """Run the rebuilt call. `randn_tensor` replaces the function of that name, unless it is `None`."""
         if randn_tensor is not None:
-            self._function.__globals__["randn_tensor"] = randn_tensor  # a copy that belongs to this object
+            self._function.__globals__["randn_tensor"] = randn_tensor  # the globals are this object's own copy
         return self._media(self._function(view, **arguments))
 
     def _media(self, output: Any) -> Media:
-        """Of a call with `return_dict=False`: a tuple, but from Stable Video Diffusion, which returns its frames."""
+        """Media from what a call with `return_dict=False` returns: a tuple, or only the frames (Stable Video Diffusion)."""
         if isinstance(output, Tensor):
             return Media(output)
         return Media(output[0], dict(zip(self.outputs, output, strict=False)).get(AUDIO))
 
 
 def outputs_of(pipeline_class: type[DiffusionPipeline]) -> tuple[str, ...]:
-    """Names of the fields of what a pipeline returns; none where its call makes no output, or several kinds of it.
+    """Field names of the output class that a pipeline returns, in order.
 
-    By the classes of outputs that the call's code names.
+    The class is found among the names in the code of `__call__`. The result is empty if the code names no output class, or
+    several.
     """
     call = inspect.unwrap(pipeline_class.__call__)
     if not inspect.isfunction(call):
@@ -103,7 +106,7 @@ def outputs_of(pipeline_class: type[DiffusionPipeline]) -> tuple[str, ...]:
 
 
 def _source(pipeline_class: type[DiffusionPipeline], names: tuple[str, ...]) -> str:
-    """What draws x_0; `names` are those in the pipeline's call."""
+    """Name of the function that draws x_0 (see `PlainCall.source`); `names` are the names in the code of the call."""
     if hasattr(pipeline_class, "prepare_latents"):
         return "prepare_latents"
     for name in names:
