@@ -1,6 +1,6 @@
-"""The three ways to run a pipeline's `__call__`: undisturbed, up to its loop, and again with what it prepared then.
+"""The three ways to run a pipeline's `__call__`: unchanged, up to its loop, and replayed with the recorded preparations.
 
-Nothing is written to the user's pipeline: each call runs on a shallow copy that shares the networks.
+The user's pipeline is not modified: each call runs on a view, which is a shallow copy that shares the networks.
 """
 
 from __future__ import annotations
@@ -35,21 +35,21 @@ from .view import (
 __all__ = ["PipelineCalls"]
 
 
-_CASTS = logging.getLogger(ModelMixin.__module__)  # advises against every cast to float16, also of a VAE back to it
+_CASTS = logging.getLogger(ModelMixin.__module__)  # warns at every cast to float16, even when a VAE is cast back to it
 
 
 class PipelineCalls:
-    """Runs of a pipeline's `__call__` with a scheduler of ours.
+    """Runs a pipeline's `__call__` with a given scheduler in place of the pipeline's own.
 
     Args:
-        pipeline: never written to.
-        component: name of its trained denoiser.
+        pipeline: the pipeline; it is not modified.
+        component: name of the denoiser to train.
 
     Attributes:
-        call: the pipeline's call as one function, with what is known of its code.
+        call: the pipeline's call as one function, and the properties of its code.
 
     Raises:
-        ValueError: if there is no place where a state could be put in.
+        ValueError: if the call has no function that draws x_0 and can be replaced.
     """
 
     def __init__(self, pipeline: DiffusionPipeline | ModularPipeline, component: str) -> None:
@@ -64,7 +64,15 @@ class PipelineCalls:
         generators: list[torch.Generator],
         latents: Preparations | Numbering | None = None,
     ) -> Media:
-        """What the undisturbed call makes; `latents` records what its preparing methods return, or numbers that of its source."""
+        """Run the unchanged call on `scheduler`, without stopping or replaying it.
+
+        Args:
+            scheduler: takes the place of the pipeline's own.
+            arguments: of the pipeline's `__call__`, without the generators.
+            generators: one for each sample; the call advances them.
+            latents: `Preparations` records the return values of all preparing methods; `Numbering` replaces the latents that
+                `call.source` returns by numbers.
+        """
         view = self._view(scheduler)
         if latents is not None:
             for name in preparing_methods(view) if isinstance(latents, Preparations) else [self.call.source]:
@@ -75,13 +83,18 @@ class PipelineCalls:
     def up_to_loop(
         self, probe: Any, arguments: dict[str, Any], generators: list[torch.Generator], texts: dict[str, list[Any]]
     ) -> tuple[Tensor | None, Recording]:
-        """The call until the probe stops it before its loop.
+        """Run the call until the probe stops it before its loop.
 
         Args:
-            texts: memory of the text encoders, by name: what one call has encoded, the next one need not encode again.
+            probe: a stand-in for the scheduler, from `make_probe` with `visit=None`.
+            arguments: of the pipeline's `__call__`, without the generators.
+            generators: one for each sample; the call advances them.
+            texts: the encodings so far, for each text encoder by name. They are reused and extended, so that no text is encoded
+                twice.
 
         Returns:
-            The timesteps that it was about to loop over, `None` if it was not; and what it prepared.
+            The timesteps of the loop, shape (K',), or `None` if the call ended without a loop over them; and the recording of
+            the preparing methods.
         """
         view, preparations = self._view(probe), Preparations(generators)
         for name, encoder in text_encoders(self._pipeline).items():
@@ -110,14 +123,24 @@ class PipelineCalls:
         denoiser: nn.Module | None = None,
         decoding: Callable[[Any], Decode] | None = None,
     ) -> Media:
-        """What the recorded call makes, or `ReplayStop` where the probe leaves it; its preparing methods return `returns`.
+        """Run the recorded call again; its preparing methods return the values in `returns`.
 
-        With `decoding` its VAE has another `decode`, made from the VAE.
+        Args:
+            probe: a stand-in for the scheduler, from `make_probe`; it chooses the steps of the loop.
+            recording: of `up_to_loop`, for the arguments.
+            generators: the samples' generators as they were before the recorded call; copies of them are used.
+            returns: name of a preparing method → what it returns, call by call.
+            device: where the pipeline is to run.
+            denoiser: runs in place of the pipeline's own denoiser; `None` for the latter.
+            decoding: makes a `decode` from the VAE, which replaces the VAE's own; `None` for the latter.
+
+        Raises:
+            ReplayStop: if the probe stops the call in its loop.
         """
         view, generators = self._view(probe, device), copied(generators)
         if decoding is not None:
             set_method(view, "vae.decode", decoding(view.vae))
-        if recording.vae_dtype != vae_dtype(view):  # the methods that cast it are not run again
+        if recording.vae_dtype != vae_dtype(view):  # the methods that cast the VAE are not run again
             view.vae.to(dtype=recording.vae_dtype)
         replayed = {name: in_order(name, values, generators) for name, values in returns.items()}
         draw = replayed.pop("randn_tensor", None)
@@ -126,7 +149,7 @@ class PipelineCalls:
         if denoiser is not None:
             view.__dict__[self._component] = called_in_place_of(getattr(self._pipeline, self._component), denoiser)
         with ExitStack() as silence:
-            for logger in self.call.loggers:  # they would say the same at every evaluation
+            for logger in self.call.loggers:  # they would repeat their messages at every evaluation
                 silence.enter_context(quiet(logger))
             return self._run(view, {**recording.call_kwargs, "generator": _given(generators)}, draw)
 
@@ -145,5 +168,5 @@ class PipelineCalls:
 
 
 def _given(generators: list[torch.Generator]) -> list[torch.Generator] | torch.Generator:
-    """As a user of one sample writes it: pipelines exist that take no list."""
+    """The generators as an argument of the call; one alone is passed as it is, because some pipelines accept no list."""
     return generators[0] if len(generators) == 1 else list(generators)
