@@ -1,8 +1,11 @@
-"""The scheduler that a replayed pipeline sees: it steers the pipeline's loop and catches what is handed to `step`.
+"""The scheduler that a replayed pipeline sees: it chooses the steps of the pipeline's loop and captures the arguments of `step`.
 
-A pipeline's loop reads `for i, t in enumerate(scheduler.timesteps)`. Three small things put it under control without touching
-the pipeline's code: timesteps that decide which of their positions are visited, an `enumerate` that keeps the true index i,
-and a `step` that stops the call.
+A pipeline's loop reads `for i, t in enumerate(scheduler.timesteps)`. Three replacements control this loop without a change of
+the pipeline's code:
+
+- timesteps whose iteration visits chosen positions only (`ReplayedTimesteps`),
+- an `enumerate` that keeps the true index i,
+- a `step` that stops the call.
 """
 
 from __future__ import annotations
@@ -28,10 +31,10 @@ __all__ += ["make_recorder", "probe_class", "replayable"]
 
 
 class ReplayStop(BaseException):
-    """Leaves the pipeline's call. A BaseException, so that no `except Exception` on the way swallows it.
+    """Raised to stop the pipeline's call. It is a BaseException, so that no `except Exception` in the pipeline catches it.
 
     Args:
-        timesteps: those that the pipeline was about to loop over, when it is left before its loop.
+        timesteps: the timesteps of the loop, shape (K',), if the call is stopped before its loop; otherwise `None`.
     """
 
     def __init__(self, timesteps: Tensor | None = None) -> None:
@@ -40,10 +43,12 @@ class ReplayStop(BaseException):
 
 
 class ReplayedTimesteps(Tensor):
-    """The full grid to look at (length, indexing, arithmetic), of which iteration visits chosen positions only.
+    """The timesteps of the full grid, shape (K',). Only iteration differs from a tensor's: it visits chosen positions.
 
-    `visit` holds positions counted from the end, −1 being the last step: a pipeline that cuts off the beginning (image to
-    image) moves the index but not the distance to the end. Empty: the loop body never runs. `None`: iteration stops the call.
+    Attributes:
+        visit: the positions to visit, counted from the end: −1 is the last step. Image-to-image pipelines drop the first steps,
+            which changes a step's index but not its distance to the end. If empty, the loop body never runs. If `None`,
+            iteration raises `ReplayStop`.
     """
 
     visit: tuple[int, ...] | None
@@ -60,7 +65,7 @@ class ReplayedTimesteps(Tensor):
             out = func(*args, **(kwargs or {}))
         if not isinstance(out, Tensor):
             return out
-        # A slice or a device copy is still a grid to loop over; whatever is computed from it is an ordinary tensor.
+        # The pipeline may loop over a slice or a device copy, so these keep `visit`. Any other result is an ordinary tensor.
         if func in (Tensor.__getitem__, Tensor.to) and isinstance(args[0], cls) and out.ndim == 1:
             return cls.of(out, args[0].visit)
         return out.as_subclass(Tensor)
@@ -69,6 +74,7 @@ class ReplayedTimesteps(Tensor):
         """(index, timestep) for each position to visit.
 
         Raises:
+            ReplayStop: if `visit` is `None`.
             ValueError: if a position is not among the steps that the pipeline kept.
         """
         timesteps = self.as_subclass(Tensor)
@@ -98,7 +104,10 @@ def _filter(function: Any, iterable: Iterable[Any]) -> Iterator[Any]:
 
 
 def replayable(function: Any) -> Any:
-    """A function of the pipeline out of its `torch.no_grad` and with our `enumerate` among its globals, which are a copy."""
+    """A copy of a pipeline's function without its `torch.no_grad`, and with the `enumerate` and `filter` of this module.
+
+    The copy has globals of its own; those of the pipeline's module are not modified.
+    """
     function = inspect.unwrap(function)
     names = {**function.__globals__, "enumerate": _enumerate, "filter": _filter}
     rebuilt = types.FunctionType(function.__code__, names, function.__name__, function.__defaults__, function.__closure__)
@@ -119,23 +128,23 @@ class StandIn:
 def probe_class(scheduler_class: type) -> type:
     """A subclass of the scheduler's class for `make_probe`."""
 
-    # Pipelines read the signatures (`sigmas`, `mu`, `eta`, `generator`) before they call; `wraps` keeps the real ones.
+    # Pipelines inspect the signatures (`sigmas`, `mu`, `eta`, `generator`) before the call; `wraps` keeps the scheduler's own.
     @functools.wraps(scheduler_class.set_timesteps)  # type: ignore[attr-defined]
     def set_timesteps(self: Any, *args: Any, **kwargs: Any) -> None:
-        if self._visit is None:  # the dry run: the pipeline's own shift and σ make the tables
+        if self._visit is None:  # in the dry run the tables are computed, from the shift and the σ that the pipeline passes
             self._scheduler.set_timesteps(*args, **kwargs)
             _copy_tables(self)
 
     @functools.wraps(scheduler_class.step)  # type: ignore[attr-defined]
     def step(self: Any, model_output: Tensor, timestep: Any, sample: Tensor, *args: Any, **kwargs: Any) -> Any:
-        """Keep the prediction, and go on to the next scheduler as if this one had done nothing, until all have theirs."""
+        """Capture the prediction and return the sample unchanged; once all awaited streams have captured one, stop the call."""
         self.captured = model_output
         if all(number < len(self.streams) and self.streams[number].captured is not None for number in self._awaited):
             raise ReplayStop
         return SchedulerOutput(prev_sample=sample) if kwargs.get("return_dict", True) else (sample,)
 
     def deepcopy(self: Any, memo: dict[int, Any]) -> Any:
-        """A pipeline copies its scheduler to step something beside its latents."""
+        """Copy the probe as a further stream: a pipeline copies its scheduler to step a second latent (such as audio)."""
         twin = copy.copy(self)
         twin._scheduler, twin.captured = copy.copy(self._scheduler), None
         self.streams.append(twin)
@@ -152,11 +161,17 @@ def _copy_tables(probe: Any) -> None:
 
 
 def make_probe(cls: Any, scheduler: Any, visit: tuple[int, ...] | None, awaited: tuple[int, ...] = ()) -> Any:
-    """A stand-in for `scheduler` that visits the given positions of its grid (see `ReplayedTimesteps`).
+    """A stand-in for `scheduler` that visits the given positions of its grid.
 
-    Its `streams` are itself and the copies that the pipeline makes of it, in their order. A `step` keeps the model output as
-    `captured`, and stops the call when those of the numbers in `awaited` have one. With `visit=None` its `set_timesteps` sets
-    the tables of `scheduler` itself; otherwise they are taken as they are. `cls` is `probe_class(type(scheduler))`, made once.
+    The probe's list `streams` holds the probe and the copies that the pipeline makes of it, in order. `step` stores the model
+    output in the stream's `captured`.
+
+    Args:
+        cls: `probe_class(type(scheduler))`; the caller creates it once, for all probes.
+        scheduler: the memoryless scheduler. With `visit=None` the probe's `set_timesteps` sets the tables of this scheduler;
+            otherwise its tables are used as they are.
+        visit: see `ReplayedTimesteps`.
+        awaited: indices into `streams`. `step` stops the call when each of these streams has captured a model output.
     """
     probe = object.__new__(cls)
     probe._scheduler, probe._visit, probe._awaited, probe.streams = scheduler, visit, awaited, [probe]
@@ -166,9 +181,10 @@ def make_probe(cls: Any, scheduler: Any, visit: tuple[int, ...] | None, awaited:
 
 @dataclass(frozen=True)
 class RecordedStep:
-    """One call of `scheduler.step`, made by the pipeline itself, for the B samples of the batch.
+    """The arguments and the result of one `scheduler.step` in the pipeline's own call.
 
-    Where several latents are stepped, one call of each scheduler, with the tensors as `joined`.
+    The tensors have shape (B, …). If the pipeline steps several latents, they are those of one call of each scheduler, as one
+    tensor (B, N) (see `joined`).
     """
 
     model_output: Tensor
@@ -178,10 +194,10 @@ class RecordedStep:
 
 
 def joined_steps(recorder: Any) -> list[RecordedStep]:
-    """What the streams of a recorder have in their records, as one record.
+    """Combine the records of a recorder's streams into one, step by step.
 
     Raises:
-        ValueError: if they have not stepped in turns, at the same timesteps, on the same noise levels.
+        ValueError: if the streams differ in their number of steps, their timesteps or their noise levels.
     """
     streams = [stream for stream in recorder.streams if stream.record]
     if len({len(stream.record) for stream in streams}) > 1:
@@ -205,26 +221,33 @@ def joined_steps(recorder: Any) -> list[RecordedStep]:
 def make_recorder(
     scheduler: Any, generators: list[torch.Generator], stop_after: int | None = None, kept: int | None = None
 ) -> Any:
-    """A copy of `scheduler` that does its work, keeps the last `kept` steps in `record`, and stops the call after `stop_after`.
+    """A copy of `scheduler` that steps as usual and records its steps.
 
-    Its `streams` are itself and the copies that the pipeline makes of it, in their order, each with a record of its own. All have
-    to be at `stop_after` for the call to stop, or one beyond it: a copy may be made for nothing.
+    The recorder's list `streams` holds the recorder and the copies that the pipeline makes of it, in order. Each has a `record`
+    of its own.
 
-    The noise comes from copies of the generators, whatever the pipeline passes: whether the call's own ones move on during the
-    loop would differ from pipeline to pipeline, and with it what its decoder draws. The streams draw from them in turns.
+    The step noise comes from copies of the generators, whatever generator the pipeline passes. Otherwise it would depend on the
+    pipeline whether the loop advances the call's own generators, and so what its decoder draws. The streams share the copies.
 
-    A pipeline that carries a batch doubled for guidance hands 2 B samples to `step`, of which the first B count.
+    Some pipelines double the batch for guidance and pass 2 B samples to `step`; the first B are used.
+
+    Args:
+        scheduler: the scheduler; it is not modified.
+        generators: B generators.
+        stop_after: stops the call when all streams have taken this many steps. It also stops when one stream starts a further
+            step, because the pipeline may make a copy that it never steps. `None` never stops it.
+        kept: how many of the last steps each record keeps; `None` for all.
     """
     scheduler_class, batch_size, noise = type(scheduler), len(generators), copied(generators)
 
     @functools.wraps(scheduler_class.step)
     def step(self: Any, model_output: Tensor, timestep: Any, sample: Tensor, *args: Any, **kwargs: Any) -> Any:
-        """The scheduler's own step on the first B samples, recorded, and repeated for the copies."""
+        """Take the scheduler's own step for the first B samples, record it, and repeat the result for a doubled batch."""
         if self.steps == stop_after:
             raise ReplayStop
         as_output, copies = kwargs.pop("return_dict", True), len(sample) // batch_size
         kwargs["generator"] = noise
-        before = model_output[:batch_size].clone(), sample[:batch_size].clone()  # the pipeline may go on to write into them
+        before = model_output[:batch_size].clone(), sample[:batch_size].clone()  # the pipeline may write into them later
         after = scheduler_class.step(self, before[0], timestep, before[1], *args, return_dict=False, **kwargs)[0]
         self.record.append(RecordedStep(*before, after, timestep))
         self.steps += 1
