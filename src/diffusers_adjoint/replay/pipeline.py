@@ -1,8 +1,8 @@
 """Replay of a diffusers pipeline: its own `__call__` as prepare → x_0, predict → m(x, t_k), decode → images.
 
-Every pipeline hands its guided prediction to `scheduler.step`. With a scheduler that catches it (`stand_in.py`), the pipeline's
-call, taken out of `torch.no_grad`, is the differentiable function that Adjoint Matching needs, whatever the network, its
-guidance and its latents look like. Text encodings and starting latents are recorded once and replayed.
+Every pipeline passes its guided prediction to `scheduler.step`. Replay runs the pipeline's call without `torch.no_grad`, on a
+scheduler that captures this prediction (`stand_in.py`). This gives the differentiable function that Adjoint Matching needs, for
+any network, guidance and latent layout. Text encodings and initial latents are recorded once and replayed.
 """
 
 from __future__ import annotations
@@ -46,26 +46,28 @@ class PipelineReplay:
     """A pipeline's own code as prepare, predict and decode.
 
     Args:
-        pipeline: with a transformer or a UNet, modular or not; of its state only the modes of its denoisers are set (no dropout).
-        scheduler: memoryless scheduler that the pipeline's code sees in place of its own; `prepare` sets its tables.
-        num_inference_steps: K.
-        guidance_scale: classifier-free guidance, 1 for none, or the scale that a distilled network takes as an input.
+        pipeline: a pipeline with a transformer or a UNet, modular or not. Its denoisers are set to evaluation mode (no dropout);
+            nothing else of it is modified.
+        scheduler: the memoryless scheduler that replaces the pipeline's own; `prepare` sets its tables.
+        num_inference_steps: K, the number of steps of the full grid.
+        guidance_scale: scale of classifier-free guidance, 1 for none; or the scale that a guidance-distilled network takes as an
+            input.
         pipeline_kwargs: further arguments of every call (height, max_sequence_length, …).
         component: name of the denoiser to train; `None` for the one that diffusers puts LoRA on.
-        chooses_frames: whether `decode` is going to be asked for some frames of a video only.
+        chooses_frames: whether `decode` will be called for a subset of a video's frames.
 
     Attributes:
         component: the denoiser's name in the pipeline.
         denoisers: names of all networks that may predict; a pipeline may have a second one for its later steps.
         arguments: the arguments of the pipeline's `__call__`.
-        num_inference_steps: K of the last `prepare`: as asked for, or the length of `sigmas` where these are given.
-        guides_itself: whether guidance acts that no scale switches off; of `find_guidance`.
-        guidance_is_distilled: whether the network is asked for the predictions of a guided one, by a scale above 1.
-        frame_layout: which frames the VAE makes of which latent frames; of `find_frames`, without which it is `None`.
+        num_inference_steps: K of the last `prepare`: the number given, or the length of `sigmas` if the call has these.
+        guides_itself: whether the call guides although no guidance scale is set; set by `find_guidance`.
+        guidance_is_distilled: whether the network takes the guidance scale as an input, and the scale is above 1.
+        frame_layout: which frames the VAE decodes from which latent frames; `None` until `find_frames` sets it.
 
     Raises:
-        TypeError: if `pipeline` is no diffusers pipeline.
-        ValueError: if it cannot be replayed, or does not take an argument given here.
+        TypeError: if `pipeline` is not a diffusers pipeline.
+        ValueError: if it cannot be replayed, or does not accept an argument given here.
     """
 
     def __init__(
@@ -87,7 +89,7 @@ class PipelineReplay:
             set_differentiable(getattr(pipeline, name))
         self._calls = PipelineCalls(pipeline, self.component)
         self._probe_class = probe_class(type(scheduler))
-        self._origins = {0: Origin(self._calls.call.source)}  # of what is stepped by the scheduler and its copies, by number
+        self._origins = {0: Origin(self._calls.call.source)}  # number of a scheduler, or of a copy → its latents
         self._state_is_found = False
         self._first = 0
         self.guides_itself = False
@@ -112,12 +114,12 @@ class PipelineReplay:
 
     @property
     def modular_call(self) -> ModularCall | None:
-        """How a modular pipeline is called; `None` for others."""
+        """The call of a modular pipeline; `None` for other pipelines."""
         call = self._calls.call
         return call if isinstance(call, ModularCall) else None
 
     def not_loaded(self, columns: dict[str, list[Any]]) -> list[str]:
-        """Names of components that a modular pipeline's blocks may need for these columns, and that have no weights yet."""
+        """Names of the components that a modular pipeline's blocks may need for these columns, and that are not loaded."""
         if self.modular_call is None:
             return []
         arguments = self.arguments(columns, len(next(iter(columns.values()), [None])))
@@ -125,27 +127,27 @@ class PipelineReplay:
 
     @property
     def exchanges_processors(self) -> bool:
-        """Whether the attention processors of the loop are not those of the network."""
+        """Whether the pipeline replaces the attention processors during its loop, as for perturbed attention."""
         return self._calls.call.exchanges_processors
 
     @property
     def runs_safety_checker(self) -> bool:
-        """Whether its call hands images to a safety checker, with or without gradient."""
+        """Whether the call runs a safety checker on its images, even when replayed."""
         return self._calls.call.insists_on_safety_checker and self.pipeline.safety_checker is not None
 
     @property
     def makes_audio(self) -> bool:
-        """Whether it makes a sound with its videos."""
+        """Whether the pipeline makes sound along with its videos."""
         return AUDIO in self._calls.call.outputs[1:]
 
     @property
     def embeds_guidance(self) -> bool:
-        """Whether the guidance scale is an input of the (distilled) network, a condition rather than guidance."""
+        """Whether the guidance scale is an input of the network (guidance distillation), and not classifier-free guidance."""
         return bool(getattr(self.pipeline, self.component).config.get("guidance_embeds", False))
 
     @contextmanager
     def on(self, scheduler: Any) -> Iterator[None]:
-        """Within this context another memoryless scheduler of this class stands in, with its grid until the next `prepare`."""
+        """Within this context, use another memoryless scheduler of the same class, on its own grid until the next `prepare`."""
         own, self.scheduler = self.scheduler, scheduler
         try:
             yield
@@ -156,53 +158,53 @@ class PipelineReplay:
 
     @property
     def timesteps(self) -> Tensor:
-        """Of the steps that the pipeline takes, shape (K',): K' = K, or fewer where it starts below full noise."""
+        """Timesteps of the steps that the pipeline takes, shape (K',). K' = K, or less if it starts below full noise."""
         return self.scheduler.timesteps[self._first :]
 
     @property
     def stds(self) -> Tensor:
-        """s_k of these steps, shape (K',), float64, CPU."""
+        """Noise std s_k of each of these steps, shape (K',), float64, CPU."""
         return self.scheduler.stds[self._first :]
 
     @property
     def starts_below_noise(self) -> bool:
-        """Whether the first steps are left out, as image-to-image pipelines do: x_0 then holds a part of the image."""
+        """Whether the pipeline skips the first steps, as image-to-image does; x_0 is then a noisy image, not pure noise."""
         return self._first > 0
 
     @property
     def gains(self) -> Tensor:
-        """g_k of these steps, as the scheduler's, shape (K',)."""
+        """g_k of these steps, shape (K',); see the scheduler's `gains`."""
         return self.scheduler.gains[self._first :]
 
     @property
     def posterior_stds(self) -> Tensor:
-        """Of these steps, as the scheduler's, shape (K',)."""
+        """Posterior std of each of these steps, shape (K',); see the scheduler's `posterior_stds`."""
         return self.scheduler.posterior_stds[self._first :]
 
     @property
     def levels(self) -> Tensor:
-        """α_k and β_k of these steps, as the scheduler's, shape (2, K')."""
+        """α_k and β_k of these steps, shape (2, K'); see the scheduler's `levels`."""
         return self.scheduler.levels[:, self._first :]
 
     @property
     def times(self) -> Tensor:
-        """t_k of these steps, as the scheduler's, shape (K',)."""
+        """t_k of these steps, shape (K',); see the scheduler's `times`."""
         return self.scheduler.times[self._first :]
 
     def transition(self, model_output: Tensor, x: Tensor, index: int) -> Transition:
-        """Law of the next state at step `index` of these."""
+        """Distribution of the next state at step `index` (0 ≤ index < K')."""
         return self.scheduler.transition(model_output, x, self._first + index)
 
     def noised(self, clean: Tensor, noise: Tensor, index: int) -> Tensor:
-        """Clean data at the noise level of step `index` of these."""
+        """Clean data, noised to the level of step `index` (0 ≤ index < K')."""
         return self.scheduler.noised(clean, noise, self._first + index)
 
     def toward(self, clean: Tensor, x: Tensor, index: int) -> Tensor:
-        """The mean that step `index` of these has from x when the clean prediction is `clean`."""
+        """Mean of step `index` (0 ≤ index < K') from x if the clean prediction is `clean`."""
         return self.scheduler.toward(clean, x, self._first + index)
 
     def clean(self, mean: Tensor, x: Tensor, index: int) -> Tensor:
-        """The clean prediction that gives step `index` of these this mean."""
+        """The clean prediction for which step `index` (0 ≤ index < K') from x has this mean."""
         return self.scheduler.clean(mean, x, self._first + index)
 
     # --------------------------------------------------------------------------------------- prepare, predict, decode
@@ -218,18 +220,19 @@ class PipelineReplay:
         """Run the pipeline's call up to its loop: encode the prompts, draw x_0, set the scheduler's tables.
 
         Args:
-            columns: a list of B values for each per-sample argument of the pipeline's `__call__`, "prompt" among them; other
-                columns are left alone.
-            generators: B generators, one a sample, so that a sample's x_0 does not depend on the batch it is in.
-            guided, unguided: which of both `predict` is going to be asked for. A text is encoded once for both.
+            columns: name → list of B values, for each per-sample argument of the pipeline's `__call__`, including "prompt".
+                Other columns are ignored.
+            generators: B generators, one for each sample, so that a sample's x_0 does not depend on the rest of its batch.
+            guided, unguided: whether `predict` will be called for guided, and for unguided, predictions. A text is encoded once
+                for both.
 
         Returns:
             x_0 of shape (B, …) in float32 (float64 for a float64 pipeline), and the conditioning for `predict` and `decode`.
 
         Raises:
-            ValueError: if the columns do not fit the pipeline's call, or its loop cannot be followed.
+            ValueError: if the columns do not fit the pipeline's call, or its loop cannot be replayed.
         """
-        # Some pipelines prepare differently without guidance, so each is a dry run of its own, with the same random numbers.
+        # Some pipelines prepare differently without guidance, so each mode has its own dry run, with the same random numbers.
         texts: dict[str, list[Any]] = {}
         before = copied(generators)
         recordings: dict[bool, Recording] = {}
@@ -254,38 +257,40 @@ class PipelineReplay:
         denoiser: nn.Module | None = None,
         grid: Any = None,
     ) -> Tensor:
-        """m(x, t_index): what the pipeline hands to `scheduler.step` when its loop is at `index` with the latents x.
+        """m(x, t_index): the model output that the pipeline passes to `scheduler.step` at step `index` for the latents x.
 
-        Differentiable in x and in the denoiser's parameters; evaluates the denoiser as often as the pipeline does in one step.
+        It is differentiable in x and in the denoiser's parameters. The denoiser is evaluated as often as in one step of the
+        pipeline.
 
         Args:
-            x: shape (B, …) as `prepare` gives it; rounded to the pipeline's own dtype on the way in.
-            index: step of the grid, 0 ≤ index < K'.
-            conditioning: of the last `prepare` (the scheduler's tables are those of the last one).
-            guided: False sets the guidance scales to none; the embedding of a distilled guidance stays.
-            denoiser: module to run in place of the pipeline's: a frozen copy, a wrapper around the pipeline's own, …
-            grid: the scheduler with another level at `index`, of its `ending_at`; `None` for the scheduler itself.
+            x: the state, shape (B, …) as x_0 of `prepare`; it is rounded to the pipeline's dtype.
+            index: the step, 0 ≤ index < K'.
+            conditioning: result of the last `prepare` (each `prepare` sets the scheduler's tables anew).
+            guided: False switches off guidance by its scales; the scale that a distilled network takes as an input is kept.
+            denoiser: module that replaces the pipeline's denoiser, such as a frozen copy, or a wrapper around the original.
+            grid: the scheduler with another noise level at `index`, from its `ending_at`; `None` for the scheduler itself.
 
         Returns:
-            The model output, shape (B, …), in the dtype that the pipeline computes it in.
+            The model output, shape (B, …), in the dtype in which the pipeline computes it.
 
         Raises:
-            ValueError: if the index is not on the grid or x has another shape than x_0.
+            ValueError: if the index is not on the grid, x does not have the shape of x_0, or the pipeline does not call
+                `scheduler.step` at this step.
         """
         steps = len(self.timesteps)
         if not 0 <= index < steps:
             raise ValueError(f"index={index} is not on the grid; pass 0 to {steps - 1}.")
-        # Counted from the end: a pipeline that leaves out the first steps moves the index, but not the distance to the end.
+        # Counted from the end: skipping the first steps changes a step's index, but not its distance to the end.
         given = grid or self.scheduler, (index - steps,), tuple(self._origins)
         probe = make_probe(self._probe_class, *given)
         recording, returns = conditioning.recording(guided), conditioning.returns_with(x, guided)
         with suppress(ReplayStop):
             self._calls.replayed(probe, recording, conditioning.generators, returns, x.device, denoiser)
-        # A pipeline that carries its batch doubled for guidance hands it over like that.
+        # A pipeline that doubles its batch for guidance may pass 2 B rows to `step`; the first B are the prediction.
         return joined([output[: len(x)] for output in self._captured(probe, index)])
 
     def _captured(self, probe: Any, index: int) -> list[Tensor]:
-        """What was handed to the scheduler, or to each of several."""
+        """The model outputs that the scheduler and its copies captured, one for each latent of the state."""
         streams = [probe.streams[number] for number in self._origins if number < len(probe.streams)]
         captured = [stream.captured for stream in streams if stream.captured is not None]
         if not captured:
@@ -295,22 +300,26 @@ class PipelineReplay:
         return captured
 
     def decode(self, x: Tensor, conditioning: Conditioning, frames: Sequence[int] | None = None) -> Tensor:
-        """Images of final latents x by the pipeline's own unpacking, VAE and post-processing; no denoiser evaluation.
+        """Decode final latents x by the pipeline's own unpacking, VAE and post-processing, without a denoiser evaluation.
 
         Args:
-            x: shape (B, …), data.
+            x: final latents, shape (B, …).
             conditioning: as for `predict`.
-            frames: numbers of the frames of a video that are wanted, ascending, after `find_frames`; `None` for all.
+            frames: indices of the video frames to decode, ascending; only after `find_frames`. `None` for all frames.
 
         Returns:
-            Images (B, 3, H, W) in [0, 1], videos (B, F, 3, H, W) or waveforms (B, …) in the pipeline's dtype, differentiable in
-            x (the pipeline clamps images: a saturated pixel has no gradient). The gradient is that of the whole decoding's same
-            frames. After `find_frames` it takes one more forward pass, and the memory of one slice, where the decoder has slices.
+            Images (B, 3, H, W) in [0, 1], videos (B, F, 3, H, W) or waveforms (B, …), in the pipeline's dtype. They are
+            differentiable in x, but the pipeline clamps images, so a saturated pixel has no gradient. Chosen frames have the
+            same gradient as in a decoding of the whole video. After `find_frames`, a decoder that works in slices needs one
+            more forward pass, but only the memory of one slice.
+
+        Raises:
+            ValueError: if x does not have the shape of x_0, or the pipeline calls `scheduler.step` outside its loop.
         """
         return self.decode_media(x, conditioning, frames).images
 
     def decode_media(self, x: Tensor, conditioning: Conditioning, frames: Sequence[int] | None = None) -> Media:
-        """As `decode`, with the sound where the pipeline makes one with its videos."""
+        """As `decode`, along with the sound of the videos if the pipeline makes it."""
         layout = self.frame_layout
         if layout is None:
             return self._decode(x, conditioning)
@@ -335,15 +344,16 @@ class PipelineReplay:
         *,
         guided: bool = True,
     ) -> Tensor:
-        """An ordinary call of the pipeline, its own scheduler, the same arguments: what a user of the pipeline sees.
+        """Sample by an ordinary call of the pipeline, with its own scheduler unless `noise` is given, and the same arguments.
 
         Args:
-            columns, generators: as for `prepare`; the generators also feed a stochastic scheduler.
-            noise: step noise of the memoryless scheduler, which takes the place of the pipeline's own if they are given.
-            guided: False sets the guidance scales to none.
+            columns, generators: as for `prepare`; a stochastic scheduler draws from the generators too.
+            noise: B generators for the step noise of the memoryless scheduler, which then replaces the pipeline's own; `None`
+                for the pipeline's scheduler.
+            guided: False switches off guidance by its scales.
 
         Returns:
-            Images (B, 3, H, W) in [0, 1] (videos, waveforms as `decode`), without graph.
+            Images (B, 3, H, W) in [0, 1], or videos or waveforms as from `decode`, without an autograd graph.
         """
         return self.sample_media(columns, generators, noise, guided=guided).images
 
@@ -355,11 +365,11 @@ class PipelineReplay:
         *,
         guided: bool = True,
     ) -> Media:
-        """As `sample`, with the sound where the pipeline makes one with its videos."""
+        """As `sample`, along with the sound of the videos if the pipeline makes it."""
         if noise is None:
             scheduler = copy.deepcopy(self.pipeline.scheduler)
             if isinstance(scheduler, MemorylessStep):
-                # Copies share their noise source. The user's own stays where it is: two calls then draw the same.
+                # A deep copy shares its noise source. A copied source leaves the user's unchanged, so two calls draw the same.
                 scheduler.set_generator(copy.deepcopy(scheduler.generator))
         else:
             scheduler = make_recorder(self.scheduler, noise, kept=1)
@@ -374,14 +384,19 @@ class PipelineReplay:
         stop_after: int | None = None,
         **arguments: Any,
     ) -> tuple[Media | None, list[RecordedStep]]:
-        """The pipeline's own, undisturbed `__call__` on the memoryless scheduler: what it makes, and what passed its steps.
+        """Sample by the pipeline's own, unchanged `__call__` on the memoryless scheduler, and record its steps.
 
         Args:
-            stop_after: leave after so many steps, with nothing made.
-            arguments: replace those of the call.
+            columns, generators: as for `prepare`.
+            guided: False switches off guidance by its scales.
+            stop_after: stop the call after this many steps; `None` for the whole call.
+            arguments: override arguments of the call.
+
+        Returns:
+            The output of the call, `None` if it was stopped; and its steps.
 
         Raises:
-            ValueError: if the steps of several schedulers are not those of one.
+            ValueError: if several schedulers differ in their number of steps, their timesteps or their noise levels.
         """
         recorder = make_recorder(self.scheduler, generators, stop_after)
         made, call = None, {**self.arguments(columns, len(generators), guided=guided), **arguments}
@@ -389,16 +404,19 @@ class PipelineReplay:
             made = self._calls.ordinary(recorder, call, generators)
         return made, self._steps_of(recorder)
 
-    # ------------------------------------------------------------------------------- which network acts, where x lies
+    # ----------------------------------------------------------------------------- networks, guidance, state and frames
 
     def idle_steps(self, x: Tensor, conditioning: Conditioning, *, guided: bool) -> list[int]:
-        """Steps at which another network than the trained one predicts; one evaluation a step where there are several.
+        """Indices of the steps at which the trained network is not evaluated, because the pipeline uses another one there.
+
+        If the pipeline has several networks, this takes one prediction for each step.
 
         Args:
             x: any state, shape (B, …).
+            conditioning, guided: as for `predict`.
 
         Raises:
-            ValueError: if these are all steps.
+            ValueError: if the trained network is not evaluated at any step.
         """
         idle = []
         for index in range(len(self.timesteps)) if len(self.denoisers) > 1 else ():
@@ -414,12 +432,14 @@ class PipelineReplay:
         return idle
 
     def looks_ahead(self, x: Tensor, conditioning: Conditioning, prediction: Tensor, *, guided: bool = True) -> bool:
-        """Whether the prediction depends on the timestep that its step goes to, as that of a distilled flow map does.
+        """Whether the prediction depends on the next timestep of the grid, as in a distilled flow map.
 
-        One evaluation.
+        This takes one prediction.
 
         Args:
-            x: any state, shape (B, …), prediction: that of the first step for it.
+            x: any state, shape (B, …).
+            conditioning, guided: as for `predict`.
+            prediction: m(x, t_0), shape (B, …).
         """
         grid = copy.copy(self.scheduler)
         grid.timesteps = grid.timesteps.clone()
@@ -428,26 +448,34 @@ class PipelineReplay:
             return not torch.equal(self.predict(x, 0, conditioning, guided=guided, grid=grid), prediction)
 
     def find_guidance(self, x: Tensor, conditioning: Conditioning) -> None:
-        """Find whether the call compares predictions though its guidance scales are none, as perturbed attention does.
+        """Set `guides_itself`: whether the call guides although no guidance scale is set, as perturbed attention does.
 
-        One evaluation. To be asked only where guidance may act in the loss: elsewhere the check at the start refuses it.
+        A call guides if it evaluates more than B rows in a step. This takes one prediction. Call it only if the loss uses guided
+        predictions and no guidance scale is set; for a loss without guidance the start check refuses such a pipeline.
 
         Args:
             x: any state, shape (B, …).
+            conditioning: as for `predict`.
         """
         with torch.no_grad(), counting_rows(*(getattr(self.pipeline, name) for name in self.denoisers)) as rows:
             self.predict(x, 0, conditioning)
         self.guides_itself = sum(rows) > len(x)
 
     def find_state(self, columns: dict[str, list[Any]], generators: list[torch.Generator], *, guided: bool = True) -> None:
-        """Find what the state is: the prepared latents, a part of them, or several; one step of the pipeline, or a few.
+        """Find which of the prepared latents make up the state, by one or a few first steps of the pipeline's call.
 
-        For pipelines that keep condition frames or channels in the same tensor, or unpack it before `scheduler.step` sees it: any
-        selection and order of its elements is found. And for those that step further latents with copies of their scheduler,
-        which a preparing method returned as they are. To be called before `prepare`.
+        Usually the state is the tensor of prepared latents. Some pipelines keep condition frames or channels in the same tensor,
+        or unpack it before `scheduler.step`: the state may then be any selection of its elements, in any order. Others step
+        several latents, each with a copy of their scheduler: each further latent must be the output of a prepare_… method.
+
+        Call this before `prepare`.
+
+        Args:
+            columns, generators: as for `prepare`.
+            guided: False switches off guidance by its scales.
 
         Raises:
-            ValueError: if a copy of the scheduler steps something else.
+            ValueError: if a copy of the scheduler steps a tensor that no prepare_… method returned.
         """
         source = self._calls.call.source
         if source == "randn_tensor":
@@ -474,7 +502,7 @@ class PipelineReplay:
     def _first_samples(
         self, arguments: dict[str, Any], generators: list[torch.Generator], latents: Preparations | Numbering
     ) -> dict[int, Tensor]:
-        """What the pipeline's own call first hands to `step` of its scheduler, and of copies of it, by their numbers."""
+        """Number of a scheduler (0, then its copies) → the first sample that the pipeline's own call passes to its `step`."""
         recorder = make_recorder(self.scheduler, generators, stop_after=1)
         with suppress(ReplayStop):
             self._calls.ordinary(recorder, arguments, generators, latents)
@@ -494,13 +522,14 @@ class PipelineReplay:
         )
 
     def find_frames(self, x: Tensor, conditioning: Conditioning) -> None:
-        """Find which frames of a video its VAE can decode without the others, by a few decodings without gradient.
+        """Set `frame_layout`: which frames the VAE can decode separately. This takes a few decodings without gradient.
 
         Args:
             x: any state, shape (B, …).
+            conditioning: as for `predict`.
 
         Raises:
-            ValueError: if there are no frames to choose from, or they cannot be told apart.
+            ValueError: if the pipeline makes no video by a VAE, or its frames cannot be decoded separately.
         """
         found: list[FrameLayout] = []
         with torch.no_grad():
@@ -525,7 +554,7 @@ class PipelineReplay:
     def _dry_run(
         self, columns: dict[str, list[Any]], generators: list[torch.Generator], texts: dict[str, list[Any]], *, guided: bool
     ) -> Recording:
-        """The call up to its loop, with what its preparing methods return."""
+        """Run the call up to its loop, record its preparing methods, and set the grid."""
         arguments = self.arguments(columns, len(generators), guided=guided)
         probe = make_probe(self._probe_class, self.scheduler, visit=None)
         kept, recording = self._calls.up_to_loop(probe, arguments, generators, texts)
