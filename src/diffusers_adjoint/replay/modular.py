@@ -1,7 +1,7 @@
-"""A modular pipeline's blocks as one call, which can be stopped before its loop, let into it at one step, and go on after it.
+"""Call a modular pipeline: its blocks as one function that can be stopped before its loop, and replayed from there.
 
-A `ModularPipeline` has no code of its own: blocks, which it chooses by its inputs, run one after the other on a state. One of
-them loops over the timesteps, and the blocks before it are preparation.
+A `ModularPipeline` chooses blocks by its inputs and runs them one after the other on a state. One of these blocks loops over
+the timesteps. The blocks before it prepare, and those after it decode.
 """
 
 from __future__ import annotations
@@ -21,27 +21,29 @@ from .stand_in import ReplayedTimesteps, StandIn, replayable
 
 __all__ = ["ModularCall"]
 
-LATENTS = "latents"  # as blocks call the state, from the one that draws it to the one that decodes it
+LATENTS = "latents"  # name of x in the state of the blocks, from the block that draws it to the block that decodes it
 SCALE = "guidance_scale"
 
 
 class ModularCall:
-    """The call of a modular pipeline; what `PlainCall` is for the others.
+    """The call of a modular pipeline; it corresponds to `PlainCall` for other pipelines.
 
-    Guidance is the affair of components there, the guiders, and no argument of the call. Here `guidance_scale` sets the guider
-    ("guidance_scale_2" that of the name "guider_2", "audio_guidance_scale" the "audio_guider"; without them `guidance_scale` is
-    that of all). 1 switches it off for the loop, whatever else it compares; the blocks before the loop see it as the pipeline has
-    it, since some fail where nothing is going to be compared. Any other scale switches it on for all of them. The pipeline's own
-    guiders stay as they are.
+    A modular pipeline guides by components, the guiders, and its call has no argument for the scale. Here the argument
+    `guidance_scale` sets the scale of the "guider", "guidance_scale_2" that of "guider_2", and "audio_guidance_scale" that of
+    "audio_guider". A guider whose own argument is missing takes `guidance_scale`.
+
+    A scale of 1 disables the guider for the loop, including any other comparison that it makes. The blocks before the loop still
+    see the guider as the pipeline has it, because some fail without guidance. Any other scale enables the guider for all blocks.
+    The pipeline's own guiders are not modified.
 
     Args:
-        pipeline: never written to.
+        pipeline: the pipeline; it is not modified.
 
     Attributes:
         source, insists_on_safety_checker, exchanges_processors, loggers, outputs, randn_tensor: as in `PlainCall`.
 
     Raises:
-        ValueError: if no block hands anything to `scheduler.step`.
+        ValueError: if no block calls `scheduler.step`.
     """
 
     source = "prepare_latents"
@@ -51,7 +53,7 @@ class ModularCall:
 
     def __init__(self, pipeline: ModularPipeline) -> None:
         self._name = type(pipeline).__name__
-        self._blocks = pipeline.blocks  # a copy
+        self._blocks = pipeline.blocks  # diffusers returns a copy, so changing it leaves the pipeline as it is
         for block in _all_blocks(self._blocks):
             if isinstance(block, LoopSequentialPipelineBlocks):
                 block.set_progress_bar_config(disable=True)
@@ -63,7 +65,7 @@ class ModularCall:
         self._scale_of = {name: _scale_of(name, guider) for name, guider in _guiders(pipeline).items()}
         self.__signature__ = _signature(self._blocks, [scale for scale in self._scale_of.values() if scale is not None])
         self._taken = frozenset(given.name or given.kwargs_type for given in self._blocks.inputs)
-        self._chosen_for: dict[frozenset[str], list[ModularPipelineBlocks]] = {}  # blocks choose by what is there
+        self._chosen_for: dict[frozenset[str], list[ModularPipelineBlocks]] = {}  # blocks are chosen by which inputs are given
         self.outputs = tuple(made.name for made in self._blocks.intermediate_outputs)
         modules = {type(block).__module__ for block in _all_blocks(self._blocks)}
         self.loggers = [logging.getLogger(name) for name in sorted(modules)]
@@ -72,7 +74,7 @@ class ModularCall:
         return type(pipeline_class.__name__, (_ModularView, pipeline_class), {})
 
     def undisturbed(self, view: Any, **arguments: Any) -> Media:
-        """The pipeline's own call, of which the view learns when the loop starts."""
+        """Run the pipeline's own call; only `enter_loop` of the view is added before its loop."""
         inputs = self._inputs(view, arguments)
         view.__dict__["_blocks"] = self._hooked
         images, audio = self.output(inputs), AUDIO if AUDIO in self.outputs else None
@@ -80,7 +82,7 @@ class ModularCall:
         return Media(made[images], made.get(AUDIO))
 
     def __call__(self, view: Any, randn_tensor: None = None, **arguments: Any) -> Media:
-        """The same blocks, out of `torch.no_grad`, from the first to the last."""
+        """Run the same blocks without `torch.no_grad`; those before the loop run in `prepare_state`, which can be replayed."""
         inputs = self._inputs(view, arguments)
         chosen = self._chosen(inputs)
         start = next(index for index, block in enumerate(chosen) if _steps(block))
@@ -88,9 +90,9 @@ class ModularCall:
         state = PipelineState(*view.prepare_state(self._blocks, blocks[:start], inputs))
         grid = view.scheduler.timesteps
         for name, value in state.values.items():
-            if isinstance(value, ReplayedTimesteps):  # of the grid that was recorded, cut at its start where an image is given
+            if isinstance(value, ReplayedTimesteps):  # the recorded grid, without its first steps if an image is given
                 state.values[name] = grid[len(grid) - len(value) :]
-            elif isinstance(value, StandIn):  # a copy that a block made to step a second latent
+            elif isinstance(value, StandIn):  # a copy that a block made of the scheduler, for a second latent
                 state.values[name] = copy.deepcopy(view.scheduler)
         state.values.update({name: inputs[name] for name in ("generator",) if name in inputs})
         view.enter_loop(state)
@@ -99,11 +101,11 @@ class ModularCall:
         return Media(state.get(self.output(inputs)), state.get(AUDIO) if AUDIO in self.outputs else None)
 
     def inputs(self, arguments: Mapping[str, Any]) -> dict[str, Any]:
-        """Those of the arguments that the pipeline's own call takes."""
+        """The arguments that the pipeline's own call accepts."""
         return {name: value for name, value in arguments.items() if name in self._taken}
 
     def scales(self, arguments: Mapping[str, Any]) -> dict[str, float]:
-        """Name of a guider → the scale that the arguments set it to, 1 for off."""
+        """Name of a guider → its scale by these arguments; 1 disables it."""
         scales = {}
         for name, option in self._scale_of.items():
             scale = 1.0 if option is None else arguments.get(option)
@@ -111,14 +113,14 @@ class ModularCall:
         return scales
 
     def output(self, arguments: Mapping[str, Any]) -> str:
-        """Name of the images in the state: the first that the last block makes, but for their sound."""
+        """Name of the images in the state: the first output after the loop, from the last block, that is not sound or latents."""
         blocks = self._chosen(self.inputs(arguments))
         start = next(index for index, block in enumerate(blocks) if _steps(block))
         made = [made.name for block in reversed(blocks[start + 1 :]) for made in block.intermediate_outputs]
         return next((name for name in made if name != AUDIO and not name.endswith(LATENTS)), made[0])
 
     def _inputs(self, view: Any, arguments: Mapping[str, Any]) -> dict[str, Any]:
-        """The arguments that blocks take, after the guiders of the view are set to the scales among them."""
+        """Set the guiders of the view to the scales among the arguments, and return the arguments that the blocks accept."""
         off = []
         for name, scale in self.scales(arguments).items():
             guider = view.__dict__[name] = copy.copy(getattr(view, name))
@@ -131,16 +133,16 @@ class ModularCall:
         return self.inputs(arguments)
 
     def not_loaded(self, pipeline: ModularPipeline, arguments: Mapping[str, Any]) -> list[str]:
-        """Names of the components that the blocks for these arguments name and the pipeline does not have."""
+        """Names of the components that the blocks for these arguments expect and the pipeline has not loaded."""
         blocks = self._chosen(self.inputs(arguments))
         named = {component.name for block in blocks for component in block.expected_components}
         return [name for name in pipeline.null_component_names if name in named]
 
     def _chosen(self, inputs: Mapping[str, Any]) -> list[ModularPipelineBlocks]:
-        """The blocks that run for these inputs, in their order; one that loops is not taken apart.
+        """The blocks that run for these inputs, in order; a block that loops counts as one.
 
         Raises:
-            ValueError: if an input is missing, or none of them loops.
+            ValueError: if a required input is missing, if the number of blocks that loop is not 1, or if the last block loops.
         """
         given = {name: value for name, value in inputs.items() if value is not None}
         if frozenset(given) not in self._chosen_for:
@@ -166,18 +168,22 @@ class ModularCall:
 
 
 class _ModularView:
-    """The two places of the call that are recorded and replayed, as methods like those of other pipelines."""
+    """Mixin for the view's class: the parts of the call that are recorded and replayed, as methods like other pipelines have."""
 
     _guiders_off: list[BaseGuidance]
 
     def prepare_state(
         self, whole: ModularPipelineBlocks, blocks: list[ModularPipelineBlocks], inputs: Mapping[str, Any]
     ) -> tuple[dict[str, Any], dict[str, list[str]]]:
-        """What the state holds before the loop, and the names in each of its groups.
+        """Run the blocks before the loop.
 
         Args:
             whole: all blocks of the pipeline.
-            blocks: those that run before the loop.
+            blocks: the blocks before the loop.
+            inputs: the inputs of the call.
+
+        Returns:
+            The values of the state before the loop, by name; and for each group of inputs, the names in it.
         """
         start = copy.copy(self)
         start.__dict__["_blocks"] = _Nothing(whole)
@@ -187,18 +193,18 @@ class _ModularView:
         return state.values, state.kwargs_mapping
 
     def prepare_latents(self, latents: Any) -> Any:
-        """The latents with which the loop starts."""
+        """Return the initial latents unchanged; recording and replay replace this method."""
         return latents
 
     def prepare_further(self, latents: Any) -> Any:
-        """Other latents of the state; a second scheduler may step them."""
+        """The same for other latents of the state, which a second scheduler may step."""
         return latents
 
     def enter_loop(self, state: PipelineState) -> None:
-        """What comes between the blocks before the loop and the one that loops.
+        """Called right before the block that loops: disables the guiders with scale 1, and calls the prepare_… methods.
 
         Raises:
-            ValueError: if there are no latents yet.
+            ValueError: if the state has no latents yet.
         """
         if state.values.get(LATENTS) is None:
             raise ValueError(
@@ -207,7 +213,7 @@ class _ModularView:
             )
         for guider in self._guiders_off:
             guider.disable()
-            if SCALE in guider.config:  # some blocks switch it on again, so the scale is one of no guidance as well
+            if SCALE in guider.config:  # some blocks enable it again, so its scale is set to no guidance too
                 guider.guidance_scale = 0.0 if guider.config.get("use_original_formulation") else 1.0
         state.values[LATENTS] = self.prepare_latents(state.values[LATENTS])
         for name, value in state.values.items():
@@ -216,7 +222,7 @@ class _ModularView:
 
 
 class _Nothing:
-    """In place of a pipeline's blocks: what is left of its call is the state that they start from."""
+    """Replaces a pipeline's blocks by none, so that its call returns the initial state."""
 
     def __init__(self, blocks: ModularPipelineBlocks) -> None:
         self.inputs = blocks.inputs
@@ -236,7 +242,7 @@ def _all_blocks(block: ModularPipelineBlocks) -> Iterator[ModularPipelineBlocks]
 
 
 def _steps(block: ModularPipelineBlocks) -> bool:
-    """Whether a block, or a part of its loop, hands something to `scheduler.step`."""
+    """Whether a block that counts as one, or a part of its loop, calls `scheduler.step`."""
     if not _is_leaf(block):
         return False
     calls = [inspect.unwrap(type(part).__call__) for part in _all_blocks(block)]
@@ -244,9 +250,9 @@ def _steps(block: ModularPipelineBlocks) -> bool:
 
 
 def _hooked(blocks: ModularPipelineBlocks) -> ModularPipelineBlocks:
-    """A copy in which the block that loops tells the pipeline so first."""
+    """A copy in which the block that loops calls `enter_loop` of the pipeline first."""
     blocks = copy.deepcopy(blocks)
-    every = {id(block): block for block in _all_blocks(blocks)}  # workflows share blocks
+    every = {id(block): block for block in _all_blocks(blocks)}  # workflows share blocks, so each is taken once
     inside = {id(part) for block in every.values() if _is_leaf(block) for part in block.sub_blocks.values()}
     for number, block in every.items():
         if _steps(block) and number not in inside:
@@ -264,7 +270,7 @@ def _hooked_class(cls: Any) -> Any:
 
 
 def _replayable(block: ModularPipelineBlocks) -> ModularPipelineBlocks:
-    """A copy of a block out of `torch.no_grad`, with its parts, whose loop goes where it is sent."""
+    """A copy of a block and its parts without `torch.no_grad`, whose loop visits only the chosen steps (see `replayable`)."""
     rebuilt = copy.copy(block)
     rebuilt.__class__ = _replayable_class(cast(Any, type(block)))
     rebuilt.sub_blocks = type(block.sub_blocks)({name: _replayable(part) for name, part in block.sub_blocks.items()})
@@ -274,7 +280,7 @@ def _replayable(block: ModularPipelineBlocks) -> ModularPipelineBlocks:
 @functools.cache
 def _replayable_class(cls: Any) -> Any:
     def set_block_state(self: Any, state: PipelineState, block_state: Any) -> None:
-        """A loop that no step is taken of lacks what a step makes: that stays as it is."""
+        """A loop without a step does not compute all of the block's outputs; the missing ones keep their value in the state."""
         for name in self.intermediate_output_names:
             if name not in vars(block_state):
                 block_state[name] = state.get(name)
@@ -289,16 +295,17 @@ def _guiders(pipeline: ModularPipeline) -> dict[str, BaseGuidance]:
 
 
 def _scale_of(name: str, guider: BaseGuidance) -> str | None:
-    """The argument that stands for the scale of this guider; `None` if it has no scale or another name."""
+    """Name of the argument that sets this guider's scale; `None` if it has no scale, or a name without "guider"."""
     if not {"guider"} & set(name.split("_")) or SCALE not in guider.config:
         return None
     return name.replace("guider", SCALE)
 
 
 def _signature(blocks: ModularPipelineBlocks, scales: list[str]) -> inspect.Signature:
-    """What the pipeline can be called with, as other pipelines say it in the signature of their `__call__`.
+    """The signature of the pipeline's call, like the signature of `__call__` of other pipelines.
 
-    A group of inputs has one entry, a dict. Which inputs are needed depends on the blocks that the others choose: none is here.
+    A group of inputs is one parameter, a dict. Every parameter has a default, because which inputs are required depends on the
+    blocks, and these on the other inputs.
     """
     parameters: dict[str, inspect.Parameter] = {}
     for given in blocks.inputs:
