@@ -1,4 +1,4 @@
-"""A copy of the pipeline that shares its networks and owns everything else, so that replay does not change the user's object."""
+"""Views: copies of a pipeline that share its networks and own whatever replay changes, so the user's object is not modified."""
 
 from __future__ import annotations
 
@@ -39,17 +39,19 @@ DENOISERS = ("transformer", "unet", "transformer_2")
 
 
 def denoiser_names(pipeline: DiffusionPipeline | ModularPipeline, component: str | None = None) -> list[str]:
-    """Names of the networks that may predict for the pipeline, after a check that it can be replayed at all.
+    """Check that a pipeline can be replayed, and return the names of its denoisers.
 
-    The first is the one that diffusers puts LoRA on. Pipelines exist with a second one for the later steps, or for the
-    predictions without a prompt, and a network may have any name, by which it is asked for.
+    The first name is the denoiser that diffusers puts LoRA on. Some pipelines have a second denoiser, for the later steps or for
+    the predictions without a prompt.
 
     Args:
-        component: name of one to train; `None` for the first.
+        pipeline: the pipeline.
+        component: name of the denoiser to train, any `ModelMixin` of the pipeline; `None` for the first.
 
     Raises:
-        TypeError: if it is no diffusers pipeline.
-        ValueError: if it has no scheduler, no denoiser, or one that is wrapped, cached or offloaded.
+        TypeError: if `pipeline` is not a diffusers pipeline.
+        ValueError: if the pipeline has no scheduler or no denoiser (or a modular pipeline has not loaded it), or if a denoiser is
+            compiled, wrapped, cached or offloaded.
     """
     if not isinstance(pipeline, DiffusionPipeline | ModularPipeline):
         raise TypeError(f"the pipeline is a {type(pipeline).__name__}; pass a diffusers DiffusionPipeline or ModularPipeline.")
@@ -72,7 +74,7 @@ def denoiser_names(pipeline: DiffusionPipeline | ModularPipeline, component: str
 
 
 def _require_loaded(pipeline: DiffusionPipeline | ModularPipeline) -> None:
-    """A modular pipeline comes without its weights; what its workflow can do without may stay away."""
+    """A modular pipeline is created without weights. Only the scheduler and the denoisers must be loaded here."""
     if not isinstance(pipeline, ModularPipeline):
         return
     absent = [name for name in pipeline.null_component_names if name in ("scheduler", *DENOISERS)]
@@ -84,7 +86,7 @@ def _require_loaded(pipeline: DiffusionPipeline | ModularPipeline) -> None:
 
 
 def _require_plain(name: str, denoiser: nn.Module) -> None:
-    """A wrapper hides the network's adapters and its switches; around a part of it, its name comes into all names of weights."""
+    """A wrapper hides the network's adapters and methods; a compiled part also changes the names of the weights in it."""
     if any(is_compiled_module(module) for module in denoiser.modules()):
         raise ValueError(f"the {name} is compiled; pass the pipeline as it was before torch.compile, and torch_compile=True.")
     if isinstance(denoiser, PeftModel):
@@ -92,7 +94,7 @@ def _require_plain(name: str, denoiser: nn.Module) -> None:
             f"the {name} is a PeftModel; pass the pipeline with the network itself, {name}.unload(), and a LoRA to train as "
             f"peft_config."
         )
-    # DataParallel, DDP, DeepSpeed; what older FSDP holds is divided, see require_undivided.
+    # DataParallel, DDP or DeepSpeed. The older FSDP wraps too, but `require_undivided` handles it.
     if isinstance(getattr(denoiser, "module", None), ModelMixin) and not isinstance(denoiser, FullyShardedDataParallel):
         raise ValueError(
             f"the {name} is inside a {type(denoiser).__name__}; pass the pipeline with the network itself, {name}.module, and "
@@ -101,13 +103,16 @@ def _require_plain(name: str, denoiser: nn.Module) -> None:
 
 
 def require_undivided(pipeline: DiffusionPipeline | ModularPipeline, component: str | None = None) -> None:
-    """Raises ValueError if FSDP has divided a denoiser: before training, in which the host does so itself.
+    """Check that FSDP has not sharded a denoiser yet, because the trainer shards it itself. Call this before training.
 
     Args:
-        component: as in `denoiser_names`.
+        pipeline, component: as in `denoiser_names`.
+
+    Raises:
+        ValueError: if a denoiser, or a part of one, is sharded; and as `denoiser_names`.
     """
     for name in denoiser_names(pipeline, component):
-        # The older FSDP is a module around a network or a part, the newer one a base class that these are given.
+        # The older FSDP wraps a network or its parts in a module; the newer one adds a base class to them.
         if any(isinstance(module, FSDPModule | FullyShardedDataParallel) for module in getattr(pipeline, name).modules()):
             raise ValueError(
                 f"the {name} is divided by FSDP; load the pipeline anew, and start the script by accelerate launch, which has "
@@ -116,19 +121,20 @@ def require_undivided(pipeline: DiffusionPipeline | ModularPipeline, component: 
 
 
 def set_differentiable(network: nn.Module) -> None:
-    """Evaluation mode, but for modules that predict under `torch.no_grad` there, as a mixture of experts does: these train.
+    """Set evaluation mode, except for modules that then predict under `torch.no_grad`, as some mixtures of experts do.
 
-    The output is the same; in evaluation mode a part of the gradient would be missing, silently.
+    These modules are set to training mode. Their output is the same; in evaluation mode a part of the gradient would be missing
+    without an error.
     """
     network.eval()
     without_gradient = {cls for cls in {type(module) for module in network.modules()} if _predicts_without_gradient(cls)}
     for module in network.modules():
         if type(module) in without_gradient:
-            module.training = True  # the module alone: its parts have no mode of their own to change
+            module.training = True  # only this module: its submodules stay in evaluation mode
 
 
 def _predicts_without_gradient(cls: type) -> bool:
-    # Fusing projections rewrites weights, under no_grad for good reason; no prediction does it.
+    # fuse_… and unfuse_… rewrite weights, rightly under no_grad, and no prediction calls them.
     names = [name for name in dir(cls) if not name.startswith(("fuse_", "unfuse_"))]
     return any(_is_without_gradient(inspect.getattr_static(cls, name)) for name in names)
 
@@ -141,7 +147,7 @@ def _is_without_gradient(member: Any) -> bool:
 
 
 def _require_resident(kind: str, name: str, denoiser: nn.Module) -> None:
-    """Gradients need the network's own output, from weights that are still there in the backward pass."""
+    """Gradients need outputs that are computed and not cached, and weights that stay on the device until the backward pass."""
     if isinstance(denoiser, CacheMixin) and denoiser.is_cache_enabled:
         raise ValueError(f"the {name} of {kind} reuses cached outputs, which have no gradient; call {name}.disable_cache().")
     hooks = [module.__dict__["_hf_hook"] for module in denoiser.modules() if "_hf_hook" in module.__dict__]
@@ -155,17 +161,17 @@ def _require_resident(kind: str, name: str, denoiser: nn.Module) -> None:
 
 
 def view_class(pipeline_class: type[Any]) -> type[Any]:
-    """The pipeline's class, told its device. The property it replaces walks all modules of all networks in every call."""
+    """A subclass with a stored device: `_execution_device` of diffusers goes through all modules of all networks each time."""
     device = property(lambda view: view.__dict__["_replay_device"])
     return type(pipeline_class.__name__, (pipeline_class,), {"_execution_device": device})
 
 
 def make_view(pipeline: DiffusionPipeline | ModularPipeline, cls: type[Any], scheduler: Any, device: torch.device) -> Any:
-    """`pipeline` as a `cls` (from `view_class`) with another scheduler, and with a VAE and image processors of its own."""
+    """A view of `pipeline`: a copy of class `cls` (see `view_class`) with this scheduler and its own VAE and image processors."""
     view = copy.copy(pipeline)
     view.__class__ = cls
-    # Through __dict__, because setting a component the ordinary way rewrites the pipeline's config. Safety checker and watermark
-    # are left out: they work on numpy images, so they have no gradient.
+    # Through __dict__, because setting a component as an attribute rewrites the pipeline's config. Safety checker and watermark
+    # are removed: they work on numpy images, so they have no gradient.
     view.__dict__.update(scheduler=scheduler, _progress_bar_config={"disable": True}, _replay_device=device)
     view.__dict__.update(safety_checker=None, watermark=None)
     processors = {name: part for name, part in view.__dict__.items() if isinstance(part, VaeImageProcessor)}
@@ -176,16 +182,17 @@ def make_view(pipeline: DiffusionPipeline | ModularPipeline, cls: type[Any], sch
 
 
 def text_encoders(pipeline: DiffusionPipeline | ModularPipeline) -> dict[str, nn.Module]:
-    """The pipeline's text encoders by name."""
+    """Name → text encoder of the pipeline."""
     parts = {name: part for name, part in pipeline.components.items() if name.startswith("text_encoder")}
     return {name: part for name, part in parts.items() if isinstance(part, nn.Module)}
 
 
 def called_in_place_of(component: nn.Module, function: Callable[..., Any]) -> nn.Module:
-    """What the pipeline's code shall see as its component when `function` is to be called instead.
+    """A replacement for a pipeline's component: calling it calls `function`.
 
-    A module of the component's class is taken as it is. A wrapper of the component (DDP, compiled, …) lacks the attributes that
-    pipelines read (config, dtype, …): they see the component, and calling it calls the wrapper.
+    If `function` is a module of the component's class, it is returned as it is. A wrapper (DDP, compiled, …) lacks attributes
+    that pipelines read (config, dtype, …). The result is then a copy of the component with the same weights and attributes, whose
+    call is the wrapper's.
     """
     if isinstance(function, type(component)):
         return function
@@ -193,14 +200,14 @@ def called_in_place_of(component: nn.Module, function: Callable[..., Any]) -> nn
     def call(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         return function(*args, **kwargs)
 
-    stand_in = copy.copy(component)  # shares the weights, owns its class
+    stand_in = copy.copy(component)  # a shallow copy shares the weights, but has a class of its own
     stand_in.__class__ = type(type(component).__name__, (type(component),), {"__call__": call})
     return stand_in
 
 
 @contextmanager
 def processors_restored(denoiser: Any) -> Iterator[None]:
-    """Put the attention processors back that a pipeline exchanged before its loop: it is left before it does so itself."""
+    """Restore the attention processors that a pipeline replaces before its loop, since a stopped call does not restore them."""
     before = denoiser.attn_processors
     try:
         yield
@@ -209,10 +216,10 @@ def processors_restored(denoiser: Any) -> Iterator[None]:
 
 
 def preparing_methods(view: DiffusionPipeline) -> list[str]:
-    """Names of the methods that encode or prepare something, as far as the pipeline has them.
+    """Names of the methods that run before the loop and are recorded: encode_… and prepare_… methods, if the pipeline has them.
 
-    Those of its image processors ("image_processor.resize") are among them, which take tens of milliseconds at a megapixel, and
-    "vae.encode" for condition images.
+    The names include "vae.encode", for condition images, and the methods of image processors ("image_processor.resize"), which
+    take tens of milliseconds for an image of a megapixel.
     """
     names = [name for name in dir(type(view)) if name.lstrip("_").startswith(("encode_", "prepare_"))]
     processors = [name for name, part in view.__dict__.items() if isinstance(part, VaeImageProcessor)]
@@ -222,14 +229,14 @@ def preparing_methods(view: DiffusionPipeline) -> list[str]:
 
 
 def set_method(view: DiffusionPipeline, name: str, function: Callable[..., Any]) -> None:
-    """Put `function` in place of a method from `preparing_methods`; the parts of a view from `make_view` are its own."""
+    """Replace a method of the view, named as in `preparing_methods`. The owner is the view or its own copy of a component."""
     part, _, method = name.rpartition(".")
     owner = getattr(view, part) if part else view
     owner.__dict__[method] = function
 
 
 def no_guidance(pipeline: DiffusionPipeline | ModularPipeline) -> float:
-    """The guidance scale that means none: 1, or 0 where the pipeline says that it still guides at 1."""
+    """The guidance scale that switches off guidance: 1, or 0 for a pipeline whose `do_classifier_free_guidance` is true at 1."""
     says = inspect.getattr_static(type(pipeline), "do_classifier_free_guidance", None)
     if not isinstance(says, property) or says.fget is None:
         return 1.0
@@ -239,7 +246,7 @@ def no_guidance(pipeline: DiffusionPipeline | ModularPipeline) -> float:
         view.__dict__.update(_guidance_scale=scale, _image_guidance_scale=1.0)
         try:
             guides.append(bool(says.fget(view)))
-        except AttributeError:  # it looks at scales of its own, which its call sets (LTX-2)
+        except AttributeError:  # the property reads further scales, which only the call sets (LTX-2)
             return 1.0
     return 0.0 if guides == [False, True] else 1.0
 
@@ -255,7 +262,7 @@ def quiet(logger: logging.Logger) -> Iterator[None]:
 
 @contextmanager
 def counting_rows(*denoisers: nn.Module) -> Iterator[list[int]]:
-    """The number of samples in each call of the denoisers: the length of the first argument."""
+    """Within this context, list the number of rows in each call of the denoisers: the length of its first argument."""
     rows: list[int] = []
 
     def count(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -271,7 +278,7 @@ def counting_rows(*denoisers: nn.Module) -> Iterator[list[int]]:
 
 @contextmanager
 def scaling_rows(call: int, rows: slice, *denoisers: nn.Module) -> Iterator[None]:
-    """Within this context these rows of what the denoisers return in the call of that number, from 0, are doubled."""
+    """Within this context, double these rows of the output of one call of the denoisers; `call` counts their calls from 0."""
     calls = itertools.count()
 
     def scale(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
@@ -290,7 +297,7 @@ def scaling_rows(call: int, rows: slice, *denoisers: nn.Module) -> Iterator[None
 
 
 def _scaled(output: Any, factor: torch.Tensor) -> Any:
-    """A tensor, a list of one a sample, or either as the first of a tuple or of a host's output class."""
+    """Scale each row of a tensor, of a list with one tensor per row, or of the first item of a tuple or output object."""
     if isinstance(output, torch.Tensor):
         return output * factor.to(output).view(-1, *[1] * (output.ndim - 1))
     if isinstance(output, list):
