@@ -1,7 +1,8 @@
 """A check at the start of training that the replay computes the same function as the pipeline.
 
-Replay rests on conventions that nearly all pipelines keep and none promises. Each is tried here against the pipeline's own call
-on a small batch, with about 30 predictions, so that a pipeline that breaks one is refused instead of trained wrongly.
+Replay relies on conventions that nearly all pipelines follow but none documents. This module tests each of them against the
+pipeline's own call, on a small batch and with about 30 predictions. A pipeline that breaks a convention is refused, because it
+would be trained wrongly.
 """
 
 from __future__ import annotations
@@ -31,17 +32,17 @@ __all__ = ["check_replay"]
 logger = logging.get_logger(__name__)
 
 _DIRECTIONS = 3
-# Largest relative error of the derivative, and the sizes of the difference relative to x, of which one has to agree. Sound tiny
-# networks reach 1e-4 in float32 (9e-3 where attention rounds inside, which wants a large difference; routed experts, which
-# switch, want a small one) and 1e-1 in bfloat16, which rounds every activation: there only a gradient that is missing
-# altogether is noticed.
+# Largest relative error of the derivative, and the sizes of the finite difference relative to ‖x‖, of which one must agree.
+# Correct tiny networks reach 1e-4 in float32. They reach 9e-3 if attention rounds internally, which needs a large difference;
+# routed experts need a small one, because their routing changes with x. In bfloat16 every activation is rounded and correct
+# networks reach only 1e-1, so there the check detects nothing but a gradient that is missing altogether.
 _FINE, _COARSE = (1e-2, (3e-2, 3e-3, 1e-1)), (1e-1, (1e-1, 3e-1))
 _OTHER_KERNELS = "take other attention kernels (set_attention_backend('native')) or train on another device"
-# A prediction may use another attention kernel when gradients are recorded, but must be the same to rounding.
+# Largest relative change of a prediction when gradients are recorded; another attention kernel may then change the rounding.
 _SAME_FINE, _SAME_COARSE = 1e-4, 3e-2
-# Relative change of a prediction when an evaluation that it depends on is doubled; rounding is below.
+# Smallest relative change of a prediction if it depends on an evaluation that is doubled; rounding changes it by less.
 _ACTS_FINE, _ACTS_COARSE = 1e-3, 5e-2
-_RANGE = 0.02  # how far below 0 an image may be by rounding
+_RANGE = 0.02  # how far below 0 rounding may take a pixel
 
 
 def check_replay(
@@ -55,12 +56,13 @@ def check_replay(
     """Compare prepare, predict and decode with the pipeline's own call.
 
     Args:
-        columns, generators: a small batch as for `replay.prepare`. Copies of the generators are used; neither they nor the
-            global random numbers advance.
-        check_guided, check_unguided: whether `predict` is going to be asked for guided predictions, and for unguided ones.
+        replay: the replay to check.
+        columns, generators: a small batch as for `replay.prepare`. The generators are copied, and do not advance; nor does the
+            global random number generator.
+        check_guided, check_unguided: whether training will call `predict` for guided, and for unguided, predictions.
 
     Raises:
-        ValueError: naming the pipeline, the convention that it breaks, and the way out.
+        ValueError: if the pipeline breaks a convention; the message names the pipeline, the convention and a way out.
     """
     with errors_explained(replay, columns, generators), torch.no_grad():
         check = _Check(replay, columns, generators, check_guided, check_unguided)
@@ -79,7 +81,7 @@ def check_replay(
 
 
 class _Check:
-    """One small batch, and a method for each convention."""
+    """The check on one small batch, with a method for each convention."""
 
     def __init__(
         self,
@@ -93,13 +95,13 @@ class _Check:
         self.columns = columns
         self.generators = generators
         replay.find_state(columns, self._generators(), guided=guided)
-        self.guided = guided  # of what is asked for where nothing else is said
+        self.guided = guided  # the mode of predictions and calls, unless a method sets another
         self.x, self.conditioning = replay.prepare(columns, self._generators(), guided=guided, unguided=unguided)
-        if replay.chooses_frames:  # first, so that the check's own decodings need no more memory than those of training
+        if replay.chooses_frames:  # first, so that the decodings of this check use no more memory than training
             replay.find_frames(self.x, self.conditioning)
 
     def decoding_has_a_gradient(self) -> None:
-        """Back through the decoder once; checked first, because no setting can fix a missing gradient."""
+        """The decoder has a gradient, by one backward pass. Checked first, because no setting can fix a missing gradient."""
         leaf = self.x.clone().requires_grad_()
         if self.replay.runs_safety_checker:
             way_out = (
@@ -119,7 +121,7 @@ class _Check:
         self._require_the_decoders_derivative(leaf, decoded)
 
     def _require_the_decoders_derivative(self, leaf: Tensor, decoded: Tensor) -> None:
-        """Where its weights are quantised: finite differences of a decoder cost more than those of a prediction."""
+        """A decoder with quantised weights has the right gradient. Others are not checked: finite differences cost more here."""
         vae = getattr(self.replay.pipeline, "vae", None)
         stored = quantisation_of(vae) if isinstance(vae, torch.nn.Module) else None
         if stored is None:
@@ -134,8 +136,8 @@ class _Check:
             )
 
     def prediction_is_a_function(self) -> None:
-        """The same input gives the same output to the bit, whatever was evaluated in between."""
-        last = len(self.replay.timesteps) - 1  # what remembers may forget at the first step
+        """The same input gives a bitwise identical prediction, even after a prediction at another step."""
+        last = len(self.replay.timesteps) - 1  # a cache may be reset at the first step, so the last one is tested too
         first, then, again, back = (self._predict(self.x, index) for index in (0, last, last, 0))
         if not (first.isfinite().all() and then.isfinite().all()):
             raise self._error("predicts values that are not finite", "load it in bfloat16 or float32")
@@ -148,7 +150,10 @@ class _Check:
             )
 
     def samples_are_apart(self) -> None:
-        """The first sample must not depend on the last one's image; a list may mean several references for every sample."""
+        """The first sample does not depend on the image of the last sample.
+
+        It would if the pipeline took a list of images, one per sample, for several reference images of every sample.
+        """
         taken = self.replay.arguments.taken(self.columns)
         others = {name: other for name, values in taken.items() if (other := _another(values[-1])) is not None}
         if len(self.x) == 1 or not others:
@@ -170,8 +175,8 @@ class _Check:
             )
 
     def latents_are_the_schedulers(self, steps: list[RecordedStep]) -> None:
-        """Each step starts from what the scheduler returned at the one before."""
-        dtype = self.conditioning.start.dtype  # of the latents between steps; `step` may get them in a finer one
+        """Each step starts from the sample that the scheduler returned in the step before."""
+        dtype = self.conditioning.start.dtype  # dtype of the latents between steps; `step` may get them in a higher precision
         for now, after in zip(steps, steps[1:], strict=False):
             if not _equal(now.prev_sample.to(dtype).to(after.sample.dtype), after.sample):
                 raise self._error(
@@ -180,7 +185,7 @@ class _Check:
                 )
 
     def prediction_is_the_pipelines(self, steps: list[RecordedStep], guided: bool | None = None) -> None:
-        """Each step's prediction, asked for by itself, is what the pipeline's own call handed to its scheduler."""
+        """The replayed prediction of each step equals the model output that the pipeline's own call passed to its scheduler."""
         for index, step in enumerate(steps):
             if not _equal(self._predict(step.sample, index, guided), step.model_output):
                 memory = (
@@ -192,7 +197,7 @@ class _Check:
                 )
 
     def guidance_can_be_switched_off(self) -> None:
-        """With every guidance scale at none the prediction is one evaluation of the batch, as in the pipeline's own call."""
+        """Without guidance, a prediction depends on one evaluation of the batch and equals that of the pipeline's own call."""
         with counting_rows(*self._denoisers) as rows:
             self._predict(self.x, 0, guided=False)
         if sum(rows) != len(self.x) and self._acting(rows) != 1:
@@ -203,7 +208,13 @@ class _Check:
         self.prediction_is_the_pipelines(self.own_steps(stop_after=1, guided=False), guided=False)
 
     def _acting(self, rows: list[int]) -> int:
-        """On how many evaluations of the batch the prediction without guidance depends; some take all, and weigh others by 0."""
+        """The number of evaluations of the batch on which the prediction without guidance depends.
+
+        Some pipelines evaluate all predictions, also without guidance, and give some of them the weight 0.
+
+        Args:
+            rows: number of rows in each call of the denoisers.
+        """
         size, acting, least = len(self.x), 0, _ACTS_FINE if self._is_fine else _ACTS_COARSE
         prediction = self._predict(self.x, 0, guided=False)
         for call, part in [(call, part) for call, number in enumerate(rows) for part in range(0, number, size)]:
@@ -213,7 +224,7 @@ class _Check:
         return acting
 
     def derivative_is_right(self, x: Tensor) -> None:
-        """Compare autograd with finite differences: with a part under no_grad, autograd returns a wrong derivative silently."""
+        """Autograd agrees with finite differences. If a part runs under no_grad, autograd is wrong without an error."""
         (tolerance, sizes), same = (_FINE, _SAME_FINE) if self._is_fine else (_COARSE, _SAME_COARSE)
         errors, index, leaf = [], self._step_of_the_trained_network(), x.to(self.x.dtype, copy=True).requires_grad_()
         way_out = self._way_out_of_quantisation() or _OTHER_KERNELS
@@ -234,8 +245,8 @@ class _Check:
         )
 
     def decoding_is_the_pipelines(self) -> None:
-        """The same latents give the same images as at the end of the pipeline's own call, here of two steps, and a gradient."""
-        # Pipelines that start below noise keep a part of the steps.
+        """The final latents of the pipeline's own call (here of two steps) give the same images when replayed with gradients."""
+        # Pipelines that start below full noise skip a part of the steps.
         few = math.ceil(2 * len(self.replay.scheduler.timesteps) / len(self.replay.timesteps))
         given = self.columns, self._generators()
         made, steps = self.replay.memoryless_sample(*given, guided=self.guided, num_inference_steps=few)
@@ -244,7 +255,7 @@ class _Check:
         if not isinstance(images, Tensor) or len(images) != len(self.x):
             found = f"{len(images)} images" if isinstance(images, Tensor) else f"a {type(images).__name__}"
             raise self._error(f"returns {found} for {len(self.x)} samples", "use a pipeline whose first output is their tensor")
-        if images.ndim > 3 and images.min() < -_RANGE:  # rounding
+        if images.ndim > 3 and images.min() < -_RANGE:  # not by rounding alone
             logger.warning(
                 f"{self.replay.name} returns its images as tensors between {images.min():.2g} and {images.max():.2g}, where "
                 f"rewards and statistics take them to be between 0 and 1; map them there, by (images / 2 + 0.5).clamp(0, 1)."
@@ -263,7 +274,7 @@ class _Check:
             )
 
     def warn_of_a_flow_map(self) -> None:
-        """Warn of a model whose network predicts the way to the next timestep; the replay itself is correct."""
+        """Warn if the network is a flow map, which predicts the step to the next timestep; its replay is correct."""
         if len(self.replay.timesteps) > 1 and self.replay.looks_ahead(
             self.x, self.conditioning, self.prediction, guided=self.guided
         ):
@@ -274,15 +285,19 @@ class _Check:
             )
 
     def own_steps(self, stop_after: int, guided: bool | None = None) -> list[RecordedStep]:
-        """The first steps of the pipeline's own call on the memoryless scheduler."""
+        """The first `stop_after` steps of the pipeline's own call on the memoryless scheduler."""
         guided = self.guided if guided is None else guided
         return self.replay.memoryless_sample(self.columns, self._generators(), guided=guided, stop_after=stop_after)[1]
 
     def _derivative_error(self, leaf: Tensor, output: Tensor, function: Callable[[Tensor], Tensor], size: float) -> float:
-        """Median over random directions u, ‖u‖ = `size`·‖x‖, of |⟨w, Ju⟩ − ⟨Jᵀw, u⟩| / |⟨w, Ju⟩|; `output` = function(leaf).
+        """Relative error of the derivative J of `function` at x = `leaf`.
 
-        Ju by the five-point difference, whose truncation error is of fifth order. w is another estimate of Ju: along it rounding
-        weighs least, and as it comes from another evaluation it does not share the rounding of Ju.
+        It is the median of |⟨w, Ju⟩ − ⟨Jᵀw, u⟩| / |⟨w, Ju⟩| over random directions u with ‖u‖ = `size`·‖x‖. Ju is a five-point
+        difference, whose truncation error is of fifth order in u. w is another estimate of Ju: rounding has least effect along
+        this direction, and since w comes from another evaluation, its rounding is independent of that of Ju.
+
+        Args:
+            output: function(leaf), with its autograd graph.
         """
         x = leaf.detach()
         generator, errors = torch.Generator().manual_seed(0), []
@@ -298,7 +313,7 @@ class _Check:
         return statistics.median(errors)
 
     def _rounded(self, x: Tensor) -> Tensor:
-        """x as the pipeline will round it."""
+        """x, rounded to the pipeline's dtype as `predict` does."""
         return x.to(self.conditioning.start.dtype).to(x.dtype)
 
     def _predict(self, x: Tensor, index: int, guided: bool | None = None) -> Tensor:
@@ -306,7 +321,7 @@ class _Check:
         return self.replay.predict(x, index, self.conditioning, guided=guided)
 
     def _step_of_the_trained_network(self) -> int:
-        """The second step, or the last one where another network predicts at the second."""
+        """The second step, or the last one if another network predicts at the second step."""
         last = len(self.replay.timesteps) - 1
         if len(self.replay.denoisers) > 1:
             with counting_rows(self._denoiser) as rows:
@@ -326,14 +341,23 @@ class _Check:
 
     @property
     def _is_fine(self) -> bool:
-        """Whether neither the latents nor the network round x to 16 bits or fewer."""
+        """Whether both the latents and the network are in float32 or float64."""
         return {self.conditioning.start.dtype, next(self._denoiser.parameters()).dtype} <= {torch.float32, torch.float64}
 
     def _generators(self) -> list[torch.Generator]:
         return copied(self.generators)
 
     def _recorded(self, function: Callable[[], Tensor], leaf: Tensor, broken: str, way_out: str) -> Tensor:
-        """The function's value with a graph that a backward pass has been through; what fails only then is explained."""
+        """The function's value with its autograd graph, after a backward pass as a test.
+
+        Args:
+            function: to evaluate.
+            leaf: tensor that requires a gradient.
+            broken, way_out: for the message of the error.
+
+        Raises:
+            ValueError: if the function or its backward pass fails, but the function does not fail without gradients.
+        """
         try:
             with torch.enable_grad():
                 value = function()
@@ -341,12 +365,12 @@ class _Check:
         except torch.OutOfMemoryError:
             raise
         except Exception as error:
-            function()  # without gradient; if it fails too, the gradient is not to blame
+            function()  # without gradient; if this raises too, the gradient is not the cause
             raise self._error(f"{broken} ({said(error)})", way_out) from error
         return value
 
     def _way_out_of_quantisation(self) -> str | None:
-        """Of a missing gradient, where quantised weights let expect it."""
+        """The way out of a missing gradient if the denoiser's weights are quantised; `None` if they are not."""
         stored = quantisation_of(self._denoiser)
         return stored and _way_out_of_quantisation(self.replay.component, stored)
 
@@ -395,13 +419,13 @@ def _five_point_difference(values: list[Tensor]) -> Tensor:
 
 
 def _pullback(output: Tensor, leaf: Tensor, cotangent: Tensor) -> Tensor:
-    """Jᵀ·cotangent; zero where autograd knows no way from `leaf` to `output`."""
+    """Jᵀ·cotangent; zero if `output` does not depend on `leaf` in the autograd graph."""
     gradient = _gradient(output, leaf, cotangent)
     return torch.zeros_like(leaf) if gradient is None else gradient
 
 
 def _gradient(output: Tensor, leaf: Tensor, cotangent: Tensor) -> Tensor | None:
-    """Jᵀ·cotangent; `None` where autograd knows no way from `leaf` to `output`."""
+    """Jᵀ·cotangent; `None` if `output` does not depend on `leaf` in the autograd graph."""
     if not output.requires_grad:
         return None
     return torch.autograd.grad(output, leaf, cotangent, retain_graph=True, allow_unused=True)[0]
