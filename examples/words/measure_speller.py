@@ -1,6 +1,6 @@
 """Measures a saved base pipeline: what the judges read, in how many images, under which sampler.
 
-    python examples/words/measure_speller.py examples/words/pipeline        # about five minutes on one core
+    python examples/words/measure_speller.py examples/words/pipeline        # 10 to 25 minutes on one core
 
 Every image is read by PP-OCRv4 and PP-OCRv6, as it comes out of plain `pipe(prompt, …)`.
 """

@@ -12,7 +12,7 @@ from ..data.columns import prompts_of, without_prompt
 from ..guidance import Guidance
 from ..replay.plain import Media
 from ..rewards import WeightedReward
-from ..rewards.calling import AUDIO
+from ..rewards.calling import sound_column
 from .denoiser import PipelineDenoiser
 from .paths import sampled_path_kl
 from .randomness import Stream, seeded_generators
@@ -29,8 +29,7 @@ def images_and_rewards(reward: WeightedReward, made: Media, columns: dict[str, l
         columns: columns of their B rows.
     """
     images, *audio = (part.to(torch.promote_types(part.dtype, torch.float32)) for part in made if part is not None)
-    heard: dict[str, Any] = dict(zip([AUDIO], audio, strict=False))
-    return images, reward(images, prompts_of(columns), **without_prompt(columns), **heard)
+    return images, reward(images, prompts_of(columns), **without_prompt(columns), **sound_column(audio))
 
 
 def path_kl_of_rows(

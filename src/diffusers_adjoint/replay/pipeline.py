@@ -296,7 +296,7 @@ class PipelineReplay:
         if not captured:
             raise ValueError(f"{self.name} does not call scheduler.step at step {index}; it cannot be replayed.")
         if len(captured) < len(self._origins):
-            raise self._no_one_chain("one is called more often than another")
+            raise self._not_one_chain("one is called more often than another")
         return captured
 
     def decode(self, x: Tensor, conditioning: Conditioning, frames: Sequence[int] | None = None) -> Tensor:
@@ -490,7 +490,7 @@ class PipelineReplay:
         self._origins = {main: Origin(source)}
         for number, latent in others:
             if (origin := origin_of(latent, preparations.returns)) is None:
-                raise self._no_one_chain("what one of them steps is not what a prepare_… method returns")
+                raise self._not_one_chain("what one of them steps is not what a prepare_… method returns")
             self._origins[number] = origin
         latents = latents_in(preparations.returns[source][0].value)
         if sample.shape == latents.shape and torch.equal(sample.to(latents.dtype), latents):
@@ -513,11 +513,11 @@ class PipelineReplay:
         try:
             return joined_steps(recorder)
         except ValueError as error:
-            raise self._no_one_chain(str(error)) from None
+            raise self._not_one_chain(str(error)) from None
 
-    def _no_one_chain(self, why: str) -> ValueError:
+    def _not_one_chain(self, why: str) -> ValueError:
         return ValueError(
-            f"{self.name} steps several latents with copies of its scheduler that make no one chain, because {why}; use a "
+            f"{self.name} steps several latents with copies of its scheduler, and these are not one chain, because {why}; use a "
             f"pipeline with one scheduler, or one whose schedulers step prepared latents in turns on one grid."
         )
 
@@ -565,7 +565,7 @@ class PipelineReplay:
                 f"cannot be stopped before the first step; pass a pipeline that does."
             )
         if len(probe.streams) > 1 and not self._state_is_found:
-            raise self._no_one_chain("find_state, which finds what they step, was not called or cannot do it")
+            raise self._not_one_chain("find_state, which finds what they step, was not called or cannot do it")
         self.num_inference_steps = len(self.scheduler.timesteps)
         self._first = self.num_inference_steps - len(kept)
         if not torch.equal(kept, self.timesteps):

@@ -49,9 +49,11 @@ def decoding(layout: FrameLayout, frames: Sequence[int]) -> Callable[[Any], Deco
     """
 
     def of(vae: Any) -> Decode:
+        """The `decode` for this VAE."""
         own = vae.decode
 
         def decode(z: Tensor, *args: Any, **kwargs: Any) -> Any:
+            """The chosen frames of latents z, (B, C, F, H, W), in the VAE's own form of output."""
             if z.shape[2] != len(layout.sizes):
                 raise ValueError(
                     f"a video has {z.shape[2]} latent frames where the first one had {len(layout.sizes)}; make all of one length "
@@ -83,9 +85,11 @@ def measuring(pipeline: str, found: list[FrameLayout]) -> Callable[[Any], Decode
     """
 
     def of(vae: Any) -> Decode:
+        """The `decode` for this VAE."""
         own = vae.decode
 
         def decode(z: Tensor, *args: Any, **kwargs: Any) -> Any:
+            """Decode as the VAE does, and append the layout of the frames of a video's latents z, (B, C, F, H, W)."""
             if z.ndim == 5:
                 found.append(_layout(pipeline, vae, lambda part: _frames_in(own(part, *args, **kwargs)), z))
             return own(z, *args, **kwargs)

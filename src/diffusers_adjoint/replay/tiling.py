@@ -11,6 +11,8 @@ from diffusers import ModelMixin
 from torch import Tensor, nn
 from transformers.utils import logging
 
+from .slices import has_decoder
+
 __all__ = ["noting_tiles", "warn_of_tiles"]
 
 logger = logging.get_logger(__name__)
@@ -30,9 +32,8 @@ def noting_tiles(vae: Any) -> Iterator[list[tuple[int, ...]]]:
         A list to which the size of each tile is appended, in latent pixels: (height, width), or (length,) for a sound.
     """
     tiles: list[tuple[int, ...]] = []
-    has_decoder = isinstance(vae, ModelMixin) and isinstance(getattr(vae, "decoder", None), nn.Module)
     # A `decode` that the user has set on the object is not replaced.
-    observed = has_decoder and getattr(vae, "use_tiling", False) and "decode" not in vars(vae)
+    observed = has_decoder(vae) and getattr(vae, "use_tiling", False) and "decode" not in vars(vae)
     if observed:
         vars(vae)["decode"] = types.MethodType(_noting(tiles), vae)
     try:
@@ -46,6 +47,7 @@ def _noting(tiles: list[tuple[int, ...]]) -> Callable[..., Any]:
     """Wrap the class's `decode` so that the sizes of its tiles are appended to the list."""
 
     def decode(self: Any, *args: Any, **kwargs: Any) -> Any:
+        """Decode as the class does, and note each input of the decoder that is smaller than the latents."""
         whole_size = _size([*args, *kwargs.values()][0])
 
         def note(module: nn.Module, inputs: tuple[Any, ...]) -> None:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
-from .calling import AUDIO
+from ..replay.plain import AUDIO
 from .combine import RewardFunction, WeightedReward, with_graph
 from .preprocess import check_images, check_tensor
 
@@ -215,6 +215,7 @@ def smoothed(reward: RewardFunction, std: float = 0.02, num_copies: int = 20, se
         raise ValueError(f"num_copies={num_copies} leaves no copy to score; pass 1 or more.")
 
     def around(score: Score, images: Tensor, prompts: list[str], columns: Columns) -> Tensor:
+        """The mean of the scores of noisy copies."""
         frames = images.flatten(0, 1) if images.ndim == 5 else images
         # Checked here, because the reward sees clipped copies, which are always in range.
         check_images(frames.detach().nan_to_num(0.5, 0.5, 0.5))
@@ -250,6 +251,7 @@ def gradient_clipped(reward: RewardFunction, max_norm: float) -> nn.Module:
         raise ValueError(f"max_norm={max_norm} is not a norm; pass a finite number > 0.")
 
     def around(score: Score, images: Tensor, prompts: list[str], columns: Columns) -> Tensor:
+        """The score, with its gradient in the images shortened."""
         if not (torch.is_grad_enabled() and images.requires_grad):
             return score(images, prompts, columns)
         x = images.detach().requires_grad_()

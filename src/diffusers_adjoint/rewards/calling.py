@@ -16,13 +16,18 @@ from PIL import Image
 from torch import Tensor
 from transformers.utils import logging
 
+from ..replay.plain import AUDIO
 from .black_box import as_pil, numbers
 
-__all__ = ["AUDIO", "call_reward", "naming"]
+__all__ = ["call_reward", "naming", "sound_column"]
 
-AUDIO = "audio"  # the argument by which rewards ask for the sound of videos
 
 logger = logging.get_logger(__name__)
+
+
+def sound_column(sounds: Sequence[Tensor]) -> dict[str, Any]:
+    """The column by which rewards get the sound of videos, (B, …); empty if `sounds` is."""
+    return {AUDIO: sounds[0]} if sounds else {}
 
 
 def call_reward(

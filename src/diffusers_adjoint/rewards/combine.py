@@ -14,8 +14,9 @@ from torch import Tensor, nn
 from torch.autograd.graph import Node, get_gradient_edge
 
 from ..core.adjoint import vector_jacobian
+from ..replay.plain import AUDIO
 from .black_box import asked_in_threads
-from .calling import AUDIO, call_reward, naming
+from .calling import call_reward, naming, sound_column
 
 __all__ = ["RewardFunction", "RewardGradient", "WeightedReward", "reward_gradient", "total_reward"]
 __all__ += ["with_graph"]
@@ -148,7 +149,7 @@ class WeightedReward:
         shown = images
         if not finite.all():
             shown = _where(finite, images, 0.5)
-            columns |= dict(zip([AUDIO], [_where(finite, part, 0.0) for part in heard], strict=False))
+            columns |= sound_column([_where(finite, part, 0.0) for part in heard])
         values = {
             name: self._value(name, function, shown, prompts, _taken(function, columns))
             for name, function in zip(self.names, self.functions, strict=True)
@@ -241,8 +242,7 @@ def reward_gradient(
             raise ValueError(_NO_GRADIENT_IN_THE_DECODER)
         # New leaves in float32: gradients in the pixels are small, and 16 bits would round them to 0.
         shown = [part.detach().to(torch.promote_types(part.dtype, torch.float32)).requires_grad_() for part in decoded]
-        audio: dict[str, Any] = dict(zip([AUDIO], shown[1:], strict=False))
-        values = reward(shown[0], prompts, **columns | audio)
+        values = reward(shown[0], prompts, **columns | sound_column(shown[1:]))
         values |= {name: with_graph(name, values[name], *shown) for name in reward.aimed_at}
         total = reward.total(values).detach()
         slopes = _in_what_is_shown(values, reward.aimed_at, shown)

@@ -11,7 +11,7 @@ from transformers.utils import logging
 
 from ..replay.plain import Media
 from ..replay.quantised import quantisation_of
-from .calling import AUDIO
+from .calling import sound_column
 from .combine import WeightedReward
 
 __all__ = ["gradient_error", "warn_of_quantised_rewards"]
@@ -68,8 +68,7 @@ def _error_in(part: int, reward: WeightedReward, shown: list[Tensor], prompts: l
 
     def score(x: Tensor) -> Tensor:
         media = [*given[:part], x, *given[part + 1 :]]
-        audio: dict[str, Any] = dict(zip([AUDIO], media[1:], strict=False))
-        return reward.total(reward(media[0], prompts, **columns, **audio)).sum()
+        return reward.total(reward(media[0], prompts, **columns, **sound_column(media[1:]))).sum()
 
     return gradient_error(score, shown[part])
 
