@@ -12,6 +12,7 @@ from PIL import Image
 sys.path.append(str(Path(__file__).parents[1] / "examples" / "words"))
 
 import demo_words  # noqa: E402
+from demo_words import Settings, make_trainer  # noqa: E402
 from drawn import draw, draw_and_judge, font_shares, load_pipeline  # noqa: E402
 from sheets import save_pairs  # noqa: E402
 from word_pictures import FONTS, TUNED_WORDS  # noqa: E402
@@ -21,7 +22,8 @@ WORDS, SEED = TUNED_WORDS[:6], 7
 
 @pytest.mark.slow
 def test_the_whole_command_ends_in_five_sentences(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
-    monkeypatch.setattr(demo_words, "PER_WORD", {"memoryless": 12, "ODE": 8})
+    monkeypatch.setattr(demo_words, "BASE_IMAGES", {"memoryless": 12, "ODE": 8})
+    monkeypatch.setattr(demo_words, "TUNED_IMAGES", {"memoryless": 6, "ODE": 8})
     monkeypatch.setattr(sys, "argv", ["demo_words.py", "--output", str(tmp_path), "--updates", "2", "--words", "2"])
     demo_words.main()
     last = capsys.readouterr().out.strip().splitlines()[-5:]
@@ -31,6 +33,18 @@ def test_the_whole_command_ends_in_five_sentences(tmp_path: Path, monkeypatch: p
     before = draw(fresh, words, "memoryless", SEED)
     fresh.load_lora_weights(tmp_path)
     assert not torch.equal(draw(fresh, words, "memoryless", SEED), before)
+
+
+@pytest.mark.slow
+def test_thirty_updates_raise_the_reward_and_the_judge(tmp_path: Path) -> None:
+    """By more than two standard errors of the paired difference: with λ = ½ the exact target is eight or more above the base."""
+    pipeline = load_pipeline()
+    before = draw_and_judge(pipeline, TUNED_WORDS, 24, "memoryless", SEED).statistics()
+    make_trainer(pipeline, Settings(updates=30), tmp_path, probe_base=False, disable_tqdm=True).train()
+    after = draw_and_judge(pipeline, TUNED_WORDS, 24, "memoryless", SEED).statistics()
+    for name in ("log p, v4 (reward), nats", "log p, v6 (judge), nats"):
+        rise = (after[name] - before[name]).flatten()
+        assert rise.mean() > 2 * rise.std() / len(rise) ** 0.5, name
 
 
 @pytest.mark.slow

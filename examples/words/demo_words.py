@@ -2,6 +2,8 @@
 
     make words
 
+or, in one process, `python examples/words/demo_words.py`, which takes twice as long.
+
 Everything is offline and real: a CogView4Pipeline trained from scratch to spell about half of its words right
 (`train_speller.py`), the reward log p(word) of PP-OCRv4, the public trainer, LoRA. PP-OCRv6 judges, and Tesseract where it is
 installed. Half of the words are held out: no prompt of training names them.
@@ -20,6 +22,8 @@ from pathlib import Path
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import torch
+from accelerate import PartialState
+from accelerate.utils import gather_object
 from datasets import Dataset
 from diffusers import CogView4Pipeline
 from drawn import (
@@ -45,7 +49,7 @@ from diffusers_adjoint.metrics import TiltReport, markdown_table
 
 LINEAR_LAYERS = ["to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj", "ff.net.2", "norm1.linear", "patch_embed.proj", "proj_out"]
 SEED = 30_000
-MICRO_BATCH = 16  # what the recogniser's forward and backward pass is fastest with
+MICRO_BATCH = 32  # images at a time; a larger one is a little faster and takes more memory
 
 
 @dataclass(frozen=True)
@@ -53,12 +57,12 @@ class Settings:
     """Of one fine-tuning."""
 
     reward_scale: float = 0.5  # λ, the reward being in nats
-    updates: int = 90
+    updates: int = 60
     images: int = 64  # an update, each of a prompt of its own
-    steps: int = 10  # K
-    loss_steps: int = 5  # S
+    steps: int = 6  # K
+    loss_steps: int = 3  # S
     rank: int = 16
-    learning_rate: float = 2e-3
+    learning_rate: float = 3e-3
     seed: int = 0
 
 
@@ -78,7 +82,7 @@ def make_trainer(
         "num_generations": 1,
         "pipeline_kwargs": SIZE,
         "per_device_train_batch_size": MICRO_BATCH,
-        "gradient_accumulation_steps": settings.images // MICRO_BATCH,
+        "gradient_accumulation_steps": settings.images // (MICRO_BATCH * PartialState(cpu=True).num_processes),
         "max_steps": settings.updates,
         "learning_rate": settings.learning_rate,
         "adam_beta2": 0.99,
@@ -102,16 +106,20 @@ def make_trainer(
 
 
 GROUPS = {"trained": TUNED_WORDS, "held out": HELD_OUT_WORDS}
-PER_WORD = {"memoryless": 320, "ODE": 64}  # of the base: the tilt needs 100 effective ones, and weighs down about 60 %
+BASE_IMAGES = {"memoryless": 320, "ODE": 32}  # of each word: the tilt needs 100 effective ones, and weighs down about 60 %
+TUNED_IMAGES = {"memoryless": 160, "ODE": 32}
 
 
 def draw_all(pipeline: CogView4Pipeline, words: int, label: str, per_word: dict[str, int]) -> dict[tuple[str, str], Drawn]:
-    """(group, sampler) → images of the group's first words, and what is said of them."""
-    return {
-        (name, sampler): draw_and_judge(pipeline, group[:words], per_word[sampler], sampler, SEED, f"{label}, {name} words")
-        for name, group in GROUPS.items()
-        for sampler in STEPS
-    }
+    """(group, sampler) → images of the group's first words, and what is said of them. Each process draws a part of the groups."""
+    state, drawn = PartialState(cpu=True), []
+    with state.split_between_processes(list(GROUPS)) as names:
+        for name in names:
+            for sampler in STEPS:
+                shown = f"{label}, {name} words" if state.is_main_process else ""
+                found = draw_and_judge(pipeline, GROUPS[name][:words], per_word[sampler], sampler, SEED, shown)
+                drawn.append(((name, sampler), found))
+    return dict(gather_object(drawn))
 
 
 def sentences(reports: dict[tuple[str, str], TiltReport], fonts: dict[str, Tensor], words: int) -> list[str]:
@@ -119,22 +127,22 @@ def sentences(reports: dict[tuple[str, str], TiltReport], fonts: dict[str, Tenso
     trained, held_out = (reports[name, "memoryless"] for name in GROUPS)
     ode = reports["trained", "ODE"]
 
-    def rise(report: TiltReport, statistic: str) -> str:
+    def shares(report: TiltReport, statistic: str) -> str:
         shift = find_shift(report, statistic)
-        return f"from {percent(shift.before)} to {percent(shift.after)}"
+        return f"{percent(shift.before)} before and {percent(shift.after)} after"
 
     reward, judge = (find_shift(trained, name) for name in ("log p, v4 (reward), nats", "log p, v6 (judge), nats"))
     gap = find_shift(trained, "log p v4 − v6 a letter, nats")
-    shares = [f"{'not estimable' if shift.fraction is None else percent(shift.fraction)}" for shift in (reward, judge)]
+    gone = ["not estimable" if shift.fraction is None else percent(shift.fraction) for shift in (reward, judge)]
     moved = [(fonts[name] - fonts["target"]).abs().sum().item() / 2 for name in ("base", "tuned")]
     return [
-        f"PP-OCRv4, the reward, reads the word asked for in more images of {words} trained words: {rise(trained, 'exact, v4')} "
-        f"(memoryless; with the ODE {rise(ode, 'exact, v4')}).",
-        f"PP-OCRv6, which no training has seen, agrees: {rise(trained, 'exact, v6')} (ODE: {rise(ode, 'exact, v6')}).",
-        f"On {words} words that no prompt of training names: {rise(held_out, 'exact, v4')} (v4) and "
-        f"{rise(held_out, 'exact, v6')} (v6).",
-        f"Of the way from the base to the exact target p_base·exp(λr), the reward has gone {shares[0]} and the judge "
-        f"{shares[1]}; the fonts are {moved[1]:.2f} from the target's shares, the base was {moved[0]:.2f}.",
+        f"PP-OCRv4, the reward, reads the word asked for in this share of the images of {words} trained words: "
+        f"{shares(trained, 'exact, v4')} (memoryless; with the ODE {shares(ode, 'exact, v4')}).",
+        f"PP-OCRv6, which no training has seen: {shares(trained, 'exact, v6')} (ODE: {shares(ode, 'exact, v6')}).",
+        f"On {words} words that no prompt of training names: {shares(held_out, 'exact, v4')} by v4, and "
+        f"{shares(held_out, 'exact, v6')} by v6.",
+        f"Of the way from the base to the exact target p_base·exp(λr), the reward has gone {gone[0]} and the judge "
+        f"{gone[1]}; the fonts are {moved[1]:.2f} from the target's shares, the base was {moved[0]:.2f}.",
         f"log p of v4 minus v6 a letter, which rises when a reward is hacked: {gap.before} before, {gap.after} after, "
         f"{gap.target} in the target.",
     ]
@@ -152,7 +160,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=Path("out/words"), help="folder for picture, report and LoRA")
     parser.add_argument("--updates", type=int, default=Settings.updates, help="fewer for a trial run")
-    parser.add_argument("--words", type=int, default=8, help="of either group, to measure")
+    parser.add_argument("--words", type=int, default=12, help="of either group, to measure")
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
@@ -162,17 +170,24 @@ def main() -> None:
     folder.mkdir(parents=True, exist_ok=True)
 
     pipeline = load_pipeline()
-    base = draw_all(pipeline, arguments.words, "base", PER_WORD)
+    base = draw_all(pipeline, arguments.words, "base", BASE_IMAGES)
     start = time.perf_counter()
     trainer = make_trainer(pipeline, settings, folder)
     trainer.train()
     trainer.save_model()
     minutes = (time.perf_counter() - start) / 60
-    tuned = draw_all(pipeline, arguments.words, "fine-tuned", dict.fromkeys(PER_WORD, PER_WORD["ODE"]))
+    tuned = draw_all(pipeline, arguments.words, "fine-tuned", TUNED_IMAGES)
+    if trainer.is_world_process_zero():
+        tell(folder, base, tuned, settings, minutes)
 
+
+def tell(
+    folder: Path, base: dict[tuple[str, str], Drawn], tuned: dict[tuple[str, str], Drawn], settings: Settings, minutes: float
+) -> None:
+    """Writes report and picture, and prints the five sentences."""
     reports = {key: compare(base[key], tuned[key], settings.reward_scale, key[1]) for key in base}
     fonts = font_shares(base["trained", "memoryless"], tuned["trained", "memoryless"], settings.reward_scale)
-    said = sentences(reports, fonts, arguments.words)
+    said = sentences(reports, fonts, len(base["trained", "ODE"].words))
     tables = [f"## {name} words, {sampler}\n\n{format_report(report)}" for (name, sampler), report in reports.items()]
     rows = [["font", *fonts], *([name, *(f"{fonts[key][i]:.3f}" for key in fonts)] for i, name in enumerate(FONTS))]
     tables.append(f"## fonts, trained words, memoryless\n\n{markdown_table(rows)}")
@@ -186,7 +201,7 @@ def main() -> None:
 def save_sheet(path: Path, base: dict[tuple[str, str], Drawn], tuned: dict[tuple[str, str], Drawn], per_word: int = 2) -> None:
     """The first images of each word by the ODE, as a user draws them: trained words, then held-out ones."""
     chosen = [
-        (base[name, "ODE"], tuned[name, "ODE"], w * PER_WORD["ODE"] + i)
+        (base[name, "ODE"], tuned[name, "ODE"], w * BASE_IMAGES["ODE"] + i)
         for name in GROUPS
         for w in range(len(base[name, "ODE"].words))
         for i in range(per_word)
