@@ -28,7 +28,7 @@ def save_grid(images: Tensor, path: Path, columns: int = 8, scale: int = 3) -> N
 
 
 def save_pairs(
-    path: Path, words: list[str], base: Tensor, tuned: Tensor, readings: dict[str, tuple[list[str], list[str]]], columns: int = 4
+    path: Path, words: list[str], base: Tensor, tuned: Tensor, readings: dict[str, tuple[list[str], ...]], columns: int = 4
 ) -> None:
     """Base above fine-tuned, of one seed each; below each image what was read, green where it is the word asked for.
 
