@@ -4,7 +4,7 @@ r"""Does a pipeline learn to spell, or to please the recogniser? The words of `e
     python benchmarks/words.py --scale 0.5      # of one λ
     python benchmarks/words.py --table          # the table alone
 
-Each row is 60 updates of the public trainer, with the other settings of `make words` (90 updates). It goes to the end of
+Each row is a run of the public trainer with the settings of `make words` in one process, and goes to the end of
 `recorded/words.jsonl` when it is done. `method` names what trains: a row of `METHODS`.
 
 What would refute the claim that the reward is learnt and not hacked, written before the first run: PP-OCRv6, which no training
@@ -78,7 +78,7 @@ class Setting:
     method: str = "adjoint_matching"
     reward_scale: float = 0.5
     seed: int = 0
-    updates: int = 60
+    updates: int = Settings.updates
     learning_rate: float = Settings.learning_rate
 
 

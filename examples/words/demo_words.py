@@ -57,7 +57,7 @@ class Settings:
     """Of one fine-tuning."""
 
     reward_scale: float = 1.0  # λ; with 1 the target is Bayes' posterior: p_base(image)·p(word | image)
-    updates: int = 90
+    updates: int = 60
     images: int = 64  # an update, each of a prompt of its own
     steps: int = 6  # K
     loss_steps: int = 3  # S
