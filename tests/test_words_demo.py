@@ -9,9 +9,11 @@ import pytest
 import torch
 from PIL import Image
 
-sys.path.append(str(Path(__file__).parents[1] / "examples" / "words"))
+ROOT = Path(__file__).parents[1]
+sys.path += [str(ROOT / "benchmarks"), str(ROOT / "examples" / "words")]
 
 import demo_words  # noqa: E402
+import words as benchmark  # noqa: E402
 from demo_words import Settings, make_trainer  # noqa: E402
 from drawn import draw, draw_and_judge, font_shares, load_pipeline  # noqa: E402
 from sheets import save_pairs  # noqa: E402
@@ -56,6 +58,13 @@ def test_font_shares_of_base_target_and_tuned_sum_to_one() -> None:
     shares = font_shares(base, base, 0.5)
     assert all(share.shape == (len(FONTS),) and share.sum().item() == pytest.approx(1) for share in shares.values())
     torch.testing.assert_close(shares["base"], shares["tuned"])
+
+
+def test_the_tables_of_the_docs_are_those_of_the_recorded_rows() -> None:
+    rows = benchmark.read(benchmark.RECORDED)
+    assert rows
+    page = (ROOT / "docs" / "results.md").read_text(encoding="utf-8")
+    assert all(table in page for table in benchmark.tables(rows).split("\n\n"))
 
 
 def test_pairs_are_drawn_with_what_was_read(tmp_path: Path) -> None:
