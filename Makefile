@@ -1,7 +1,7 @@
 # Each target is one command on a fresh machine: it makes .venv and installs into it when needed.
 PYTHON ?= python3
 REWARD ?= ink
-# Processes of the tests and of the words; a file of tests stays in one of them, because its fixtures are made once.
+# Processes of the tests; a file of tests stays in one of them, because its fixtures are made once.
 WORKERS ?= 2
 VENV := .venv
 BIN := $(VENV)/bin
@@ -21,7 +21,7 @@ demo: $(INSTALLED)
 	REWARD=$(REWARD) $(BIN)/python examples/digits/demo.py
 
 words: $(RECOGNISERS)
-	$(BIN)/torchrun --nproc_per_node $(WORKERS) examples/words/demo_words.py
+	$(BIN)/torchrun --standalone --nproc_per_node 2 examples/words/demo_words.py
 
 test: $(RECOGNISERS)
 	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile -m "not slow"

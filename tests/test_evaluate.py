@@ -564,7 +564,17 @@ def test_other_options_or_weights_are_not_mixed_in(here, capsys, models):
 def test_two_processes_give_the_numbers_of_one(here):
     whole = evaluate("whole", sampler=["ode", "sde"])
     source = Path(__file__).parents[1] / "src"
-    argv = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "-m", "diffusers_adjoint.cli", "evaluate"]
+    argv = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc_per_node",
+        "2",
+        "-m",
+        "diffusers_adjoint.cli",
+        "evaluate",
+    ]
     options = GIVEN | SMALL | {"adapter": "out", "reward_funcs": "my.py:counted"}
     argv += [word for name, value in options.items() for word in (f"--{name}", str(value))]
     environment = os.environ | {"PYTHONPATH": str(source), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}

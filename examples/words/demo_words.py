@@ -74,6 +74,8 @@ def make_trainer(
     **options: object,
 ) -> AdjointMatchingTrainer:
     """The public trainer on the words of `TUNED_WORDS`; `options` are fields of its config."""
+    images = settings.images // PartialState(cpu=True).num_processes  # of this process, an update
+    batch = min(MICRO_BATCH, images)
     given = {
         "output_dir": str(folder),
         "reward_scale": settings.reward_scale,
@@ -81,8 +83,8 @@ def make_trainer(
         "num_loss_steps": settings.loss_steps,
         "num_generations": 1,
         "pipeline_kwargs": SIZE,
-        "per_device_train_batch_size": MICRO_BATCH,
-        "gradient_accumulation_steps": settings.images // (MICRO_BATCH * PartialState(cpu=True).num_processes),
+        "per_device_train_batch_size": batch,
+        "gradient_accumulation_steps": images // batch,
         "max_steps": settings.updates,
         "learning_rate": settings.learning_rate,
         "adam_beta2": 0.99,

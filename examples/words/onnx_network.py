@@ -94,8 +94,8 @@ OPERATIONS: dict[str, Callable[..., Tensor]] = {
     "Div": _div,
     "Erf": lambda a, x: torch.erf(x),
     "GlobalAveragePool": lambda a, x: x.mean((2, 3), keepdim=True),
-    "HardSwish": lambda a, x: F.hardswish(x),
     "HardSigmoid": lambda a, x: (a.get("alpha", 0.2) * x + a.get("beta", 0.5)).clamp(0, 1),
+    "HardSwish": lambda a, x: F.hardswish(x),  # no operation of these graphs: put in by _with_hard_swish
     "Identity": lambda a, x: x,
     "MatMul": lambda a, x, y: x @ y,
     "MaxPool": _max_pool,
