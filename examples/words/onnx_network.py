@@ -6,6 +6,7 @@ ONNX specification, operator set 11 or 12.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -119,6 +120,8 @@ OPERATIONS: dict[str, Callable[..., Tensor]] = {
 def _with_hard_swish(nodes: list[Node], constants: dict[str, Tensor]) -> list[Node]:
     """x·min(max(x + 3, 0), 6)/6, which PP-OCRv4 writes out, as one operation: an eighth less time for a gradient."""
     found: list[Node] = []
+    uses = Counter(key for _, _, inputs, _ in nodes for key in inputs)
+    numbers = {key: value.item() for key, value in constants.items() if value.numel() == 1}
     for node in nodes:
         found.append(node)
         last = found[-4:]
@@ -126,8 +129,8 @@ def _with_hard_swish(nodes: list[Node], constants: dict[str, Tensor]) -> list[No
             continue
         (x, three), clip, product, quotient = (inputs for _, _, inputs, _ in last)
         chained = [clip[0], product, quotient[0]] == [last[0][3], [x, last[1][3]], last[2][3]]
-        numbers = [constants[key].item() if key in constants else None for key in (three, *clip[1:], quotient[1])]
-        if chained and numbers == [3, 0, 6, 6]:
+        values = [numbers.get(key) for key in (three, *clip[1:], quotient[1])]
+        if chained and values == [3, 0, 6, 6] and all(uses[output] == 1 for *_, output in last[:3]):
             found[-4:] = [("HardSwish", {}, [x], last[3][3])]
     return found
 

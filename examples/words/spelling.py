@@ -1,4 +1,4 @@
-"""Rewards on the words; `diffusers-adjoint` finds them as examples/words/spelling.py:spelling."""
+"""Rewards on the words; `diffusers-adjoint` finds them as examples/words/spelling.py:spelling. On the CPU, in float32."""
 
 from __future__ import annotations
 
