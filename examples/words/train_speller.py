@@ -268,7 +268,9 @@ def main() -> None:
             pipe = new_pipeline()
             train_vae(pipe.vae, data, args.vae_updates)
         train_flow(pipe, data, replace(phase, updates=round(args.share * phase.updates)))
-        pipe.save_pretrained(folder)
+        unfinished = folder.with_name(f"{folder.name}.unfinished")  # a folder of the right name is a finished phase
+        pipe.save_pretrained(unfinished)
+        unfinished.replace(folder)
 
 
 if __name__ == "__main__":
