@@ -52,8 +52,8 @@ $(INSTALLED): setup.py constraints.txt
 	$(BIN)/python -m pip install -c constraints.txt -e '.[dev,docs]'
 	touch $@
 
-# The recognisers of examples/words, whose weights are all that is used: without what their programs need, onnxruntime and
-# OpenCV. Apart from the rest, because rapidocr-onnxruntime has no release for Python 3.13.
+# The recognisers of examples/words, of which only the weights are read: without what their programs need, onnxruntime and
+# OpenCV, and on Python 3.13 too, for which rapidocr-onnxruntime has no release.
 $(RECOGNISERS): $(INSTALLED)
-	$(BIN)/python -m pip install -c constraints.txt --no-deps rapidocr rapidocr-onnxruntime
+	$(BIN)/python -m pip install -c constraints.txt --no-deps --ignore-requires-python rapidocr rapidocr-onnxruntime
 	touch $@

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,7 +11,7 @@ from diffusers import CogView4Pipeline
 from judges import BATCH, Judgement, exact, judge_images, read_by_tesseract
 from torch import Tensor
 from tqdm import tqdm
-from word_pictures import FONTS, HEIGHT, WIDTH, prompt
+from word_pictures import FONTS, HEIGHT, HELD_OUT_WORDS, TUNED_WORDS, WIDTH, prompt
 
 from diffusers_adjoint import memoryless_scheduler
 from diffusers_adjoint.metrics import Estimate, TiltReport, TiltShift, tilt_estimate, tilt_shift
@@ -20,6 +20,11 @@ PIPELINE = Path(__file__).parent / "pipeline"
 SIZE = {"height": HEIGHT, "width": WIDTH}
 CALL = SIZE | {"guidance_scale": 1.0, "output_type": "pt"}
 STEPS = {"ODE": 28, "memoryless": 10}
+GROUPS = {"trained": TUNED_WORDS, "held out": HELD_OUT_WORDS}
+# The statistics of an image.
+REWARD, JUDGE = "log p, v4 (reward), nats", "log p, v6 (judge), nats"
+RIGHT_V4, RIGHT_V6 = "read right by v4", "read right by v6"
+GAP, INK = "log p v4 − v6 a letter, nats", "ink"
 
 
 def load_pipeline(folder: Path = PIPELINE) -> CogView4Pipeline:
@@ -32,7 +37,10 @@ def load_pipeline(folder: Path = PIPELINE) -> CogView4Pipeline:
 def draw(
     pipeline: CogView4Pipeline, words: Sequence[str], sampler: str, seed: int, steps: int | None = None, label: str = ""
 ) -> Tensor:
-    """One image of each word by the pipeline's ordinary call, (len(words), 3, 16, 48) in [0, 1]."""
+    """One image of each word by the pipeline's ordinary call, (len(words), 3, 16, 48) in [0, 1].
+
+    The noise of an image depends on `seed` and its place among the words only.
+    """
     if sampler == "memoryless":
         pipeline = CogView4Pipeline(
             **pipeline.components | {"scheduler": memoryless_scheduler(pipeline.scheduler, integrator="posterior")}
@@ -44,15 +52,20 @@ def draw(
         generator = torch.Generator().manual_seed(seed + start)
         if sampler == "memoryless":
             pipeline.scheduler.set_generator(generator)  # this pipeline does not pass its generator on to the scheduler
-        prompts = [prompt(word) for word in words[start : start + BATCH]]
+        asked = words[start : start + BATCH]
+        # Always a whole batch: with fewer images each would have other noise from its second step on.
+        prompts = [prompt(word) for word in (*asked, *[words[0]] * (BATCH - len(asked)))]
         found = pipeline(prompts, num_inference_steps=steps or STEPS[sampler], generator=generator, **CALL)
-        images.append(found.images)
+        images.append(found.images[: len(asked)])
     return torch.cat(images)
 
 
 @dataclass(frozen=True)
 class Drawn:
-    """`per_word` images of each of P words, word after word, and what is said of them."""
+    """`per_word` images of each of P words, one of each word after another, and what is said of them.
+
+    So the first images are the same, whatever `per_word` is: of one seed, images of base and fine-tuned have the same noise.
+    """
 
     words: tuple[str, ...]
     per_word: int
@@ -61,57 +74,76 @@ class Drawn:
 
     def asked(self) -> list[str]:
         """The word of each image."""
-        return repeated(self.words, self.per_word)
+        return list(self.words) * self.per_word
+
+    def by_word(self, values: Tensor) -> Tensor:
+        """One value an image, (P·per_word, …) → (P, per_word, …)."""
+        return values.unflatten(0, (self.per_word, len(self.words))).transpose(0, 1)
 
     def statistics(self) -> dict[str, Tensor]:
         """Name → values, (P, per_word)."""
         judged, asked = self.judged, self.asked()
         letters = torch.tensor([float(len(word)) for word in asked])
         found = {
-            "log p, v4 (reward), nats": judged.log_prob_v4,
-            "log p, v6 (judge), nats": judged.log_prob_v6,
-            "exact, v4": exact(judged.read_v4, asked),
-            "exact, v6": exact(judged.read_v6, asked),
-            "log p v4 − v6 a letter, nats": (judged.log_prob_v4 - judged.log_prob_v6) / letters,
-            "ink": judged.ink,
+            REWARD: judged.log_prob_v4,
+            JUDGE: judged.log_prob_v6,
+            RIGHT_V4: exact(judged.read_v4, asked),
+            RIGHT_V6: exact(judged.read_v6, asked),
+            GAP: (judged.log_prob_v4 - judged.log_prob_v6) / letters,
+            INK: judged.ink,
         }
-        return {name: values.double().view(len(self.words), self.per_word) for name, values in found.items()}
+        return {name: self.by_word(values.double()) for name, values in found.items()}
 
     def read_by_tesseract(self, per_word: int) -> Tensor:
         """Whether Tesseract reads the word asked for in the first images of each word, (P, per_word)."""
-        images = self.images.unflatten(0, (len(self.words), self.per_word))[:, :per_word].flatten(0, 1)
-        read = [read_by_tesseract(image) for image in images]
-        return exact(read, repeated(self.words, per_word)).double().view(len(self.words), per_word)
+        asked = list(self.words) * per_word
+        read = [read_by_tesseract(image) for image in self.images[: len(asked)]]
+        return exact(read, asked).double().unflatten(0, (per_word, len(self.words))).T
 
     def fonts(self) -> Tensor:
         """Which font each image has, as one number of 0 or 1 a font, (P, per_word, 8)."""
-        return torch.nn.functional.one_hot(self.judged.font, len(FONTS)).double().view(len(self.words), self.per_word, -1)
+        return self.by_word(torch.nn.functional.one_hot(self.judged.font, len(FONTS)).double())
 
 
-def repeated(words: Sequence[str], per_word: int) -> list[str]:
-    return [word for word in words for _ in range(per_word)]
+Pictures = dict[tuple[str, str], Drawn]
+"""(group of words, sampler) → what was drawn."""
 
 
 def draw_and_judge(
     pipeline: CogView4Pipeline, words: tuple[str, ...], per_word: int, sampler: str, seed: int, label: str = ""
 ) -> Drawn:
-    images = draw(pipeline, repeated(words, per_word), sampler, seed, label=label)
-    return Drawn(words, per_word, images, judge_images(images, repeated(words, per_word)))
+    asked = list(words) * per_word
+    images = draw(pipeline, asked, sampler, seed, label=label)
+    return Drawn(words, per_word, images, judge_images(images, asked))
+
+
+def raised(before: Tensor, after: Tensor) -> Tensor:
+    """Mean of all of the base's images of a word, plus after − before of each pair of one noise, (P, N) and (P, M) → (P, M).
+
+    A control variate: the mean over M has the error of the paired differences, which is smaller than that of the images.
+    """
+    return before.mean(1, keepdim=True) + after - before[:, : after.shape[1]]
 
 
 def compare(base: Drawn, tuned: Drawn, reward_scale: float, sampler: str) -> TiltReport:
-    """Base, fine-tuned and the exact tilt of each word's base, with one weight e^{λr} an image."""
+    """Base, fine-tuned and the exact tilt of each word's base, with one weight e^{λr} an image; both of the same seed."""
     before, after = base.statistics(), tuned.statistics()
-    log_weights = reward_scale * before["log p, v4 (reward), nats"]
-    shifts = [tilt_shift(name, sampler, before[name], after[name], log_weights) for name in before]
+    log_weights = reward_scale * before[REWARD]
+    shifts = [tilt_shift(name, sampler, before[name], raised(before[name], after[name]), log_weights) for name in before]
     return TiltReport(shifts, None)
 
 
 def font_shares(base: Drawn, tuned: Drawn, reward_scale: float) -> dict[str, Tensor]:
-    """Shares of the fonts, (8,) each, of the base, of its tilt and of the fine-tuned model: the mean over words."""
-    log_weights = reward_scale * base.statistics()["log p, v4 (reward), nats"]
-    target = [tilt_estimate(log_weights, base.fonts()[..., i]).mean for i in range(len(FONTS))]
-    return {"base": base.fonts().mean((0, 1)), "target": torch.tensor(target), "tuned": tuned.fonts().mean((0, 1))}
+    """Shares of the fonts, (8,) each, of the base, the fine-tuned model, and the tilt of the base if it is estimable."""
+    before, log_weights = base.fonts(), reward_scale * base.statistics()[REWARD]
+    target = [tilt_estimate(log_weights, before[..., i]) for i in range(len(FONTS))]
+    shares = {"base": before.mean((0, 1)), "tuned": raised(before, tuned.fonts()).mean((0, 1))}
+    return shares | ({"target": torch.tensor([share.mean for share in target])} if target[0].estimable else {})
+
+
+def font_distance(shares: Mapping[str, Tensor], name: str) -> float | None:
+    """Half the summed distance of the shares to the target's, 0 to 1; None if the target is not known."""
+    return (shares[name] - shares["target"]).abs().sum().item() / 2 if "target" in shares else None
 
 
 def find_shift(report: TiltReport, statistic: str) -> TiltShift:
