@@ -245,6 +245,12 @@ def test_every_module_and_the_type_marker_are_shipped(tmp_path: Path) -> None:
     assert shipped >= {source.relative_to(PACKAGE) for source in SOURCES} | {Path("py.typed")}
 
 
+def test_modules_of_the_examples_and_the_benchmarks_have_names_of_their_own() -> None:
+    """The tests of one process import them from several folders, and would get the first of two that are called alike."""
+    names = [path.name for folder in ("examples/digits", "examples/words", "benchmarks") for path in (ROOT / folder).glob("*.py")]
+    assert len(names) > 20 and len(names) == len(set(names))
+
+
 def test_no_path_of_a_machine_is_tracked() -> None:
     # A home, work or temporary folder at the start of a path; the lookbehind lets URLs and relative paths through.
     machine_path = re.compile(r"(?<![\w.\-/~])/(?:home|root|Users|work|opt|tmp|var/folders|private/var)/\w")

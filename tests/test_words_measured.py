@@ -31,8 +31,8 @@ from drawn import (  # noqa: E402
     raised,
 )
 from judges import Judgement, exact  # noqa: E402
-from telling import format_report, sentences  # noqa: E402
 from word_pictures import FONTS  # noqa: E402
+from words_report import format_report, sentences  # noqa: E402
 
 from diffusers_adjoint.metrics import Estimate, TiltEstimate, TiltReport, TiltShift  # noqa: E402
 

@@ -35,9 +35,9 @@ from drawn import GROUPS, SIZE, STEPS, Pictures, draw_and_judge, load_pipeline
 from peft import LoraConfig
 from recognisers import recogniser
 from spelling import spelling
-from telling import write_report
 from transformers.trainer_utils import get_last_checkpoint
 from word_pictures import TUNED_WORDS, prompt
+from words_report import write_report
 
 from diffusers_adjoint import AdjointMatchingConfig, AdjointMatchingTrainer
 
