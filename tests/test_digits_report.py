@@ -20,8 +20,8 @@ GAP = TiltGap(Estimate(14.3, 0.03), Estimate(1.24, 0.01), Estimate(1.0, 0.05), E
 
 
 def report(fraction=SHARE, gap=GAP):
-    before, after = Estimate(0.31, 0.0004), Estimate(0.359, 0.0008)
-    shifts = [TiltShift("reward (ink)", sampler, before, after, TARGET, fraction) for sampler in ("ODE", "memoryless")]
+    before, after, rise = Estimate(0.31, 0.0004), Estimate(0.359, 0.0008), Estimate(0.049, 0.0009)
+    shifts = [TiltShift("reward (ink)", sampler, before, after, rise, TARGET, fraction) for sampler in ("ODE", "memoryless")]
     return TiltReport(shifts, gap)
 
 

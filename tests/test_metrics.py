@@ -162,6 +162,48 @@ def test_shift_fraction_is_calibrated(reached: float) -> None:
     assert z.std() == pytest.approx(1.0, abs=0.15)
 
 
+@pytest.mark.parametrize("reached", [0.0, 0.6, 1.0])
+def test_errors_of_pairs_are_calibrated(reached: float) -> None:
+    """500 of 2000 base samples have a partner that went a known share of the way, give or take noise: after, rise and share."""
+    repetitions, target = 300, SLOPE * STD**2
+    z = torch.empty(repetitions, 3)
+    for seed in range(repetitions):
+        x = base_samples(2000, seed)
+        # The partners keep .7 of the base's deviation, so that a sample moves the rise and the target together.
+        tuned = 0.7 * x[:500] + 0.3 * base_samples(500, 10_000 + seed) + reached * target
+        shift = tilt_shift("x", "ODE", x, tuned, SLOPE * x, paired=True)
+        found = ((shift.after, MEAN + reached * target), (shift.rise, reached * target), (shift.fraction, reached))
+        z[seed] = torch.tensor([(estimate.mean - right) / estimate.standard_error for estimate, right in found])
+    # Of 300 standard normals: mean within four errors (.23), spread 1 ± .04, plus a few per cent for a ratio of estimates.
+    assert z.mean(0).abs().max() < 0.23, z.mean(0)
+    assert z.std(0).tolist() == pytest.approx([1.0] * 3, abs=0.15)
+
+
+def test_the_share_has_no_error_where_the_rise_has_the_error_of_the_target() -> None:
+    """Pairs whose differences are .6 of each sample's influence on target − before, so that the two estimates err together."""
+    x = base_samples(4000)
+    p = (SLOPE * x).softmax(0)
+    target, before = (p * x).sum(), x.mean()
+    influence = p * (x - target) - (x - before) / len(x)
+    tuned = x + 0.6 * (len(x) * influence + target - before)
+    shift = tilt_shift("x", "ODE", x, tuned, SLOPE * x, paired=True)
+    assert shift.fraction is not None and shift.fraction.mean == pytest.approx(0.6)
+    assert shift.rise.standard_error > 0.01 and shift.fraction.standard_error < 1e-4  # N and N − 1: one part in 4000
+
+
+def test_a_model_that_did_not_change_has_no_rise_and_no_error() -> None:
+    x = base_samples(4000)
+    shift = tilt_shift("x", "ODE", x, x[:300], SLOPE * x, paired=True)
+    assert shift.fraction is not None and shift.after == shift.before
+    assert (shift.rise, shift.fraction) == (Estimate(0.0, 0.0), Estimate(0.0, 0.0))
+
+
+def test_more_pairs_than_base_samples_are_refused() -> None:
+    x = base_samples(400)
+    with pytest.raises(ValueError, match="there are 400 tuned samples for 300 of the base"):
+        tilt_shift("x", "ODE", x[:300], x, SLOPE * x[:300], paired=True)
+
+
 def test_a_statistic_that_the_tilt_leaves_alone_has_no_share() -> None:
     x, independent = base_samples(4000), base_samples(4000, seed=1)
     assert tilt_shift("noise", "ODE", independent, independent + 1, SLOPE * x).fraction is None

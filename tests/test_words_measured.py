@@ -28,7 +28,6 @@ from drawn import (  # noqa: E402
     font_distance,
     font_shares,
     load_pipeline,
-    raised,
 )
 from judges import Judgement, exact  # noqa: E402
 from word_pictures import FONTS  # noqa: E402
@@ -99,14 +98,14 @@ def test_distance_of_fonts_is_half_the_sum_of_the_differences() -> None:
 
 
 def test_after_is_the_mean_of_all_images_of_the_base_and_the_difference_of_pairs() -> None:
-    before = torch.tensor([[1.0, 2.0, 6.0], [0.0, 0.0, 3.0]])
-    after = torch.tensor([[2.0, 2.0], [0.0, 1.0]])
-    torch.testing.assert_close(raised(before, after), torch.tensor([[4.0, 3.0], [1.0, 2.0]]))
     base, tuned = made_up(300, seed=3), made_up(20, seed=3)
     tuned.judged.log_prob_v4.copy_(base.judged.log_prob_v4[:40] + 0.25)
     shift = find_shift(compare(base, tuned, 2.0, "memoryless"), REWARD)
     assert shift.after.mean - shift.before.mean == pytest.approx(0.25)
-    assert shift.after.standard_error == pytest.approx(0, abs=1e-9)  # every pair has the same difference
+    assert shift.rise.standard_error == pytest.approx(0, abs=1e-9)  # every pair has the same difference
+    tuned.judged.font.copy_(base.judged.font[:40])
+    shares = font_shares(base, tuned, 2.0)
+    torch.testing.assert_close(shares["tuned"], shares["base"])
 
 
 def test_mean_and_error_of_given_words() -> None:
@@ -116,10 +115,12 @@ def test_mean_and_error_of_given_words() -> None:
 
 
 def test_rows_keep_before_after_target_and_share_apart() -> None:
-    values = [Estimate(1.0, 0.1), Estimate(2.0, 0.2), TiltEstimate(3.0, 0.3, 0.9, 0.0, 0.0, 0.0, 0.0, 1000), Estimate(0.5, 0.4)]
+    target = TiltEstimate(3.0, 0.3, 0.9, 0.0, 0.0, 0.7, 0.07, 1000)
+    values = [Estimate(1.0, 0.1), Estimate(2.0, 0.2), Estimate(1.0, 0.15), target, Estimate(0.5, 0.4)]
     report = TiltReport([TiltShift(name, "memoryless", *values) for name in benchmark.NAMES.values()], None)
     row = benchmark.shifts(report)["judge"]
-    assert row == {"before": [1.0, 0.1], "after": [2.0, 0.2], "target": [3.0, 0.3], "share": [0.5, 0.4]}
+    assert row == {"before": [1.0, 0.1], "after": [2.0, 0.2], "rise": [1.0, 0.15], "target": [3.0, 0.3], "share": [0.5, 0.4]}
+    assert benchmark.target_kl(report) == {"target_kl": [0.7, 0.07]}
 
 
 def made_up_report(first: float) -> TiltReport:
@@ -128,8 +129,8 @@ def made_up_report(first: float) -> TiltReport:
     for i, name in enumerate((REWARD, JUDGE, RIGHT_V4, RIGHT_V6, GAP)):
         value = (first + i) / 100
         target = TiltEstimate(value + 0.01, 0.001, 0.9, 0.0, 0.0, 0.0, 0.0, 1000)
-        after = Estimate(value + 0.005, 0.001)
-        shifts.append(TiltShift(name, "memoryless", Estimate(value, 0.001), after, target, Estimate(value + 0.003, 0.001)))
+        before, after, rise = Estimate(value, 0.001), Estimate(value + 0.005, 0.001), Estimate(0.005 + value / 100, 0.001)
+        shifts.append(TiltShift(name, "memoryless", before, after, rise, target, Estimate(value + 0.003, 0.001)))
     return TiltReport(shifts, None)
 
 
@@ -138,7 +139,9 @@ def test_sentences_name_the_right_numbers() -> None:
     reports = {key: made_up_report(first) for key, first in starts.items()}
     fonts = {"base": torch.tensor([0.9, 0.1]), "tuned": torch.tensor([0.7, 0.3]), "target": torch.tensor([0.6, 0.4])}
     v4, v6, held_out, way, gap = sentences(reports, fonts, 8, ", and Tesseract in 1 % before")
-    assert all(number in v4 for number in ("12.0 ± 0.1 % before", "12.5", "22.0", "22.5", "8 trained words"))
+    assert all(
+        number in v4 for number in ("12.0 ± 0.1 % before", "12.5", "0.6 ± 0.1 points", "22.0", "22.5", "0.7", "8 trained words")
+    )
     assert all(number in v6 for number in ("13.0", "13.5", "23.0", "23.5", "and Tesseract in 1 % before"))
     assert all(number in held_out for number in ("32.0", "32.5", "33.0", "33.5"))
     assert all(number in way for number in ("10.3", "11.3", "0.10 from the target's", "0.30"))
@@ -159,7 +162,7 @@ def test_noise_of_an_image_depends_on_its_place_and_no_two_are_the_same() -> Non
 @pytest.mark.slow
 @pytest.mark.parametrize("method", [benchmark.BASE, *benchmark.METHODS])
 def test_every_method_makes_a_row(method: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """One update, which the warm-up gives a learning rate of 0: the fine-tuned images are the base's to the last bit."""
+    """One update, which the warm-up gives a learning rate of 0: the fine-tuned images are the base's."""
     for name, value in {"BASE_IMAGES": 6, "TUNED_IMAGES": 3, "ODE_IMAGES": 2, "PATHS": 4, "CACHE": tmp_path}.items():
         monkeypatch.setattr(benchmark, name, value)
     monkeypatch.setattr(benchmark, "base_images", benchmark.base_images.__wrapped__)
@@ -168,5 +171,8 @@ def test_every_method_makes_a_row(method: str, monkeypatch: pytest.MonkeyPatch, 
     assert set(found) == {"work", "kl", *GROUPS}
     for name in benchmark.NAMES:
         before, after = found["trained"][name]["before"], found["trained"][name]["after"]
-        assert after == [pytest.approx(before[0]), pytest.approx(0, abs=1e-9)]
+        rise, error = found["trained"][name]["rise"]
+        # Nothing but the order of float32 sums differs: six images of a word are judged in other batches than three.
+        assert (rise, error) == (pytest.approx(0, abs=1e-4), pytest.approx(0, abs=1e-4))
+        assert after == [pytest.approx(before[0] + rise), pytest.approx(before[1], rel=1e-3)]
     assert len(benchmark.tables([{"setting": setting.__dict__, "found": found}]).splitlines()) == 7

@@ -14,7 +14,7 @@ from tqdm import tqdm
 from word_pictures import FONTS, HEIGHT, HELD_OUT_WORDS, TUNED_WORDS, WIDTH, prompt
 
 from diffusers_adjoint import memoryless_scheduler
-from diffusers_adjoint.metrics import Estimate, TiltReport, TiltShift, tilt_estimate, tilt_shift
+from diffusers_adjoint.metrics import Estimate, TiltReport, TiltShift, tilt_shift
 
 PIPELINE = Path(__file__).parent / "pipeline"
 SIZE = {"height": HEIGHT, "width": WIDTH}
@@ -117,28 +117,24 @@ def draw_and_judge(
     return Drawn(words, per_word, images, judge_images(images, asked))
 
 
-def raised(before: Tensor, after: Tensor) -> Tensor:
-    """Mean of all of the base's images of a word, plus after − before of each pair of one noise, (P, N) and (P, M) → (P, M).
-
-    A control variate: the mean over M has the error of the paired differences, which is smaller than that of the images.
-    """
-    return before.mean(1, keepdim=True) + after - before[:, : after.shape[1]]
-
-
 def compare(base: Drawn, tuned: Drawn, reward_scale: float, sampler: str) -> TiltReport:
     """Base, fine-tuned and the exact tilt of each word's base, with one weight e^{λr} an image; both of the same seed."""
     before, after = base.statistics(), tuned.statistics()
     log_weights = reward_scale * before[REWARD]
-    shifts = [tilt_shift(name, sampler, before[name], raised(before[name], after[name]), log_weights) for name in before]
+    shifts = [tilt_shift(name, sampler, before[name], after[name], log_weights, paired=True) for name in before]
     return TiltReport(shifts, None)
 
 
 def font_shares(base: Drawn, tuned: Drawn, reward_scale: float) -> dict[str, Tensor]:
     """Shares of the fonts, (8,) each, of the base, the fine-tuned model, and the tilt of the base if it is estimable."""
-    before, log_weights = base.fonts(), reward_scale * base.statistics()[REWARD]
-    target = [tilt_estimate(log_weights, before[..., i]) for i in range(len(FONTS))]
-    shares = {"base": before.mean((0, 1)), "tuned": raised(before, tuned.fonts()).mean((0, 1))}
-    return shares | ({"target": torch.tensor([share.mean for share in target])} if target[0].estimable else {})
+    before, after, log_weights = base.fonts(), tuned.fonts(), reward_scale * base.statistics()[REWARD]
+    shifts = [
+        tilt_shift(font, "memoryless", before[..., i], after[..., i], log_weights, paired=True) for i, font in enumerate(FONTS)
+    ]
+    means = {"base": [s.before.mean for s in shifts], "tuned": [s.after.mean for s in shifts]}
+    if shifts[0].target.estimable:
+        means["target"] = [s.target.mean for s in shifts]
+    return {name: torch.tensor(shares, dtype=torch.float64) for name, shares in means.items()}
 
 
 def font_distance(shares: Mapping[str, Tensor], name: str) -> float | None:

@@ -24,12 +24,12 @@ from sheets import save_pairs
 from torch import Tensor
 from word_pictures import FONTS
 
-from diffusers_adjoint.metrics import TiltReport, markdown_table, sample_mean
+from diffusers_adjoint.metrics import Estimate, TiltReport, markdown_table, sample_mean
 
 TESSERACT_IMAGES = 8  # of each word; a tenth of a second each
 HOW_TO_READ = """The ODE (28 steps) is how a user draws. The memoryless sampler (10 steps) adds the noise that training uses, and
-only its samples follow the exact target p_base·exp(λr), which is known from weighted images of the base. "After" is the base's
-mean plus the mean difference between images of the same noise, and has the error of that difference."""
+only its samples follow the exact target p_base·exp(λr), which is known from weighted images of the base. "Rise" is the mean
+difference between images of the same noise, and "after" is the base's mean plus the rise."""
 
 
 def write_report(folder: Path, base: Pictures, tuned: Pictures, reward_scale: float, title: str) -> None:
@@ -72,7 +72,8 @@ def sentences(reports: dict[tuple[str, str], TiltReport], fonts: dict[str, Tenso
 
     def change(report: TiltReport, statistic: str) -> str:
         shift = find_shift(report, statistic)
-        return f"{percent(shift.before)} before fine-tuning and {percent(shift.after)} after it"
+        points = percent(shift.rise).replace("%", "points")
+        return f"{percent(shift.before)} before fine-tuning and {percent(shift.after)} after it, a rise of {points}"
 
     reward, judge, gap = (find_shift(trained, name) for name in (REWARD, JUDGE, GAP))
     distances = [font_distance(fonts, name) for name in ("tuned", "base")]
@@ -82,7 +83,7 @@ def sentences(reports: dict[tuple[str, str], TiltReport], fonts: dict[str, Tenso
             f"the reward has gone {percent(reward.fraction)} and the judge {percent(judge.fraction)}; the shares of the fonts "
             f"are {distances[0]:.2f} from the target's, and those of the base {distances[1]:.2f}"
         )
-        in_target = f", and by {gap.target} in the target"
+        in_target = f", and {gap.target} in the target"
     return [
         f"PP-OCRv4, the reward, reads the word asked for in {change(trained, RIGHT_V4)}, in images of {words} trained words "
         f"by the memoryless sampler (by the ODE: {change(ode, RIGHT_V4)}).",
@@ -91,8 +92,8 @@ def sentences(reports: dict[tuple[str, str], TiltReport], fonts: dict[str, Tenso
         f"Of words that no prompt of training names, v4 reads {change(held_out, RIGHT_V4)}, and v6 reads "
         f"{change(held_out, RIGHT_V6)}.",
         f"Of the way from the base to the exact target p_base·exp(λr), {way}.",
-        f"log p of v4 exceeds that of v6 by {gap.before} nats a letter before, and by {gap.after} after{in_target}; this "
-        "difference rises when a reward is hacked.",
+        f"Log p of v4 less that of v6 is {gap.before} nats a letter before, and {gap.after} after{in_target}; it rises when a "
+        "reward is hacked.",
     ]
 
 
@@ -106,8 +107,14 @@ def read_by_tesseract(base: Drawn, tuned: Drawn) -> str:
 
 
 def format_report(report: TiltReport) -> str:
-    """With the target's columns where there are images enough to know it."""
-    if report.shifts[0].target.estimable:
-        return report.format()
-    rows = [[shift.statistic, str(shift.before), str(shift.after)] for shift in report.shifts]
-    return markdown_table([["statistic", "before", "after"], *rows])
+    """A row a statistic; with target, share and the target's KL where there are images enough to know them."""
+    target = report.shifts[0].target
+    rows = [["statistic", "before", "after", "rise"]]
+    rows += [[shift.statistic, str(shift.before), str(shift.after), str(shift.rise)] for shift in report.shifts]
+    if not target.estimable:
+        return markdown_table(rows)
+    rows[0] += ["exact target", "share of the way"]
+    for row, shift in zip(rows[1:], report.shifts, strict=True):
+        row += [str(shift.target), str(shift.fraction or "–")]
+    kl = Estimate(target.kl_target, target.kl_target_standard_error)
+    return f"{markdown_table(rows)}\n\nKL of the exact target to the base: {kl} nats."

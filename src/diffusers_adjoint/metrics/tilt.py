@@ -120,10 +120,14 @@ def _influence(p: Tensor, s: Tensor) -> Tensor:
     return p * (s - (p * s).sum(1, keepdim=True)) / len(p)
 
 
+def _mean_influence(s: Tensor) -> Tensor:
+    """Influence of each sample on the mean of (P, N), scaled so that its norm is the unbiased standard error of the mean."""
+    return (s - s.mean(1, keepdim=True)) / (len(s) * math.sqrt(s.shape[1] * (s.shape[1] - 1)))
+
+
 def _mean(samples: Tensor) -> Estimate:
     """Mean of (P, N), with the standard error for the given prompts: differences between prompts do not count as error."""
-    variance = (samples.var(1) / samples.shape[1]).sum() / len(samples) ** 2
-    return Estimate(samples.mean().item(), variance.sqrt().item())
+    return Estimate(samples.mean().item(), _mean_influence(samples).norm().item())
 
 
 def _of_prompts(values: Tensor, prompts: int) -> Tensor:
@@ -142,22 +146,28 @@ class TiltShift:
         statistic: its name.
         sampler: the name of the sampler that drew base and tuned samples alike ("ODE", "memoryless").
         before: mean over base samples.
-        after: mean over samples of the fine-tuned model.
+        after: mean over samples of the fine-tuned model; of pairs, `before` + `rise`.
+        rise: after − before, with the error of this difference.
         target: its mean under the tilt of that sampler's base samples.
-        fraction: (after − before)/(target − before), 1 at the target. `None` if the target is not estimable, or is within two
-            standard errors of `before`, so that the shift is not significant.
+        fraction: rise/(target − before), 1 at the target. `None` if the target is not estimable, or is within two standard
+            errors of `before`, so that the shift is not significant.
     """
 
     statistic: str
     sampler: str
     before: Estimate
     after: Estimate
+    rise: Estimate
     target: TiltEstimate
     fraction: Estimate | None
 
 
-def tilt_shift(statistic: str, sampler: str, before: Tensor, after: Tensor, log_weights: Tensor) -> TiltShift:
+def tilt_shift(
+    statistic: str, sampler: str, before: Tensor, after: Tensor, log_weights: Tensor, paired: bool = False
+) -> TiltShift:
     """Compare base samples, tuned samples and the tilt of the base samples in one statistic.
+
+    All errors are summed sample by sample, with sign: before and target are means over the same samples.
 
     Args:
         statistic: name of the statistic, for the table.
@@ -165,33 +175,48 @@ def tilt_shift(statistic: str, sampler: str, before: Tensor, after: Tensor, log_
         before: the statistic of N base samples, shape (N,), or (P, N) for N of each of P prompts.
         after: the statistic of M samples of the fine-tuned model, shape (M,) or (P, M), the same prompts.
         log_weights: λ r of the base samples, shape of `before`, nats.
+        paired: whether the i-th tuned sample of a prompt has the noise of the i-th base sample, M ≤ N. Then the rise is the mean
+            difference of the M pairs (a control variate, Owen 2013, §8.9), and its error is small where the two resemble each
+            other. Otherwise base and tuned samples count as independent; of equal noise, the errors are upper bounds.
 
     Raises:
-        ValueError: if shapes are wrong or a value is not finite.
+        ValueError: if shapes are wrong, a value is not finite, or there are more pairs than base samples.
     """
     target = tilt_estimate(log_weights, before)
     log_w, s = _checked_pair(log_weights, before)
-    start, end = _mean(s), _mean(_of_prompts(after, len(s)))
-    fraction = _shift_fraction(log_w, s, end) if target.estimable else None
-    return TiltShift(statistic, sampler, start, end, target, fraction)
+    tuned = _of_prompts(after, len(s))
+    moves = _rise_influence(s, tuned, paired)
+    rise = (tuned.mean() - (s[:, : tuned.shape[1]] if paired else s).mean()).item()
+    end = Estimate(s.mean().item() + rise, (_widened(_mean_influence(s), moves) + moves).norm().item())
+    fraction = _shift_fraction(log_w, s, rise, moves) if target.estimable else None
+    return TiltShift(statistic, sampler, _mean(s), end, Estimate(rise, moves.norm().item()), target, fraction)
 
 
-def _shift_fraction(log_w: Tensor, s: Tensor, after: Estimate) -> Estimate | None:
-    """(after − before)/(target − before) with its delta-method error.
+def _rise_influence(s: Tensor, tuned: Tensor, paired: bool) -> Tensor:
+    """Influence of each independent sample on after − before: of N base samples with M pairs among them, or of N + M samples."""
+    if not paired:
+        return torch.cat([-_mean_influence(s), _mean_influence(tuned)], 1)
+    pairs, count = tuned.shape[1], s.shape[1]
+    if pairs > count:
+        raise ValueError(f"there are {pairs} tuned samples for {count} of the base; pass a base sample for each of them.")
+    return _widened(_mean_influence(tuned - s[:, :pairs]), s)
 
-    Before and target are means over the *same* samples, so their errors are added sample by sample, with sign. Tuned and base
-    samples count as independent. If they share seeds, they are positively correlated, and the error is an upper bound.
-    """
-    p, uniform = log_w.softmax(1), torch.full_like(s, 1 / s.shape[1])
-    move_before, move_target = _influence(uniform, s), _influence(p, s)
+
+def _widened(influence: Tensor, like: Tensor) -> Tensor:
+    """With zeros for the samples that only `like` has."""
+    return torch.nn.functional.pad(influence, (0, like.shape[1] - influence.shape[1]))
+
+
+def _shift_fraction(log_w: Tensor, s: Tensor, rise: float, moves: Tensor) -> Estimate | None:
+    """rise/(target − before) with its delta-method error; `moves` are the influences on the rise."""
+    p = log_w.softmax(1)
+    move_shift = _influence(p, s) - _mean_influence(s)
     before, target = s.mean().item(), _weighted_mean(p, s).item()
-    shift = target - before
-    shift_error = (move_target - move_before).norm().item()
+    shift, shift_error = target - before, move_shift.norm().item()
     if abs(shift) <= 2 * shift_error + 1e-12 * abs(before):  # a constant statistic moves by rounding errors only
         return None
-    fraction = (after.mean - before) / shift
-    from_base = ((fraction - 1) * move_before - fraction * move_target).square().sum().item()
-    return Estimate(fraction, math.sqrt(after.standard_error**2 + from_base) / abs(shift))
+    fraction = rise / shift
+    return Estimate(fraction, (moves - fraction * _widened(move_shift, moves)).norm().item() / abs(shift))
 
 
 @dataclass(frozen=True)
