@@ -6,6 +6,7 @@ import contextlib
 import re
 import sys
 from pathlib import Path
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -35,14 +36,15 @@ def test_the_whole_command_ends_in_five_sentences(tmp_path: Path, monkeypatch: p
     monkeypatch.setattr(demo_words, "TUNED_IMAGES", {"memoryless": 6, "ODE": 8})
     monkeypatch.setattr(sys, "argv", ["demo_words.py", "--output", str(tmp_path), "--updates", "2", "--words", "2"])
     demo_words.main()
+    folder = tmp_path / "2-updates-seed-0"
     last = capsys.readouterr().out.strip().splitlines()[-5:]
     assert [line[:3] for line in last] == [f"{i}. " for i in range(1, 6)]
-    assert set(last) < set((tmp_path / "report.md").read_text(encoding="utf-8").splitlines())
-    written = {path.name for path in tmp_path.iterdir()}
+    assert set(last) < set((folder / "report.md").read_text(encoding="utf-8").splitlines())
+    written = {path.name for path in folder.iterdir()}
     assert {"trained.png", "held_out.png", "pytorch_lora_weights.safetensors"} <= written and "checkpoint-2" not in written
     fresh, words = load_pipeline(), list(WORDS[:2])
     before = draw(fresh, words, "memoryless", SEED)
-    fresh.load_lora_weights(tmp_path)
+    fresh.load_lora_weights(folder)
     assert not torch.equal(draw(fresh, words, "memoryless", SEED), before)
 
 
@@ -60,7 +62,7 @@ class Updates(TrainerCallback):
 
 @pytest.mark.slow
 def test_a_run_that_was_stopped_goes_on_from_its_last_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    settings, runs = Settings(updates=12, images=4), [Updates(11), Updates(99)]
+    settings, runs, told = Settings(updates=12, images=4), [Updates(11), Updates(99)], []
     for updates in runs:
 
         def watched(*given: Any, updates: Updates = updates) -> AdjointMatchingTrainer:
@@ -70,8 +72,22 @@ def test_a_run_that_was_stopped_goes_on_from_its_last_checkpoint(tmp_path: Path,
 
         monkeypatch.setattr(demo_words, "make_trainer", watched)
         with contextlib.suppress(KeyboardInterrupt):
-            demo_words.fine_tune(load_pipeline(), settings, tmp_path)
+            told.append(demo_words.fine_tune(load_pipeline(), settings, tmp_path))
     assert [updates.steps for updates in runs] == [[*range(1, 12)], [11, 12]]
+    assert len(told) == 1 and "12 updates of 4 images, seed 0; the updates after checkpoint 10 took" in told[0]
+
+
+@pytest.mark.parametrize(("images", "batch", "steps"), [(64, 32, 2), (48, 24, 2), (20, 20, 1), (31, 31, 1), (33, 11, 3)])
+def test_an_update_has_the_images_of_its_setting(images: int, batch: int, steps: int, tmp_path: Path) -> None:
+    args = make_trainer(load_pipeline(), Settings(images=images), tmp_path, probe_base=False).args
+    assert (args.per_device_train_batch_size, args.gradient_accumulation_steps) == (batch, steps)
+
+
+def test_processes_that_cannot_share_an_update_are_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(demo_words, "PartialState", lambda **_: SimpleNamespace(num_processes=3))
+    monkeypatch.setattr(sys, "argv", ["demo_words.py", "--output", str(tmp_path)])
+    with pytest.raises(SystemExit, match="^3 processes cannot share 64 images equally"):
+        demo_words.main()
 
 
 @pytest.mark.slow
@@ -93,12 +109,16 @@ def test_a_wrong_option_is_one_sentence(option: str, value: str, monkeypatch: py
     assert f"argument {option}: {value} is no whole number from" in capsys.readouterr().err
 
 
-def test_a_missing_recogniser_ends_the_command_with_its_sentence(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(sys, "argv", ["demo_words.py", "--output", str(tmp_path)])
+@pytest.mark.parametrize("command", [demo_words, benchmark])
+def test_a_missing_recogniser_ends_the_command_with_its_sentence(
+    command: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["a command"])
     monkeypatch.setattr(recognisers, "find_spec", lambda name: None)
     recognisers.recogniser.cache_clear()
     with pytest.raises(SystemExit, match="^The weights of PP-OCRv4 come with the package"):
-        demo_words.main()
+        command.main()
 
 
 @pytest.mark.slow

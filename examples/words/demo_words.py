@@ -8,9 +8,9 @@ Everything is offline and real: a CogView4Pipeline trained from scratch to spell
 (`train_speller.py`), the reward log p(word) of PP-OCRv4, the public trainer, LoRA. PP-OCRv6 judges, and Tesseract where it is
 installed. 18 of the 39 words are held out: no prompt of training names them.
 
-Writes to `--output`: trained.png and held_out.png (base above fine-tuned, same noise), report.md, the LoRA with its model card,
-and `samples/`, images of the training. A run that was stopped goes on from its last checkpoint, of which there is one every ten
-updates.
+Writes to a folder in `--output` that is named by updates and seed: trained.png and held_out.png (base above fine-tuned, same
+noise), report.md, the LoRA with its model card, and `samples/`, images of the training. A run that was stopped goes on from its
+last checkpoint, of which there is one every ten updates.
 """
 
 from __future__ import annotations
@@ -60,6 +60,20 @@ class Settings:
     seed: int = 0
 
 
+def images_of_a_process(settings: Settings) -> int:
+    """In an update.
+
+    Raises:
+        ValueError: the processes cannot have as many each.
+    """
+    processes = PartialState(cpu=True).num_processes
+    if settings.images % processes:
+        raise ValueError(
+            f"{processes} processes cannot share {settings.images} images equally; start another number of processes."
+        )
+    return settings.images // processes
+
+
 def make_trainer(
     pipeline: CogView4Pipeline,
     settings: Settings,
@@ -68,8 +82,8 @@ def make_trainer(
     **options: object,
 ) -> AdjointMatchingTrainer:
     """The public trainer on the words of `TUNED_WORDS`; `options` are fields of its config."""
-    images = settings.images // PartialState(cpu=True).num_processes  # of this process, an update
-    batch = min(MICRO_BATCH, images)
+    images = images_of_a_process(settings)
+    batch = max(size for size in range(1, min(MICRO_BATCH, images) + 1) if images % size == 0)
     given = {
         "output_dir": str(folder),
         "reward_scale": settings.reward_scale,
@@ -103,7 +117,7 @@ def make_trainer(
     )
 
 
-BASE_IMAGES = {"memoryless": 320, "ODE": 32}  # of each word: the tilt needs 100 effective ones, and weighs down about 60 %
+BASE_IMAGES = {"memoryless": 320, "ODE": 32}  # of each word; as weighted samples of the target they count as 120 or more
 TUNED_IMAGES = {"memoryless": 160, "ODE": 32}
 
 
@@ -140,37 +154,38 @@ def parse_arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def fine_tune(pipeline: CogView4Pipeline, settings: Settings, folder: Path) -> AdjointMatchingTrainer:
-    """Trains, from the last checkpoint in the folder if there is one, and saves the LoRA."""
+def fine_tune(pipeline: CogView4Pipeline, settings: Settings, folder: Path) -> str:
+    """Trains, from the last checkpoint in the folder if there is one, and saves the LoRA; returns what was done, in words."""
+    checkpoint, start = get_last_checkpoint(folder), time.perf_counter()
     trainer = make_trainer(pipeline, settings, folder)
-    trainer.train(resume_from_checkpoint=get_last_checkpoint(folder))
+    trainer.train(resume_from_checkpoint=checkpoint)
     trainer.save_model()
-    return trainer
+    minutes = (time.perf_counter() - start) / 60
+    part = f"the updates after {Path(checkpoint).name.replace('-', ' ')}" if checkpoint else "fine-tuning"
+    run = f"λ = {settings.reward_scale:g}, {settings.updates} updates of {settings.images} images, seed {settings.seed}"
+    processes = PartialState().num_processes
+    return f"{run}; {part} took {minutes:.1f} minutes in {processes} process{'es' * (processes > 1)}."
 
 
 def main() -> None:
     arguments = parse_arguments()
     torch.set_num_threads(1)
-    try:
-        recogniser("v4"), recogniser("v6")
-        arguments.output.mkdir(parents=True, exist_ok=True)
-    except (ImportError, OSError) as error:
-        sys.exit(f"{error}")
     settings = Settings(updates=arguments.updates, seed=arguments.seed)
+    # A folder of its own: another run must not go on from this one's checkpoints.
+    folder = arguments.output / f"{settings.updates}-updates-seed-{settings.seed}"
+    try:
+        recogniser("v4"), recogniser("v6"), images_of_a_process(settings)
+        folder.mkdir(parents=True, exist_ok=True)
+    except (ImportError, OSError, ValueError) as error:
+        sys.exit(f"{error}")
 
     pipeline = load_pipeline()
     base = draw_all(pipeline, arguments.words, "base", BASE_IMAGES)
-    start = time.perf_counter()
-    trainer = fine_tune(pipeline, settings, arguments.output)
-    minutes = (time.perf_counter() - start) / 60
+    title = fine_tune(pipeline, settings, folder)
     tuned = draw_all(pipeline, arguments.words, "fine-tuned", TUNED_IMAGES)
-    if trainer.is_world_process_zero():
-        title = (
-            f"λ = {settings.reward_scale:g}, {settings.updates} updates of {settings.images} images, seed {settings.seed}; "
-            f"fine-tuning took {minutes:.1f} minutes in {PartialState().num_processes} processes."
-        )
-        write_report(arguments.output, base, tuned, settings.reward_scale, title)
-        for checkpoint in arguments.output.glob("checkpoint-*"):
+    if PartialState().is_main_process:
+        write_report(folder, base, tuned, settings.reward_scale, title)
+        for checkpoint in folder.glob("checkpoint-*"):
             shutil.rmtree(checkpoint)  # else the next run would go on from it
 
 

@@ -73,7 +73,7 @@ def sentences(reports: dict[tuple[str, str], TiltReport], fonts: dict[str, Tenso
     def change(report: TiltReport, statistic: str) -> str:
         shift = find_shift(report, statistic)
         points = percent(shift.rise).replace("%", "points")
-        return f"{percent(shift.before)} before fine-tuning and {percent(shift.after)} after it, a rise of {points}"
+        return f"{percent(shift.before)} before and {percent(shift.after)} after fine-tuning, a rise of {points}"
 
     reward, judge, gap = (find_shift(trained, name) for name in (REWARD, JUDGE, GAP))
     distances = [font_distance(fonts, name) for name in ("tuned", "base")]
@@ -83,7 +83,7 @@ def sentences(reports: dict[tuple[str, str], TiltReport], fonts: dict[str, Tenso
             f"the reward has gone {percent(reward.fraction)} and the judge {percent(judge.fraction)}; the shares of the fonts "
             f"are {distances[0]:.2f} from the target's, and those of the base {distances[1]:.2f}"
         )
-        in_target = f", and {gap.target} in the target"
+        in_target = f" and {gap.target} in the target"
     return [
         f"PP-OCRv4, the reward, reads the word asked for in {change(trained, RIGHT_V4)}, in images of {words} trained words "
         f"by the memoryless sampler (by the ODE: {change(ode, RIGHT_V4)}).",
@@ -92,7 +92,7 @@ def sentences(reports: dict[tuple[str, str], TiltReport], fonts: dict[str, Tenso
         f"Of words that no prompt of training names, v4 reads {change(held_out, RIGHT_V4)}, and v6 reads "
         f"{change(held_out, RIGHT_V6)}.",
         f"Of the way from the base to the exact target p_base·exp(λr), {way}.",
-        f"Log p of v4 less that of v6 is {gap.before} nats a letter before, and {gap.after} after{in_target}; it rises when a "
+        f"Log p of v4 less that of v6 is {gap.before} nats a letter before, {gap.after} after{in_target}; it rises when a "
         "reward is hacked.",
     ]
 
