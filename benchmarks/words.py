@@ -11,14 +11,14 @@ goes to the end of `recorded/words.jsonl` when it is done.
 What would refute the claim that the reward is learnt and not hacked, written before the first run: PP-OCRv6, which no training
 has seen, does not rise with PP-OCRv4 (less than half as many points of right readings); the gap of log p between the two grows
 past the target's by more than .05 nats a letter; the fonts move further from the target's shares than the base's were. Beyond
-λ = 1 the exact target hardly changes, so that λ = 4 only says whether the recogniser can be fooled. (Added on 2026-12-01: no
-target is known at λ = 4, so that only the first of the three can be checked there.)
+λ = 1 the exact target hardly changes, so that λ = 4 only says whether the recogniser can be fooled. (Added on 2026-12-01: it
+does change. The KL of the target grows by half from λ = 1 to 4, so that λ = 4 is compared with its own target.)
 
 - **Trained** words are in the prompts of training, **held-out** ones are not. Right: the word asked for is what is read, with the
   memoryless sampler (10 steps), which has an exact target, or with the ODE (28 steps), as a user draws them.
 - **Share** of the way from the base's mean to the target's, both by 512 images a word of the base. The fine-tuned model has 48
   images a word with the noise of the first 48 of the base, and its mean is the base's plus the mean difference of these pairs.
-  A target is left out where a word has fewer than 100 effective images.
+  Targets are in brackets, and have no share, where a word has fewer than 100 effective images.
 - **Gap**: mean of (log p v4 − log p v6) a letter, nats; trained words.
 - **Fonts**: half the summed distance of the eight shares to the target's; the base's and the fine-tuned model's; trained words.
 - **Diversity**: mean squared distance of two images of a word, a pixel; **Vendi**: effective number of 48 images of a word.
@@ -62,6 +62,7 @@ from drawn import (  # noqa: E402
     Drawn,
     compare,
     draw_and_judge,
+    effective_images,
     find_shift,
     font_distance,
     font_shares,
@@ -75,7 +76,8 @@ from work_count import WorkCount  # noqa: E402
 
 from diffusers_adjoint import AdjointMatchingTrainer, memoryless_scheduler  # noqa: E402
 from diffusers_adjoint.baselines import RewardBackpropagationTrainer  # noqa: E402
-from diffusers_adjoint.metrics import Estimate, TiltReport, markdown_table, pairwise_diversity, vendi_score  # noqa: E402
+from diffusers_adjoint.metrics import Estimate, TiltEstimate, TiltReport, markdown_table, pairwise_diversity, vendi_score  # noqa: E402
+from diffusers_adjoint.metrics.tilt import MIN_EFFECTIVE_SAMPLES  # noqa: E402
 from diffusers_adjoint.model.denoiser import PipelineDenoiser  # noqa: E402
 from diffusers_adjoint.model.paths import sampled_path_kl  # noqa: E402
 from diffusers_adjoint.replay import PipelineReplay  # noqa: E402
@@ -145,7 +147,7 @@ def measured(pipeline: CogView4Pipeline, group: str, reward_scale: float) -> dic
     base, words = base_images(group), GROUPS[group]
     tuned = draw_and_judge(pipeline, words, TUNED_IMAGES, "memoryless", SEED)
     report = compare(base, tuned, reward_scale, "memoryless")
-    found = shifts(report) | target_kl(report)
+    found = shifts(report) | of_target(report.shifts[0].target)
     found["fonts"] = {name: shares.tolist() for name, shares in font_shares(base, tuned, reward_scale).items()}
     pixels = tuned.by_word(tuned.images.mean(1)).flatten(2)
     found["diversity"] = estimate(pairwise_diversity(pixels / pixels.shape[-1] ** 0.5))
@@ -158,22 +160,20 @@ def measured(pipeline: CogView4Pipeline, group: str, reward_scale: float) -> dic
 
 
 def shifts(report: TiltReport) -> dict[str, Any]:
-    """Mean and error of each statistic before and after and of its rise; of target and share of the way, where they are known."""
+    """Mean and error of each statistic before, after and in the target; of its rise, and of the share of the way where known."""
     found = {}
     for name, statistic in NAMES.items():
         shift = find_shift(report, statistic)
         found[name] = {when: estimate(getattr(shift, when)) for when in ("before", "after", "rise")}
-        if shift.target.estimable:
-            found[name]["target"] = [shift.target.mean, shift.target.standard_error]
+        found[name]["target"] = [shift.target.mean, shift.target.standard_error]
         if shift.fraction:
             found[name]["share"] = estimate(shift.fraction)
     return found
 
 
-def target_kl(report: TiltReport) -> dict[str, list[float]]:
-    """KL of the target to the base, nats, where it is known."""
-    target = report.shifts[0].target
-    return {"target_kl": [target.kl_target, target.kl_target_standard_error]} if target.estimable else {}
+def of_target(target: TiltEstimate) -> dict[str, Any]:
+    """KL of the target to the base, nats, and how many images the estimates of it are worth."""
+    return {"target_kl": [target.kl_target, target.kl_target_standard_error], "effective": effective_images(target)}
 
 
 def estimate(value: Estimate) -> list[float]:
@@ -219,8 +219,8 @@ def tables(rows: Sequence[Row]) -> str:
     rows = sorted(rows, key=lambda row: (row["setting"]["method"] != BASE, *row["setting"].values()))
     read_by = [["method", "λ", "seed", "log p, v4", "target", "share", "log p, v6, share", "v4", "v6"]]
     read_by[0] += ["v4, ODE", "v6, ODE", "Tesseract, ODE"]
-    beside = [["method", "λ", "seed", "gap: target", "after", "fonts: base", "after", "ink", "diversity", "Vendi"]]
-    beside[0] += ["KL: target", "spent", "work"]
+    beside = [["method", "λ", "seed", "gap: target", "after", "fonts: base", "after", "ink: target", "after"]]
+    beside[0] += ["diversity", "Vendi", "KL: target", "spent", "work"]
     for row in rows:
         method, scale, seed = (row["setting"][name] for name in ("method", "reward_scale", "seed"))
         name = [method, "", ""] if method == BASE else [method.replace("_", " "), f"{scale:g}", str(seed)]
@@ -235,7 +235,9 @@ def tables(rows: Sequence[Row]) -> str:
 def reading(group: dict[str, Any], base: bool) -> list[str]:
     """Cells of one group of words; the base has no target."""
     ode, when = group["ODE"], "before" if base else "after"
-    target = ["", "", ""] if base else [target_of(group["reward"]), share(group["reward"]), share(group["judge"])]
+    target = (
+        ["", "", ""] if base else [of_few(group, group["reward"]["target"][0]), share(group["reward"]), share(group["judge"])]
+    )
     right = [group["v4"][when], group["v6"][when], ode["v4"], ode["v6"], ode.get("tesseract")]
     return [f"{group['reward'][when][0]:.2f}", *target, *(f"{100 * value[0]:.0f}" if value else "–" for value in right)]
 
@@ -246,15 +248,16 @@ def side_effects(group: dict[str, Any], base: bool) -> list[str]:
     gap, error = group["gap"][when]
     shares = {name: torch.tensor(values) for name, values in group["fonts"].items()}
     distances = [font_distance(shares, name) for name in ("base", "tuned")]
-    fonts = ["" if base else "–" if distance is None else f"{distance:.2f}" for distance in distances]
-    others = [f"{group['ink'][when][0]:.4f}", f"{group['diversity'][0]:.4f}", f"{group['vendi'][0]:.1f}"]
-    kl = "" if base else f"{group['target_kl'][0]:.2f}" if "target_kl" in group else "–"
-    return ["" if base else target_of(group["gap"], 3), f"{gap:.3f} ± {error:.3f}", *fonts, *others, kl]
+    wanted = [of_few(group, group["gap"]["target"][0], 3), *(of_few(group, distance) for distance in distances)]
+    wanted += [of_few(group, group["ink"]["target"][0], 4), of_few(group, group["target_kl"][0])]
+    target_gap, fonts_before, fonts_after, target_ink, target_kl = [""] * 5 if base else wanted
+    cells = [target_gap, f"{gap:.3f} ± {error:.3f}", fonts_before, fonts_after, target_ink, f"{group['ink'][when][0]:.4f}"]
+    return [*cells, f"{group['diversity'][0]:.4f}", f"{group['vendi'][0]:.1f}", target_kl]
 
 
-def target_of(statistic: dict[str, Any], digits: int = 2) -> str:
-    """Not known where a word has fewer than 100 effective images."""
-    return f"{statistic['target'][0]:.{digits}f}" if "target" in statistic else "–"
+def of_few(group: dict[str, Any], value: float, digits: int = 2) -> str:
+    """In brackets where a word has too few effective images for a reliable estimate."""
+    return f"{value:.{digits}f}" if group["effective"] >= MIN_EFFECTIVE_SAMPLES else f"({value:.{digits}f})"
 
 
 def share(statistic: dict[str, Any]) -> str:

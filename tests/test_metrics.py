@@ -164,15 +164,15 @@ def test_shift_fraction_is_calibrated(reached: float) -> None:
 
 @pytest.mark.parametrize("reached", [0.0, 0.6, 1.0])
 def test_errors_of_pairs_are_calibrated(reached: float) -> None:
-    """500 of 2000 base samples have a partner that went a known share of the way, give or take noise: after, rise and share."""
-    repetitions, target = 300, SLOPE * STD**2
+    """A quarter of the base samples of two prompts have partners that went a known share of the way: after, rise and share."""
+    repetitions, target, offsets = 300, SLOPE * STD**2, torch.tensor([[0.0], [5.0]])
     z = torch.empty(repetitions, 3)
     for seed in range(repetitions):
-        x = base_samples(2000, seed)
+        x = base_samples(4000, seed).view(2, 2000)
         # The partners keep .7 of the base's deviation, so that a sample moves the rise and the target together.
-        tuned = 0.7 * x[:500] + 0.3 * base_samples(500, 10_000 + seed) + reached * target
-        shift = tilt_shift("x", "ODE", x, tuned, SLOPE * x, paired=True)
-        found = ((shift.after, MEAN + reached * target), (shift.rise, reached * target), (shift.fraction, reached))
+        tuned = 0.7 * x[:, :500] + 0.3 * base_samples(1000, 10_000 + seed).view(2, 500) + reached * target
+        shift = tilt_shift("x", "ODE", x + offsets, tuned + offsets, SLOPE * x, paired=True)
+        found = ((shift.after, MEAN + 2.5 + reached * target), (shift.rise, reached * target), (shift.fraction, reached))
         z[seed] = torch.tensor([(estimate.mean - right) / estimate.standard_error for estimate, right in found])
     # Of 300 standard normals: mean within four errors (.23), spread 1 ± .04, plus a few per cent for a ratio of estimates.
     assert z.mean(0).abs().max() < 0.23, z.mean(0)

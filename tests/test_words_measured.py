@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -86,10 +87,11 @@ def test_target_is_the_tilt_of_each_word_by_the_reward() -> None:
 
 
 def test_no_target_is_told_where_it_is_not_known() -> None:
-    base = made_up(50, seed=2)
-    shares = font_shares(base, base, 0.5)
-    assert "target" not in shares and font_distance(shares, "base") is None
-    assert "target" not in format_report(compare(base, base, 0.5, "memoryless"))
+    few, enough = made_up(50, seed=2), made_up(200, seed=2)
+    told = format_report(compare(few, few, 0.5, "memoryless"))
+    assert "share of the way" not in told and "The exact target is not known: a word's images of the base count as 49" in told
+    assert "share of the way" in format_report(compare(enough, enough, 0.5, "memoryless"))
+    assert "target" not in format_report(compare(enough, enough, 0.5, "ODE"))  # only the memoryless sampler has an exact one
 
 
 def test_distance_of_fonts_is_half_the_sum_of_the_differences() -> None:
@@ -120,7 +122,8 @@ def test_rows_keep_before_after_target_and_share_apart() -> None:
     report = TiltReport([TiltShift(name, "memoryless", *values) for name in benchmark.NAMES.values()], None)
     row = benchmark.shifts(report)["judge"]
     assert row == {"before": [1.0, 0.1], "after": [2.0, 0.2], "rise": [1.0, 0.15], "target": [3.0, 0.3], "share": [0.5, 0.4]}
-    assert benchmark.target_kl(report) == {"target_kl": [0.7, 0.07]}
+    assert benchmark.of_target(target) == {"target_kl": [0.7, 0.07], "effective": 900}
+    assert (benchmark.of_few({"effective": 100}, 0.123), benchmark.of_few({"effective": 99}, 0.123)) == ("0.12", "(0.12)")
 
 
 def made_up_report(first: float) -> TiltReport:
@@ -129,7 +132,7 @@ def made_up_report(first: float) -> TiltReport:
     for i, name in enumerate((REWARD, JUDGE, RIGHT_V4, RIGHT_V6, GAP)):
         value = (first + i) / 100
         target = TiltEstimate(value + 0.01, 0.001, 0.9, 0.0, 0.0, 0.0, 0.0, 1000)
-        before, after, rise = Estimate(value, 0.001), Estimate(value + 0.005, 0.001), Estimate(0.005 + value / 100, 0.001)
+        before, after, rise = Estimate(value, 0.001), Estimate(value + 0.005, 0.001), Estimate(0.005 + value / 10, 0.001)
         shifts.append(TiltShift(name, "memoryless", before, after, rise, target, Estimate(value + 0.003, 0.001)))
     return TiltReport(shifts, None)
 
@@ -139,15 +142,17 @@ def test_sentences_name_the_right_numbers() -> None:
     reports = {key: made_up_report(first) for key, first in starts.items()}
     fonts = {"base": torch.tensor([0.9, 0.1]), "tuned": torch.tensor([0.7, 0.3]), "target": torch.tensor([0.6, 0.4])}
     v4, v6, held_out, way, gap = sentences(reports, fonts, 8, ", and Tesseract in 1 % before")
-    assert all(
-        number in v4 for number in ("12.0 ± 0.1 % before", "12.5", "0.6 ± 0.1 points", "22.0", "22.5", "0.7", "8 trained words")
-    )
-    assert all(number in v6 for number in ("13.0", "13.5", "23.0", "23.5", "and Tesseract in 1 % before"))
-    assert all(number in held_out for number in ("32.0", "32.5", "33.0", "33.5"))
+    assert all(number in v4 for number in ("12.0 ± 0.1 % before", "12.5", "1.7 ± 0.1 points", "22.0", "22.5", "2.7", "8 trained"))
+    assert all(number in v6 for number in ("13.0", "13.5", "1.8 ± 0.1 points", "23.0", "23.5", "2.8", "Tesseract in 1 % before"))
+    assert all(number in held_out for number in ("32.0", "32.5", "3.7 ± 0.1 points", "33.0", "33.5", "3.8"))
     assert all(number in way for number in ("10.3", "11.3", "0.10 from the target's", "0.30"))
     assert all(number in gap for number in ("0.140", "0.145", "0.150"))
-    unknown = sentences(reports, {name: fonts[name] for name in ("base", "tuned")}, 8, "")
-    assert "fewer than 100 effective images" in unknown[3] and "target" not in unknown[4]
+    shifts = [replace(shift, fraction=None) for shift in reports["trained", "memoryless"].shifts]
+    within = sentences(reports | {("trained", "memoryless"): TiltReport(shifts, None)}, fonts, 8, "")
+    assert "within two standard errors" in within[3] and "in the target" in within[4]
+    shifts = [replace(shift, target=replace(shift.target, num_samples=50)) for shift in shifts]
+    unknown = sentences(reports | {("trained", "memoryless"): TiltReport(shifts, None)}, fonts, 8, "")
+    assert "count as 45 of the target, and 100 are needed" in unknown[3] and "target" not in unknown[4]
 
 
 def test_noise_of_an_image_depends_on_its_place_and_no_two_are_the_same() -> None:

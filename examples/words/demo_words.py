@@ -117,7 +117,10 @@ def make_trainer(
     )
 
 
-BASE_IMAGES = {"memoryless": 320, "ODE": 32}  # of each word; as weighted samples of the target they count as 120 or more
+BASE_IMAGES = {
+    "memoryless": 320,
+    "ODE": 32,
+}  # of each word; of the first eight words they count as about 120 of the target, or more
 TUNED_IMAGES = {"memoryless": 160, "ODE": 32}
 
 
@@ -161,7 +164,8 @@ def fine_tune(pipeline: CogView4Pipeline, settings: Settings, folder: Path) -> s
     trainer.train(resume_from_checkpoint=checkpoint)
     trainer.save_model()
     minutes = (time.perf_counter() - start) / 60
-    part = f"the updates after {Path(checkpoint).name.replace('-', ' ')}" if checkpoint else "fine-tuning"
+    done = int(checkpoint.rpartition("-")[2]) if checkpoint else 0
+    part = f"the updates after number {done}, where an earlier start was stopped," if done else "fine-tuning"
     run = f"λ = {settings.reward_scale:g}, {settings.updates} updates of {settings.images} images, seed {settings.seed}"
     processes = PartialState().num_processes
     return f"{run}; {part} took {minutes:.1f} minutes in {processes} process{'es' * (processes > 1)}."

@@ -14,7 +14,7 @@ from tqdm import tqdm
 from word_pictures import FONTS, HEIGHT, HELD_OUT_WORDS, TUNED_WORDS, WIDTH, prompt
 
 from diffusers_adjoint import memoryless_scheduler
-from diffusers_adjoint.metrics import Estimate, TiltReport, TiltShift, tilt_shift
+from diffusers_adjoint.metrics import Estimate, TiltEstimate, TiltReport, TiltShift, tilt_shift
 
 PIPELINE = Path(__file__).parent / "pipeline"
 SIZE = {"height": HEIGHT, "width": WIDTH}
@@ -125,21 +125,27 @@ def compare(base: Drawn, tuned: Drawn, reward_scale: float, sampler: str) -> Til
     return TiltReport(shifts, None)
 
 
+SHARES = {"base": "before", "tuned": "after", "target": "target"}
+
+
 def font_shares(base: Drawn, tuned: Drawn, reward_scale: float) -> dict[str, Tensor]:
-    """Shares of the fonts, (8,) each, of the base, the fine-tuned model, and the tilt of the base if it is estimable."""
+    """Shares of the fonts, (8,) each, of the base, the fine-tuned model, and the tilt of the base."""
     before, after, log_weights = base.fonts(), tuned.fonts(), reward_scale * base.statistics()[REWARD]
     shifts = [
         tilt_shift(font, "memoryless", before[..., i], after[..., i], log_weights, paired=True) for i, font in enumerate(FONTS)
     ]
-    means = {"base": [s.before.mean for s in shifts], "tuned": [s.after.mean for s in shifts]}
-    if shifts[0].target.estimable:
-        means["target"] = [s.target.mean for s in shifts]
+    means = {name: [getattr(shift, when).mean for shift in shifts] for name, when in SHARES.items()}
     return {name: torch.tensor(shares, dtype=torch.float64) for name, shares in means.items()}
 
 
-def font_distance(shares: Mapping[str, Tensor], name: str) -> float | None:
-    """Half the summed distance of the shares to the target's, 0 to 1; None if the target is not known."""
-    return (shares[name] - shares["target"]).abs().sum().item() / 2 if "target" in shares else None
+def font_distance(shares: Mapping[str, Tensor], name: str) -> float:
+    """Half the summed distance of the shares to the target's, 0 to 1."""
+    return (shares[name] - shares["target"]).abs().sum().item() / 2
+
+
+def effective_images(target: TiltEstimate) -> float:
+    """As how many samples of the target a word's images of the base count; of the word with the fewest."""
+    return target.effective_sample_size * target.num_samples
 
 
 def find_shift(report: TiltReport, statistic: str) -> TiltShift:

@@ -14,6 +14,7 @@ from drawn import (
     Drawn,
     Pictures,
     compare,
+    effective_images,
     find_shift,
     font_distance,
     font_shares,
@@ -24,7 +25,8 @@ from sheets import save_pairs
 from torch import Tensor
 from word_pictures import FONTS
 
-from diffusers_adjoint.metrics import Estimate, TiltReport, markdown_table, sample_mean
+from diffusers_adjoint.metrics import Estimate, TiltReport, TiltShift, markdown_table, sample_mean
+from diffusers_adjoint.metrics.tilt import MIN_EFFECTIVE_SAMPLES
 
 TESSERACT_IMAGES = 8  # of each word; a tenth of a second each
 HOW_TO_READ = """The ODE (28 steps) is how a user draws. The memoryless sampler (10 steps) adds the noise that training uses, and
@@ -40,6 +42,8 @@ def write_report(folder: Path, base: Pictures, tuned: Pictures, reward_scale: fl
     found = sentences(reports, fonts, len(base["trained", "ODE"].words), tesseract)
     found = [f"{i}. {sentence}" for i, sentence in enumerate(found, 1)]
     tables = [f"## {name} words, {sampler}\n\n{format_report(report)}" for (name, sampler), report in reports.items()]
+    if not reports["trained", "memoryless"].shifts[0].target.estimable:
+        fonts.pop("target")
     rows = [["font", *fonts], *([name, *(f"{fonts[key][i]:.3f}" for key in fonts)] for i, name in enumerate(FONTS))]
     tables.append(f"## fonts, trained words, memoryless\n\n{markdown_table(rows)}")
     (folder / "report.md").write_text(
@@ -76,14 +80,13 @@ def sentences(reports: dict[tuple[str, str], TiltReport], fonts: dict[str, Tenso
         return f"{percent(shift.before)} before and {percent(shift.after)} after fine-tuning, a rise of {points}"
 
     reward, judge, gap = (find_shift(trained, name) for name in (REWARD, JUDGE, GAP))
-    distances = [font_distance(fonts, name) for name in ("tuned", "base")]
-    way, in_target = "no share is known, because a word has fewer than 100 effective images of the base", ""
-    if reward.fraction and judge.fraction and None not in distances:
+    way = f"no share is known, because {unknown(reward)}"
+    if reward.fraction and judge.fraction:
         way = (
             f"the reward has gone {percent(reward.fraction)} and the judge {percent(judge.fraction)}; the shares of the fonts "
-            f"are {distances[0]:.2f} from the target's, and those of the base {distances[1]:.2f}"
+            f"are {font_distance(fonts, 'tuned'):.2f} from the target's, and those of the base {font_distance(fonts, 'base'):.2f}"
         )
-        in_target = f" and {gap.target} in the target"
+    in_target = f" and {gap.target} in the target" if gap.target.estimable else ""
     return [
         f"PP-OCRv4, the reward, reads the word asked for in {change(trained, RIGHT_V4)}, in images of {words} trained words "
         f"by the memoryless sampler (by the ODE: {change(ode, RIGHT_V4)}).",
@@ -97,6 +100,14 @@ def sentences(reports: dict[tuple[str, str], TiltReport], fonts: dict[str, Tenso
     ]
 
 
+def unknown(shift: TiltShift) -> str:
+    """Why the share of the way is not known."""
+    if shift.target.estimable:
+        return "the target is within two standard errors of the base"
+    effective = effective_images(shift.target)
+    return f"a word's images of the base count as {effective:.0f} of the target, and {MIN_EFFECTIVE_SAMPLES} are needed"
+
+
 def read_by_tesseract(base: Drawn, tuned: Drawn) -> str:
     """The end of the second sentence, where Tesseract is installed."""
     if not has_tesseract():
@@ -107,14 +118,17 @@ def read_by_tesseract(base: Drawn, tuned: Drawn) -> str:
 
 
 def format_report(report: TiltReport) -> str:
-    """A row a statistic; with target, share and the target's KL where there are images enough to know them."""
+    """A row a statistic; for the memoryless sampler also target and share, if there are images enough to know them."""
     target = report.shifts[0].target
     rows = [["statistic", "before", "after", "rise"]]
     rows += [[shift.statistic, str(shift.before), str(shift.after), str(shift.rise)] for shift in report.shifts]
-    if not target.estimable:
+    if report.shifts[0].sampler != "memoryless":
         return markdown_table(rows)
+    if not target.estimable:
+        return f"{markdown_table(rows)}\n\nThe exact target is not known: {unknown(report.shifts[0])}."
     rows[0] += ["exact target", "share of the way"]
     for row, shift in zip(rows[1:], report.shifts, strict=True):
         row += [str(shift.target), str(shift.fraction or "–")]
     kl = Estimate(target.kl_target, target.kl_target_standard_error)
-    return f"{markdown_table(rows)}\n\nKL of the exact target to the base: {kl} nats."
+    effective = f"A word's images of the base count as {effective_images(target):.0f} of the target, or more."
+    return f"{markdown_table(rows)}\n\nKL of the exact target to the base: {kl} nats. {effective}"

@@ -176,8 +176,8 @@ def tilt_shift(
         after: the statistic of M samples of the fine-tuned model, shape (M,) or (P, M), the same prompts.
         log_weights: λ r of the base samples, shape of `before`, nats.
         paired: whether the i-th tuned sample of a prompt has the noise of the i-th base sample, M ≤ N. Then the rise is the mean
-            difference of the M pairs (a control variate, Owen 2013, §8.9), and its error is small where the two resemble each
-            other. Otherwise base and tuned samples count as independent; of equal noise, the errors are upper bounds.
+            difference of the M pairs (common random numbers, Owen 2013, §8.6). Its error is smaller than without pairs if the
+            two are correlated by more than about ½. Otherwise base and tuned samples count as independent.
 
     Raises:
         ValueError: if shapes are wrong, a value is not finite, or there are more pairs than base samples.
